@@ -1,0 +1,1 @@
+"""hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)."""

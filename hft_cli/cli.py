@@ -1,0 +1,242 @@
+"""The `hft` command: sub-commands, composing a config with Hydra, and telling a user's mistake from a fault."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hft_cli.schema import RunConfig, UserError, choose, from_dict
+
+USAGE = """\
+hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
+
+  hft train +method=hft [group=option …] [key=value …]   run a fine-tuning; -m sweeps over a,b,c
+  hft verify RUN                                         prove from the files that frozen matrices kept every bit
+  hft show draws RUN                                     what each round updated, as layers by matrices
+  hft report RUN…                                        compare finished runs: a table and a figure
+
+Try it, without a GPU or a download:  hft train +method=hft suite=pocket
+What there is to set:                 hft train --help"""
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 2 a user's mistake, 1 anything else, 128+n for signal n."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status = _command(sys.argv[1:])
+    except UserError as error:
+        print(f"hft: {error}", file=sys.stderr)
+        status = 2
+    except Stopped as stop:
+        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
+        status = 128 + stop.number
+    except KeyboardInterrupt:
+        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)
+
+
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _command(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"hft {version('hft-cli')}")
+        return 0
+    return COMMANDS[choose("command", argv[0], COMMANDS)](list(argv[1:]))
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def _train(argv: list[str]) -> int:
+    import subprocess
+
+    argv = [re.sub(r"^method=", "+method=", argument) for argument in argv]
+    # Hydra asks for a + before a group that has no default, and takes it away from one that has.
+    if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(a.startswith("-") for a in argv):
+        raise UserError(
+            f"No method: what should the run do? Available: {', '.join(_options('method'))}. "
+            "For instance: hft train +method=hft"
+        )
+    try:
+        _hydra("train", argv)
+    except subprocess.CalledProcessError as error:
+        status = error.returncode
+        return 128 - status if status < 0 else 1
+    return 0
+
+
+def _hydra(name: str, argv: list[str]) -> None:
+    """Compose conf/NAME.yaml with the overrides in argv and run it, once or as a sweep."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
+    sys.argv = ["hft " + name, *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(_run)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, argv)) from None
+
+
+def _run(composed: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from hft_cli.runner import run
+
+    hydra = HydraConfig.get()
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    if hydra.mode == RunMode.MULTIRUN:
+        values["output_dir"] = hydra.runtime.output_dir
+    where = run(from_dict(RunConfig, values), list(hydra.overrides.task))
+    from hft_cli.report import summary
+
+    print(summary(where))
+
+
+def _conf() -> Path:
+    """The config tree: beside the module in a wheel, at the top level in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (_conf() / group).glob("*.yaml"))
+
+
+def _one_line(error: BaseException, argv: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's errors, which take several lines, in one with the nearest name."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
+        group, option = found.groups()
+        if (_conf() / group).is_dir():
+            try:
+                choose(group, option, _options(group))
+            except UserError as unknown:
+                return str(unknown)
+    if found := re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text):
+        key = found.group(1)
+        keys = _keys(RunConfig) + [path.name for path in _conf().iterdir() if path.is_dir()]
+        if key not in keys:
+            full = next((a.split("=")[0].lstrip("+~") for a in argv if a.split("=")[0].endswith(key)), key)
+            near = difflib.get_close_matches(full, keys, n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            return f"Unknown key '{full}'.{hint} All keys: hft train --help"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{found.group(1)} is not set. Give it on the command line: {found.group(1)}=…"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not re.match(r"(reference_type|object_type|See https|Available options|Config search)", line)]
+    key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), "")
+    kept = [line for line in kept if not line.startswith(("full_key:", "Error merging override"))] or lines
+    return f"{key}: {kept[0]}" if key else " ".join(kept[:2])
+
+
+def _keys(cls: type[Any], where: str = "") -> list[str]:
+    from dataclasses import fields, is_dataclass
+    from typing import get_type_hints
+
+    hints = get_type_hints(cls)
+    keys = []
+    for spec in fields(cls):
+        inner = hints[spec.name]
+        keys += _keys(inner, f"{where}{spec.name}.") if is_dataclass(inner) else [where + spec.name]
+    return keys
+
+
+# -------------------------------------------------------------------------------------------------- verify and show
+
+
+def _verify(argv: list[str]) -> int:
+    from tqdm import tqdm
+
+    from hft_cli.run_dir import finished
+    from hft_cli.verify import verify
+
+    options = _parser("verify", "Prove from a run's files that every round kept its frozen matrices bit for bit.")
+    options.add_argument("run", help="directory of a finished run")
+    options.add_argument("--model", type=Path, help="check this folder as the final model, instead of RUN/model")
+    given = options.parse_args(argv)
+    with tqdm(desc="verify", unit=" tensors", leave=False, disable=not sys.stderr.isatty()) as bar:
+        proofs = verify(finished(given.run), given.model, lambda name: bool(bar.update()))
+    for proof in proofs:
+        print(
+            f"round {proof.number} {proof.name}: {proof.updated} tensors updated, {proof.frozen} frozen: "
+            f"{'FAILED' if proof.faults else 'frozen ones bit-identical'}"
+        )
+        if proof.unmoved:
+            print(f"  did not move, though updated: {', '.join(proof.unmoved)}")
+        for fault in proof.faults:
+            print(f"  {fault}")
+    failed = any(proof.faults for proof in proofs)
+    print("NOT VERIFIED" if failed else f"verified: {len(proofs)} round{'s' * (len(proofs) > 1)}")
+    return 1 if failed else 0
+
+
+def _show(argv: list[str]) -> int:
+    from hft_cli.report import draws_table
+    from hft_cli.run_dir import RunDir
+
+    options = _parser("show", "Print what a run's ledger holds.")
+    options.add_argument("what", choices=["draws"])
+    options.add_argument("run", help="directory of a run")
+    given = options.parse_args(argv)
+    print(draws_table(RunDir(Path(given.run))))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    from hft_cli.report import report
+
+    options = _parser("report", "Compare finished runs: a table (printed, Markdown, CSV, JSON) and a figure (PNG, SVG).")
+    options.add_argument("runs", nargs="+", help="directories of runs, or folders of such")
+    options.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
+    given = options.parse_args(argv)
+    print(report([Path(run) for run in given.runs], given.out))
+    return 0
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"hft {name}", description=description)
+
+
+# Adding a sub-command is one function and one row.
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "verify": _verify,
+    "show": _show,
+    "report": _report,
+}
+
+
+if __name__ == "__main__":
+    main()

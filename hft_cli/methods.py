@@ -1,0 +1,51 @@
+"""What each method does: config -> the steps of a run. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from hft_cli.schema import RunConfig, choose, places
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round: `number` counts from 1, `stage` is how it trains, `data` and `test` say on which rows."""
+
+    number: int
+    name: str
+    stage: str
+    data: str
+    test: str | None
+
+
+def steps(config: RunConfig) -> tuple[Step, ...]:
+    """The rounds of a run, in order."""
+    return METHODS[choose("method.name", config.method.name, METHODS)](config)
+
+
+def _sft(config: RunConfig) -> tuple[Step, ...]:
+    data, tests = places(config.data.path), places(config.data.test_path)
+    if len(tests) <= 1:
+        tests = tuple(tests or [None]) * len(data)
+    return tuple(
+        Step(number, name, "sft", path, test)
+        for number, (name, path, test) in enumerate(zip(_names(data), data, tests, strict=True), start=1)
+    )
+
+
+def _names(data: tuple[str, ...]) -> list[str]:
+    """A round's name is its data's: the file's, or its folder's where the file is only called train."""
+    names = []
+    for path in data:
+        parts = PurePosixPath(path.replace("\\", "/").replace(":", "/"))
+        stem = parts.name.split(".")[0]
+        name = parts.parent.name if stem == "train" and parts.parent.name else stem
+        names.append(re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "data")
+    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+
+
+# FFT and HFT run the same steps: what differs is the selection, which method=fft sets to `all`.
+METHODS: dict[str, Callable[[RunConfig], tuple[Step, ...]]] = {"fft": _sft, "hft": _sft}

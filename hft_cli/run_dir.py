@@ -1,0 +1,217 @@
+"""The files of a run's directory: their names, what the runner seals for its workers, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_cli.schema import ModelConfig, RunConfig, UserError, from_dict
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text under a temporary name, then rename."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        UserError: if it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is {path.parent} the directory of a run?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}).") from None
+
+
+def read_config(run: RunDir) -> RunConfig:
+    """The sealed configuration of a run.
+
+    Raises:
+        UserError: if it is missing or not one of ours.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(run.config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
+    config: RunConfig = from_dict(RunConfig, values)
+    return config
+
+
+@dataclass(frozen=True)
+class RoundDir:
+    """One round: rounds/NN-NAME. `folder.name` counts from 01."""
+
+    folder: Path
+
+    @property
+    def step(self) -> Path:
+        """The sealed step that the worker reads."""
+        return self.folder / "step.json"
+
+    @property
+    def delta(self) -> Path:
+        """Only what the round trained, under the names and dtypes of the base's files."""
+        return self.folder / "delta.safetensors"
+
+    @property
+    def outcome(self) -> Path:
+        """What the worker says of the round, written after the delta: a round without it is not finished."""
+        return self.folder / "outcome.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def tokens(self) -> Path:
+        """The tokenized training set, made once and read by all ranks."""
+        return self.folder / "tokens"
+
+    @property
+    def progress(self) -> Path:
+        return self.folder / "progress.json"
+
+    @property
+    def template(self) -> Path:
+        """The chat template of the round's training, as text."""
+        return self.folder / "chat_template.jinja"
+
+    @property
+    def log(self) -> Path:
+        """All that the ranks print."""
+        return self.folder / "worker.log"
+
+    @property
+    def mistake(self) -> Path:
+        """A user's mistake that only the worker could see, for the parent to report."""
+        return self.folder / "mistake.txt"
+
+    @property
+    def model(self) -> Path:
+        """The model after the round, while a later round needs it."""
+        return self.folder / "model"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of a run, as DESIGN's contract has it."""
+
+    folder: Path
+
+    def round(self, number: int, name: str) -> RoundDir:
+        """The directory of round `number` (from 1)."""
+        return RoundDir(self.folder / "rounds" / f"{number:02d}-{name}")
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.folder / "overrides.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.folder / "environment.json"
+
+    @property
+    def draws(self) -> Path:
+        return self.folder / "draws.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results.json"
+
+    @property
+    def done(self) -> Path:
+        return self.folder / "DONE"
+
+
+@dataclass(frozen=True)
+class SealedStep:
+    """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log."""
+
+    config: RunConfig
+    number: int
+    name: str
+    data: str
+    model: str
+    metrics: str
+    updated: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> SealedStep:
+        values = read_json(path)
+        config = from_dict(RunConfig, values.pop("config"))
+        updated, frozen = (tuple(values.pop(key)) for key in ("updated", "frozen"))
+        return cls(config=config, updated=updated, frozen=frozen, **values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that an evaluation worker is told. `tasks`: suite -> task -> where its rows are; `out`: the file for the scores."""
+
+    model: ModelConfig
+    path: str
+    tasks: dict[str, dict[str, str]]
+    batch_size: int
+    out: str
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        values = read_json(path)
+        return cls(model=from_dict(ModelConfig, values.pop("model")), **values)
+
+
+def finished(path: str | Path) -> RunDir:
+    """The run at `path`.
+
+    Raises:
+        UserError: if there is none, or it is not finished (no DONE).
+    """
+    run = RunDir(Path(path))
+    if not run.folder.is_dir():
+        raise UserError(f"There is no run directory {path}.")
+    if not run.config.exists():
+        raise UserError(f"{path} is not the directory of a run: it has no config.yaml.")
+    if not run.done.exists():
+        raise UserError(f"The run in {path} is not finished. Continue it with: hft train … output_dir={path}")
+    return run

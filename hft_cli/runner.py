@@ -1,0 +1,378 @@
+"""Walk a run's plan: write the ledger, start a worker for each round, put the model together, score, verify, resume."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from hft_cli.data import content_hash, read_chats
+from hft_cli.layout import from_folder
+from hft_cli.methods import Step, steps
+from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, read_config, read_json, write_json, write_text
+from hft_cli.schema import RunConfig, UserError, check, locate, places
+from hft_cli.selection import Draw, draw
+from hft_cli.verify import verify
+from hft_cli.weights import apply_delta, fetch
+
+FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
+
+
+def run(config: RunConfig, overrides: Sequence[str]) -> RunDir:
+    """Do all that `hft train` was asked for, continuing an unfinished run in the same directory.
+
+    Raises:
+        UserError: for a mistake in the config or the data, before anything is written.
+        subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
+    """
+    check(config)
+    where = RunDir(_directory(config))
+    if where.done.exists():
+        _same_config(where, config)
+        _say(f"{where.folder} is finished already; nothing to do.")
+        return where
+
+    base = fetch(locate(config.model.path))
+    params = from_folder(base, config.model.kinds)
+    plan = steps(config)
+    seed = config.seed if config.selection.seed is None else config.selection.seed
+    draws = [draw(params, config.selection, step.number, seed) for step in plan]
+    if not draws[0].updated:
+        raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
+    hashes = {step.name: _data_hash(step, config) for step in plan}
+    for place in (*config.suite.tasks.values(), *places(config.data.test_path)):
+        read_chats(locate(place), split="test")
+
+    if where.config.exists():
+        _same_config(where, config)
+        _same_data(where, hashes)
+        _say(f"Continuing the run in {where.folder}.")
+    else:
+        _seal(where, config, overrides, plan, draws, hashes, base)
+
+    before = _score(where, "before", base, config)
+    model = base
+    outcomes = []
+    for step, chosen in zip(plan, draws, strict=True):
+        model = _round(where, step, chosen, model, config)
+        outcomes.append(read_json(where.round(step.number, step.name).outcome))
+    if not where.model.exists():
+        model.rename(where.model)
+    after = _score(where, "after", where.model, config)
+    return _finish(where, config, plan, draws, outcomes, before, after)
+
+
+def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig) -> Path:
+    """Train one round from the model at `model`, unless it is done, and return the folder of the model after it."""
+    folder = where.round(step.number, step.name)
+    out = where.model if where.model.exists() else folder.model
+    if not folder.outcome.exists():
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        SealedStep(
+            config=config,
+            number=step.number,
+            name=step.name,
+            data=step.data,
+            model=str(model),
+            metrics=str(where.metrics),
+            updated=chosen.updated,
+            frozen=chosen.frozen,
+        ).write(folder.step)
+        _say(
+            f"Round {step.number}, {step.name}: {chosen.level}, {len(chosen.updated)} of "
+            f"{len(chosen.updated) + len(chosen.frozen)} tensors updated ({chosen.updated_fraction:.1%} of the elements)"
+        )
+        _work(_launcher(config) + ["hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        shutil.rmtree(folder.tokens, ignore_errors=True)
+    if not out.exists():
+        own = config.model.chat_template is None
+        apply_delta(model, folder.delta, out, {} if own else {folder.template.name: folder.template.read_text()})
+    if model.is_relative_to(where.folder) and model != out:
+        shutil.rmtree(model, ignore_errors=True)  # the last round's model has served
+    return out
+
+
+def _launcher(config: RunConfig) -> list[str]:
+    if config.engine.zero_stage is None:
+        return [sys.executable, "-m"]
+    ranks = str(config.engine.num_processes)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m"]
+
+
+def _work(command: list[str], folder: RoundDir, label: str) -> None:
+    """Run a worker, its output into the round's log, a progress bar here; when we are stopped, so are all its ranks."""
+    folder.mistake.unlink(missing_ok=True)
+    folder.progress.unlink(missing_ok=True)
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    ranks = command[command.index("--nproc_per_node") + 1] if "--nproc_per_node" in command else "1"
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with folder.log.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            _follow(process, folder.progress, label)
+        finally:
+            _end(process)
+    if process.returncode == 0:
+        return
+    if folder.mistake.exists():
+        raise UserError(folder.mistake.read_text())
+    _say(_tail(folder.log))
+    _say(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
+    raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a worker's whole process group: politely, then not."""
+    for number, wait in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
+    with tqdm(
+        desc=f"{label}: starting",
+        bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+        total=0,
+    ) as bar:
+        while process.poll() is None:
+            time.sleep(0.1)
+            _show(bar, progress, label)
+        _show(bar, progress, label)
+        bar.refresh()
+
+
+def _show(bar: Any, progress: Path, label: str) -> None:
+    try:
+        at = json.loads(progress.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or in the middle of being written
+        return
+    if not bar.total:
+        bar.reset(total=at["of"])
+        bar.set_description_str(label, refresh=False)
+        bar.initial = at["step"] - 1
+        bar.n = bar.initial
+    loss = "" if at["loss"] is None else f"loss {at['loss']:.3f}, "
+    bar.set_postfix_str(f"{loss}{at['tokens_per_second']:,.0f} tokens/s", refresh=False)
+    bar.update(at["step"] - bar.n)
+
+
+def _score(where: RunDir, when: str, model: Path, config: RunConfig) -> dict[str, Any]:
+    """Scores of one model over the suite and the data's test sets, kept in eval-WHEN.json; empty if none were asked."""
+    tasks: dict[str, dict[str, str]] = {}
+    if config.suite.tasks:
+        tasks[config.suite.name] = dict(config.suite.tasks)
+    tests = {step.name: step.test for step in steps(config) if step.test is not None}
+    if tests:
+        tasks["data"] = tests
+    if not tasks:
+        return {}
+    folder = RoundDir(where.folder / "eval" / when)
+    out = folder.folder / "scores.json"
+    if not out.exists():
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        job = folder.folder / "job.json"
+        Job(config.model, str(model), tasks, config.suite.batch_size, str(out)).write(job)
+        _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
+    scores: dict[str, Any] = read_json(out)
+    return scores
+
+
+def _finish(
+    where: RunDir,
+    config: RunConfig,
+    plan: Sequence[Step],
+    draws: Sequence[Draw],
+    outcomes: Sequence[dict[str, Any]],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> RunDir:
+    proofs = verify(where)
+    faults = [f"round {p.number}: {fault}" for p in proofs for fault in p.faults]
+    write_json(
+        where.results,
+        {
+            "method": config.method.name,
+            "stage": plan[0].stage,
+            "model": config.model.name,
+            "data": config.data.name,
+            "engine": config.engine.name,
+            "selection": asdict(config.selection),
+            "ratio": draws[0].matrices_reached,
+            "seed": config.seed,
+            "learning_rate": config.train.learning_rate,
+            "rounds": [
+                {
+                    "name": step.name,
+                    "updated_fraction": chosen.updated_fraction,
+                    "frozen_bit_identical": proof.frozen_bit_identical,
+                    "unmoved": list(proof.unmoved),
+                    **outcome,
+                }
+                for step, chosen, proof, outcome in zip(plan, draws, proofs, outcomes, strict=True)
+            ],
+            "eval": {"before": before, "after": after},
+            "verification": {"passed": not faults, "faults": faults},
+        },
+    )
+    if faults:
+        raise RuntimeError(f"The run does not verify: {faults[0]}. See `hft verify {where.folder}`.")
+    write_text(where.done, time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
+    return where
+
+
+def _directory(config: RunConfig) -> Path:
+    """Where the run goes; with resume=true, and no unfinished run there, the newest one of the same configuration."""
+    folder = Path(config.output_dir)
+    if not config.resume or RunDir(folder).config.exists():
+        return folder
+    roots = sorted(folder.parent.parent.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for found in roots:
+        run = RunDir(found.parent)
+        if not run.done.exists() and not _differences(run, config):
+            return run.folder
+    raise UserError(
+        f"resume=true, but there is no unfinished run of this configuration in {folder} or beside it. "
+        "Give its directory: output_dir=…"
+    )
+
+
+def _seal(
+    where: RunDir,
+    config: RunConfig,
+    overrides: Sequence[str],
+    plan: Sequence[Step],
+    draws: Sequence[Draw],
+    hashes: dict[str, str],
+    base: Path,
+) -> None:
+    """Write what the run is, config.yaml last: a directory with it has all the rest."""
+    if where.folder.exists() and any(where.folder.iterdir()):
+        sealed = {where.overrides, where.environment, where.plan, where.draws}
+        leftovers = {p.name for p in set(where.folder.iterdir()) - sealed if p.suffix != ".part"}
+        if leftovers:
+            raise UserError(
+                f"output_dir={where.folder} has other files in it ({', '.join(sorted(leftovers)[:3])}). "
+                "Choose an empty or a new directory."
+            )
+    where.folder.mkdir(parents=True, exist_ok=True)
+    write_text(where.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
+    write_json(where.environment, _environment())
+    write_json(
+        where.plan,
+        {
+            "base": str(base.resolve()),
+            "rounds": [asdict(step) | {"data_sha256": hashes[step.name]} for step in plan],
+        },
+    )
+    write_json(
+        where.draws,
+        {"rounds": [{"name": step.name, **chosen.as_dict()} for step, chosen in zip(plan, draws, strict=True)]},
+    )
+    write_text(where.config, yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def _same_config(where: RunDir, config: RunConfig) -> None:
+    if different := _differences(where, config):
+        raise UserError(
+            f"{where.folder} holds a run of another configuration ({'; '.join(different[:3])}"
+            f"{' …' if len(different) > 3 else ''}). Use the same configuration, or another output_dir."
+        )
+
+
+def _differences(where: RunDir, config: RunConfig) -> list[str]:
+    old, new = _flat(asdict(read_config(where))), _flat(asdict(config))
+    return [f"{key} was {old[key]}, is {new[key]}" for key in new if old[key] != new[key] and key not in FREE]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _same_data(where: RunDir, hashes: dict[str, str]) -> None:
+    for entry in read_json(where.plan)["rounds"]:
+        if hashes[entry["name"]] != entry["data_sha256"]:
+            raise UserError(
+                f"The data of round {entry['name']} ({entry['data']}) has changed since {where.folder} was begun. "
+                "Restore it, or start anew in another output_dir."
+            )
+
+
+def _data_hash(step: Step, config: RunConfig) -> str:
+    data = config.data
+    return content_hash(read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows))
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and hardware, as far as they can be told without importing torch."""
+    packages = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "hydra-core", "omegaconf")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]),
+        "packages": {name: metadata.version(name) for name in packages},
+        "hft": metadata.version("hft-cli"),
+        "git_commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
+    }
+
+
+def _output(command: list[str]) -> list[str]:
+    """A command's lines; none if there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return "\n".join(errors[-1:] or lines[-5:])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

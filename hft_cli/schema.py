@@ -1,0 +1,318 @@
+"""Config dataclasses, the checks across their fields, and the user's-mistake error. Standard library only.
+
+Hydra composes these (conf/), `check` refuses what cannot work, and from then on nothing changes them: the sealed copy in
+RUN/config.yaml is what every worker reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+REQUIRED = "???"  # Hydra's spelling of a value that must be given
+
+PACKAGE = Path(__file__).parent
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line saying what, where, the choices and the fix. Exit status 2, no traceback."""
+
+
+@dataclass
+class ModelConfig:
+    """Group `model`: which weights to start from."""
+
+    name: str = REQUIRED
+    """Label in tables and figures."""
+    path: str = REQUIRED
+    """Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."""
+    dtype: str = "float32"
+    """Precision of the forward and backward pass: float32, or bfloat16 with float32 master weights. Files keep theirs."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers: sdpa, eager or flash_attention_2."""
+    chat_template: str | None = None
+    """tulu, plain, or a Jinja file; null takes the tokenizer's own. Saved with the trained model."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code when loading it. Only for repositories that you trust."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Regular expression over parameter names -> kind, for parameters that hft cannot place by itself."""
+
+
+@dataclass
+class DataConfig:
+    """Group `data`: one set, or several in order, each a round of its own (section 3 of the paper)."""
+
+    name: str = REQUIRED
+    """Label in tables and figures."""
+    path: Any = REQUIRED
+    """File (JSON, JSONL, .gz, Parquet), folder or hub name of the training rows; a list of them makes a round of each."""
+    test_path: Any = None
+    """Rows scored by exact match before and after training: nothing, one place, or one for each training set."""
+    format: str = "auto"
+    """Shape of the rows: auto (from the first row), messages, prompt_completion, alpaca, sharegpt or trace."""
+    split: str = "train"
+    """Split to read where `path` is a folder or a hub name."""
+    max_rows: int | None = None
+    """Use only the first rows of each training set, to try things; at least 1."""
+    loss: str = "assistant"
+    """Tokens that are trained on: assistant (its turns only) or all."""
+
+
+@dataclass
+class MethodConfig:
+    """Group `method`: what a run does."""
+
+    name: str = REQUIRED
+    """fft (every matrix is updated) or hft (the selection decides)."""
+
+
+@dataclass
+class SelectionConfig:
+    """Group `selection`: which matrices a round updates (sections 3 and 5 of the paper)."""
+
+    level: str = "category"
+    """all, category (the paper's own: within each category of each layer), layer, or model."""
+    ratio: float = 0.5
+    """Share of the matrices in the transformer layers that is updated, in [0, 1]. The paper: 0.5, good from 0.4 to 0.6."""
+    balance: str = "matrices"
+    """What the ratio counts: matrices (the paper), or elements, which differ under grouped-query attention."""
+    embeddings: str = "update"
+    """update (the paper) or freeze the token and position embeddings."""
+    head: str = "update"
+    """update (the paper) or freeze the language-model head."""
+    final_norm: str = "update"
+    """update or freeze the norms outside the transformer layers."""
+    redraw: str = "independent"
+    """Draws of later rounds: independent (the paper), complementary (what was frozen goes first, in pairs) or fixed."""
+    seed: int | None = None
+    """Seed of the draw; null takes `seed`."""
+
+
+@dataclass
+class EngineConfig:
+    """Group `engine`: what the training runs on."""
+
+    name: str = REQUIRED
+    """Label: single, zero1, zero2 or zero3."""
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO stage, 1 to 3; null trains in one process without DeepSpeed."""
+    num_processes: int = 1
+    """Ranks, one for each GPU (or CPU process); at least 1. More than one needs a ZeRO stage."""
+
+
+@dataclass
+class TrainConfig:
+    """How a round is optimised. Defaults are Tulu V2's recipe for SFT, which the paper follows."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW; above 0."""
+    epochs: float = 2.0
+    """Passes over each training set; above 0. Ignored when max_steps is set."""
+    max_steps: int | None = None
+    """Optimizer steps of each round; at least 1. null: by epochs."""
+    batch_size: int = 128
+    """Rows in an optimizer step, over all ranks and accumulation."""
+    micro_batch_size: int = 4
+    """Rows that one rank handles at once; batch_size must be a multiple of micro_batch_size x ranks."""
+    max_length: int = 2048
+    """Tokens of a row; longer ones are cut on the right, and rows left without an answer are dropped and counted."""
+    packing: bool = False
+    """Pack short rows into sequences of max_length; needs model.attention=flash_attention_2 to keep rows apart."""
+    schedule: str = "linear"
+    """Learning-rate schedule: linear, cosine, constant or constant_with_warmup."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, for updated matrices only; at least 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment, in [0, 1)."""
+    beta2: float = 0.999
+    """AdamW's decay of the second moment, in [0, 1)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: int | None = None
+    """Steps between checkpoints that a stopped run resumes from; null keeps none within a round."""
+    save_limit: int = 1
+    """Checkpoints kept of the running round; at least 1."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; at least 1."""
+
+
+@dataclass
+class SuiteConfig:
+    """Group `suite`: what is scored before and after training."""
+
+    name: str = REQUIRED
+    """Label in tables: none or pocket."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Task -> rows (as in data.path) whose answers must come out exactly, under greedy decoding."""
+    batch_size: int = 64
+    """Rows scored at once; at least 1."""
+
+
+@dataclass
+class RunConfig:
+    """All that `hft train` is told: the primary config conf/train.yaml."""
+
+    seed: int = 42
+    """Seed of data order, dropout and, unless selection.seed is set, the draw; at least 0."""
+    output_dir: str = REQUIRED
+    """The run's directory. An unfinished run there is continued, a finished one is left alone."""
+    resume: bool = False
+    """Continue the newest unfinished run of the same configuration when output_dir is not given."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+
+
+def choose(what: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`; otherwise raise a UserError with the nearest one.
+
+    Raises:
+        UserError: "Unknown WHAT 'x'. Did you mean 'y'? Available: …".
+    """
+    names = list(choices)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"Unknown {what} '{value}'.{hint} Available: {', '.join(names)}.")
+
+
+def locate(path: str) -> str:
+    """The file or folder behind a config's path: `pocket:x` is x among the embedded files, the rest is left as it is."""
+    return str(PACKAGE / "pocket" / path.removeprefix("pocket:")) if path.startswith("pocket:") else path
+
+
+def places(value: Any) -> tuple[str, ...]:
+    """data.path or data.test_path as a tuple: nothing, one place or several."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
+    """Build a config dataclass, nested ones too, from plain values such as a sealed config.yaml holds.
+
+    Raises:
+        UserError: for a key that the dataclass does not have, with the nearest one.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        choose(f"key in {where or 'the config'}", key, hints)
+    return cls(
+        **{
+            key: from_dict(hints[key], value, f"{where}.{key}" if where else key) if is_dataclass(hints[key]) else value
+            for key, value in values.items()
+        }
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work, before anything expensive starts.
+
+    Raises:
+        UserError: one line with what, where, the choices and the fix.
+    """
+    for path, value in _leaves(config):
+        if value == REQUIRED:
+            raise UserError(f"{path} is not set. Give it on the command line: {path}=…")
+    model, data, selection, engine, train = config.model, config.data, config.selection, config.engine, config.train
+    choose("method.name", config.method.name, METHODS)
+    choose("model.dtype", model.dtype, ("float32", "bfloat16"))
+    choose("model.attention", model.attention, ("sdpa", "eager", "flash_attention_2"))
+    choose("data.format", data.format, ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "trace"))
+    choose("data.loss", data.loss, ("assistant", "all"))
+    choose("selection.level", selection.level, ("all", "category", "layer", "model"))
+    choose("selection.balance", selection.balance, ("matrices", "elements"))
+    choose("selection.redraw", selection.redraw, ("independent", "complementary", "fixed"))
+    choose("train.schedule", train.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
+    for name in ("embeddings", "head", "final_norm"):
+        choose(f"selection.{name}", getattr(selection, name), ("update", "freeze"))
+
+    for path, value, low in (
+        ("data.max_rows", data.max_rows, 1),
+        ("engine.num_processes", engine.num_processes, 1),
+        ("seed", config.seed, 0),
+        ("selection.seed", selection.seed, 0),
+        ("suite.batch_size", config.suite.batch_size, 1),
+        ("train.batch_size", train.batch_size, 1),
+        ("train.log_every", train.log_every, 1),
+        ("train.max_grad_norm", train.max_grad_norm, 0),
+        ("train.max_length", train.max_length, 2),
+        ("train.max_steps", train.max_steps, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.save_every", train.save_every, 1),
+        ("train.save_limit", train.save_limit, 1),
+        ("train.weight_decay", train.weight_decay, 0),
+    ):
+        if value is not None and not value >= low:
+            raise UserError(f"{path}={value} is too small: it must be at least {low}.")
+    for path, value in (("train.learning_rate", train.learning_rate), ("train.epochs", train.epochs)):
+        if not value > 0:
+            raise UserError(f"{path}={value} must be above 0.")
+    for path, value in (("train.warmup", train.warmup), ("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+        if not 0 <= value < 1:
+            raise UserError(f"{path}={value} must be in [0, 1).")
+    if not 0 <= selection.ratio <= 1:
+        raise UserError(f"selection.ratio={selection.ratio} is a share: it must be in [0, 1].")
+    if selection.level == "all" and selection.ratio not in (0.5, 1.0):
+        raise UserError(
+            f"selection.ratio={selection.ratio} has no meaning with selection=all, which updates every matrix. "
+            "Use selection=category, layer or model."
+        )
+
+    if config.method.name == "fft" and selection.level != "all":
+        raise UserError(
+            f"method=fft updates every matrix, so selection={selection.level} cannot hold. "
+            "Use method=hft, or leave selection out."
+        )
+    if engine.zero_stage is None and engine.num_processes > 1:
+        raise UserError(
+            f"engine={engine.name} is one process, but engine.num_processes={engine.num_processes}. "
+            "Use engine=zero1, zero2 or zero3."
+        )
+    if engine.zero_stage not in (None, 1, 2, 3):
+        raise UserError(f"engine.zero_stage={engine.zero_stage} does not exist: choose 1, 2 or 3.")
+    step_rows = train.micro_batch_size * engine.num_processes
+    if train.batch_size % step_rows:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
+            f"x engine.num_processes={engine.num_processes}. Nearest that is: "
+            f"{max(1, round(train.batch_size / step_rows)) * step_rows}."
+        )
+    if train.packing and model.attention != "flash_attention_2":
+        raise UserError(
+            f"train.packing=true with model.attention={model.attention} would let packed rows see each other. "
+            "Set model.attention=flash_attention_2 (GPU), or train.packing=false."
+        )
+    if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
+        raise UserError("data.path and data.test_path are each a path or a list of paths.")
+    if not places(data.path):
+        raise UserError("data.path is empty: give a file, a folder, a hub name, or a list of them.")
+    if len(places(data.test_path)) not in (0, 1, len(places(data.path))):
+        raise UserError(
+            f"data.test_path names {len(places(data.test_path))} sets for {len(places(data.path))} training sets: "
+            "give none, one, or one for each."
+        )
+
+
+METHODS = ("fft", "hft")
+
+
+def _leaves(config: Any, where: str = "") -> Iterable[tuple[str, Any]]:
+    for spec in fields(config):
+        path = f"{where}.{spec.name}" if where else spec.name
+        value = getattr(config, spec.name)
+        if is_dataclass(value):
+            yield from _leaves(value, path)
+        else:
+            yield path, value

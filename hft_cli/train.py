@@ -1,0 +1,423 @@
+"""Worker: one round of training in one process group, by TRL's SFTTrainer on DeepSpeed or in a single process.
+
+Started by the runner, as `python -m hft_cli.train STEP.json` or under torchrun with one process a rank. It reads the
+sealed step, trains, writes the round's delta and says how it went; it never composes a config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft_cli.data import chat_template, content_hash, read_chats, tokenize
+from hft_cli.layout import from_folder, to_stored
+from hft_cli.run_dir import RoundDir, SealedStep, read_json, write_json, write_text
+from hft_cli.schema import RunConfig, UserError, locate
+from hft_cli.selection import names_hash
+from hft_cli.weights import Writer, tensors
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+MARKER = "hft.json"  # written last into a checkpoint: without it the checkpoint is not whole
+
+
+def main(argv: list[str]) -> int:
+    """Train the round whose step file is argv[0]; a user's mistake goes into the round's mistake.txt."""
+    path = Path(argv[0])
+    try:
+        train(SealedStep.read(path), RoundDir(path.parent))
+    except UserError as error:
+        write_text(RoundDir(path.parent).mistake, str(error))
+        return 2
+    return 0
+
+
+def train(step: SealedStep, folder: RoundDir) -> None:
+    """Train one round and write delta.safetensors and, last, outcome.json.
+
+    Raises:
+        UserError: for data with nothing to train on, or a checkpoint made under another draw, data or number of ranks.
+    """
+    import torch
+    from transformers import AutoTokenizer, set_seed
+
+    config = step.config
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if config.train.packing and not torch.cuda.is_available():
+        raise UserError("train.packing=true needs a GPU (flash_attention_2). Set train.packing=false.")
+    arguments = _arguments(step, folder)
+    if config.engine.zero_stage is not None:
+        # Before the model is loaded: otherwise ZeRO-3 on CPU sees a world of one.
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    tokenizer = AutoTokenizer.from_pretrained(step.model, trust_remote_code=config.model.trust_remote_code)
+    tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
+    if rank == 0:
+        write_text(folder.template, tokenizer.chat_template)
+    dataset, counts = _tokens(step, folder, tokenizer, rank, world)
+
+    set_seed(config.seed)
+    model = load_model(step.model, config)
+    freeze(model, step.updated, step.frozen)
+
+    identity = {
+        "draw": names_hash(step.updated),
+        "data": counts["sha256"],
+        "ranks": world,
+        "zero_stage": config.engine.zero_stage,
+    }
+    checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
+    watch = _watch(step, folder, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen"))
+    trainer = _trainer(model, arguments, dataset, tokenizer, watch)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    _write_delta(model, step, folder.delta, rank)
+    if rank == 0:
+        write_json(
+            folder.outcome,
+            {
+                "steps": trainer.state.global_step,
+                "loss": result.training_loss,
+                "train_seconds": round(watch.seconds(), 3),
+                "tokens_per_second": round(watch.tokens_per_second(), 1),
+                "peak_memory_bytes": peak_memory(),
+                **counts,
+            },
+        )
+    _leave(world)
+
+
+def load_model(path: str, config: RunConfig) -> PreTrainedModel:
+    """The model at `path`, in the precision that its weights are trained in.
+
+    Master weights are always float32: in a single process the model itself, under autocast; under DeepSpeed the
+    optimizer's own copy, beside a model in bfloat16.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    low = config.model.dtype == "bfloat16" and config.engine.zero_stage is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if low else torch.float32,
+        attn_implementation=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    model.config.use_cache = False
+    return model
+
+
+def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]) -> None:
+    """Set requires_grad by name, before any engine or optimizer exists: flipping it later silently does nothing.
+
+    Raises:
+        UserError: if the names are not exactly the model's.
+    """
+    wanted = dict.fromkeys(updated, True) | dict.fromkeys(frozen, False)
+    own = dict(model.named_parameters())
+    if wanted.keys() != own.keys():
+        odd = sorted(wanted.keys() ^ own.keys())
+        raise UserError(
+            f"The model's parameters are not those that the draw was made for: {', '.join(odd[:3])}"
+            f"{' …' if len(odd) > 3 else ''} ({len(odd)} differ). Its files and its class do not fit each other."
+        )
+    for name, parameter in own.items():
+        parameter.requires_grad_(wanted[name])
+
+
+def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    config, train, engine = step.config, step.config.train, step.config.engine
+    gpu = torch.cuda.is_available()
+    deepspeed = None
+    if engine.zero_stage is not None:
+        deepspeed = {
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            # Always there: without the block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": engine.zero_stage}
+            | ({"stage3_gather_16bit_weights_on_model_save": True} if engine.zero_stage == 3 else {}),
+        }
+    return SFTConfig(
+        output_dir=str(folder.checkpoints),
+        seed=config.seed,
+        learning_rate=train.learning_rate,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.num_processes),
+        max_length=train.max_length,
+        packing=train.packing,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
+        optim="adamw_torch_fused" if gpu else "adamw_torch",
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        bf16=config.model.dtype == "bfloat16",
+        use_cpu=not gpu,
+        activation_checkpointing=train.gradient_checkpointing,
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or 0.5,
+        save_total_limit=train.save_limit,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,
+        report_to=[],
+        deepspeed=deepspeed,
+        dataloader_pin_memory=gpu,
+    )
+
+
+def _tokens(
+    step: SealedStep, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
+) -> tuple[Dataset, dict[str, Any]]:
+    """The tokenized rows, made once by rank 0 and read by all, with their counts and hash."""
+    from datasets import load_from_disk
+
+    data, counts_file = step.config.data, folder.tokens / "counts.json"
+    if rank == 0 and not counts_file.exists():
+        shutil.rmtree(folder.tokens, ignore_errors=True)
+        chats = read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows)
+        made = tokenize(chats, tokenizer, max_length=step.config.train.max_length, loss=data.loss, where=step.data)
+        made.dataset.save_to_disk(str(folder.tokens))
+        write_json(
+            counts_file,
+            {
+                "rows": made.rows,
+                "rows_dropped": made.dropped,
+                "rows_truncated": made.truncated,
+                "tokens": made.total_tokens,
+                "tokens_trained_on": made.trained_tokens,
+                "sha256": content_hash(chats),
+            },
+        )
+    _barrier(world)
+    return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def _checkpoint(
+    folder: Path, identity: Mapping[str, Any], rank: int, world: int
+) -> tuple[str | None, dict[str, Any]]:
+    """The newest whole checkpoint and its marker; what a kill left half written is removed.
+
+    Raises:
+        UserError: if it was made under another draw, data, number of ranks or ZeRO stage.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    whole = [path for path in found if (path / MARKER).exists()]
+    if rank == 0:
+        for path in set(found) - set(whole):
+            shutil.rmtree(path)
+    _barrier(world)
+    if not whole:
+        return None, {}
+    marker = read_json(whole[0] / MARKER)
+    for key, value in identity.items():
+        if marker[key] != value:
+            raise UserError(
+                f"{whole[0]} was made under another {key.replace('_', ' ')} ({marker[key]}, now {value}); resuming it would "
+                "go wrong silently. Use the same configuration and data, or another output_dir."
+            )
+    return str(whole[0]), marker
+
+
+def _watch(
+    step: SealedStep,
+    folder: RoundDir,
+    identity: Mapping[str, Any],
+    rank: int,
+    world: int,
+    seconds_before: float,
+    frozen_before: list[int] | None,
+) -> Any:
+    """The callback that logs, reports progress, marks checkpoints and sees to it that frozen weights stay as they are."""
+    import torch
+    from transformers import TrainerCallback
+
+    metrics = Path(step.metrics)
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.start = self.end = 0.0
+            self.tokens = self.tokens_at_start = 0
+            self.loss: float | None = None
+            self.checksums: list[int] = []
+
+        def seconds(self) -> float:
+            """Training time in all, over resumed sessions."""
+            return seconds_before + (self.end or time.perf_counter()) - self.start
+
+        def tokens_per_second(self) -> float:
+            """Of this session."""
+            return (self.tokens - self.tokens_at_start) / max((self.end or time.perf_counter()) - self.start, 1e-9)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.checksums = _gather(frozen_checksum(model), world)
+            if frozen_before is not None and self.checksums != frozen_before:
+                raise RuntimeError("The frozen weights that the checkpoint restored are not those of the model's files.")
+            self.tokens = self.tokens_at_start = state.num_input_tokens_seen
+            if rank == 0:
+                _forget_after(metrics, step.number, state.global_step)
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.tokens = state.num_input_tokens_seen
+            if rank == 0:
+                progress = {"step": state.global_step, "of": state.max_steps, "loss": self.loss}
+                folder.progress.write_text(json.dumps(progress | {"tokens_per_second": self.tokens_per_second()}))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if rank == 0 and "loss" in logs:
+                self.loss = logs["loss"]
+                line = {"round": step.number, "step": state.global_step, "tokens_per_second": self.tokens_per_second()}
+                line |= {k: logs[k] for k in ("loss", "learning_rate", "grad_norm", "epoch") if k in logs}
+                with metrics.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _barrier(world)  # every rank has written its part
+            if rank == 0:
+                marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums}
+                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.end = time.perf_counter()
+            if _gather(frozen_checksum(model), world) != self.checksums:
+                raise RuntimeError("A frozen weight changed in memory during training: this is a fault of the engine.")
+
+    return Watch()
+
+
+def frozen_checksum(model: Any) -> int:
+    """One number over the bits of all frozen weights that this rank holds (under ZeRO-3: its shards)."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in getattr(model, "module", model).named_parameters():
+        if not parameter.requires_grad:
+            held = getattr(parameter, "ds_tensor", parameter).detach()
+            if held.numel():
+                digest.update(f"{name} {torch.hash_tensor(held).item()}\n".encode())
+    return int.from_bytes(digest.digest()[:6], "big")
+
+
+def _trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: Any, watch: Any) -> Any:
+    from trl import SFTTrainer
+
+    return SFTTrainer(
+        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch]
+    )
+
+
+def _write_delta(model: Any, step: SealedStep, path: Path, rank: int) -> None:
+    """Stream what was trained into the round's delta, a parameter at a time, under the names and dtypes of the files."""
+    base = tensors(Path(step.model))
+    params = {p.name: p for p in from_folder(step.model, step.config.model.kinds)}
+    trained = [(params[name], value) for name, value in model.named_parameters() if value.requires_grad]
+    if rank != 0:
+        for _, value in trained:
+            full_value(value)  # a collective: every rank takes part
+        return
+    announced = {stored: base[stored][1] for param, _ in trained for stored in param.stored}
+    with Writer(path, announced, {"format": "pt", "round": str(step.number)}) as writer:
+        for param, value in trained:
+            parts = to_stored(model, {param.name: full_value(value)}, [param])
+            for stored in param.stored:
+                writer.add(stored, _bytes(parts[stored], announced[stored].dtype))
+
+
+def full_value(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole float32 master value of a parameter, wherever ZeRO keeps it. Collective over the ranks."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return value.detach().cpu()
+    return parameter.detach().cpu()
+
+
+def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
+    import torch
+
+    cast = tensor.to(getattr(torch, DTYPES[dtype])).contiguous()
+    return memoryview(cast.reshape(-1).view(torch.uint8).numpy())
+
+
+# The dtypes of a safetensors file that weights are trained from.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had allocated on its GPU, or without one the most that was resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget_after(metrics: Path, number: int, last: int) -> None:
+    """Drop the lines that a stopped session wrote after the checkpoint that this one resumes from."""
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        kept = [line for line in lines if (line["round"], line["step"]) <= (number, last)]
+        write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _gather(value: int, world: int) -> list[int]:
+    if world == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[int] = [0] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def _leave(world: int) -> None:
+    """End a rank at once when all is written: torn down in its own time, it sometimes aborts at exit."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        _barrier(world)
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""Prove from a run's files that each round changed what its draw says and nothing else. Standard library only, but YAML.
+
+The final model must be, tensor by tensor and bit by bit, the base with the rounds' deltas laid over it in order; each
+delta must hold exactly the tensors of its round's draw; and each draw must be what the seed gives. Nothing that the
+training process said of itself is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_cli.layout import Param, TensorInfo, from_folder, read_header
+from hft_cli.run_dir import RunDir, read_config, read_json
+from hft_cli.schema import SelectionConfig, UserError
+from hft_cli.selection import draw
+from hft_cli.weights import fetch, same_bytes, tensors
+
+MOST_NAMES = 5  # named in a fault
+
+
+@dataclass(frozen=True)
+class RoundProof:
+    """What the files say of a round. `faults` is empty when the round is proven; `unmoved` updated, yet equal to before."""
+
+    number: int
+    name: str
+    updated: int
+    frozen: int
+    unmoved: tuple[str, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def frozen_bit_identical(self) -> bool:
+        return not self.faults
+
+
+def verify(
+    run: RunDir, model: Path | None = None, tick: Callable[[str], None] = lambda name: None
+) -> tuple[RoundProof, ...]:
+    """Check every round of a run; `model` is the final model's folder (default: RUN/model), `tick` hears of progress.
+
+    Raises:
+        UserError: if a file is missing, or the base is not there any more.
+    """
+    config = read_config(run)
+    ledger = read_json(run.draws)["rounds"]
+    base = fetch(read_json(run.plan)["base"])
+    params = from_folder(base, config.model.kinds)
+    stored = {p.name: p.stored for p in params}
+    seed = config.seed if config.selection.seed is None else config.selection.seed
+
+    now: dict[str, tuple[Path, TensorInfo]] = tensors(base)  # where each tensor's value stands after the rounds so far
+    last: dict[str, int] = {}  # the round that wrote it
+    proofs: list[RoundProof] = []
+    for entry in ledger:
+        number, name = entry["round"], entry["name"]
+        faults = _ledger_faults(entry, params, config.selection, seed)
+        delta = run.round(number, name).delta
+        if not delta.exists():
+            raise UserError(f"{delta} is missing: round {number} cannot be proven.")
+        held = read_header(delta)
+        drawn = {tensor for param in entry["updated"] for tensor in stored[param]}
+        faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
+        faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
+        faults += _named("its delta has another dtype or shape for", {n for n in held if not _fits(now.get(n), held[n])})
+        unmoved = []
+        for tensor, info in held.items():
+            tick(f"round {number}: {tensor}")
+            if tensor in now and same_bytes(now[tensor], (delta, info)):
+                unmoved.append(tensor)
+            now[tensor], last[tensor] = (delta, info), number
+        proofs.append(
+            RoundProof(number, name, len(entry["updated"]), len(entry["frozen"]), tuple(unmoved), tuple(faults))
+        )
+
+    final = tensors(model or run.model)
+    wrong: dict[int, set[str]] = {}
+    for tensor, place in final.items():
+        tick(f"model: {tensor}")
+        if tensor not in now or not same_bytes(now[tensor], place):
+            wrong.setdefault(last.get(tensor, 0), set()).add(tensor)
+    if missing := now.keys() - final.keys():
+        wrong.setdefault(0, set()).update(missing)
+    return tuple(_with_final(proof, wrong) for proof in proofs)
+
+
+def _with_final(proof: RoundProof, wrong: dict[int, set[str]]) -> RoundProof:
+    """A tensor that differs in the final model changed in some round after the last that may have written it."""
+    frozen = set().union(*(names for number, names in wrong.items() if number < proof.number))
+    faults = _named("frozen tensors differ in the final model", frozen)
+    faults += _named("the final model does not hold what this round's delta holds", wrong.get(proof.number, set()))
+    return RoundProof(
+        proof.number, proof.name, proof.updated, proof.frozen, proof.unmoved, (*proof.faults, *faults)
+    )
+
+
+def _ledger_faults(
+    entry: dict[str, Any], params: tuple[Param, ...], selection: SelectionConfig, seed: int
+) -> list[str]:
+    again = draw(params, selection, entry["round"], seed)
+    if (list(again.updated), list(again.frozen), again.sha256) != (entry["updated"], entry["frozen"], entry["sha256"]):
+        return ["draws.json is not what its seed and selection give"]
+    return []
+
+
+def _fits(one: tuple[Path, TensorInfo] | None, info: TensorInfo) -> bool:
+    return one is not None and (one[1].dtype, one[1].shape) == (info.dtype, info.shape)
+
+
+def _named(what: str, names: set[str]) -> list[str]:
+    if not names:
+        return []
+    some = sorted(names)[:MOST_NAMES]
+    more = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
+    return [f"{what}: {', '.join(some)}{more}"]
