@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,25 +75,31 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    import subprocess
-
-    argv = [re.sub(r"^method=", "+method=", argument) for argument in argv]
-    # Hydra asks for a + before a group that has no default, and takes it away from one that has.
-    if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(a.startswith("-") for a in argv):
+    if set(argv) & {"-h", "--help"}:
+        print(_help())
+        return 0
+    # Hydra asks for a + before a group without a default and before a new key of a map; we do not.
+    argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
+    if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
+        a.startswith("-") for a in argv
+    ):
         raise UserError(
             f"No method: what should the run do? Available: {', '.join(_options('method'))}. "
             "For instance: hft train +method=hft"
         )
-    try:
-        _hydra("train", argv)
-    except subprocess.CalledProcessError as error:
-        status = error.returncode
-        return 128 - status if status < 0 else 1
+    failures = _hydra("train", argv)
+    for overrides, failure in failures[1:] if len(failures) > 1 else []:
+        print(f"hft: {' '.join(overrides)}: {failure}", file=sys.stderr)
+    if failures:
+        overrides, failure = failures[0]
+        if isinstance(failure, UserError):
+            raise failure
+        return 128 - failure.returncode if failure.returncode < 0 else 1
     return 0
 
 
-def _hydra(name: str, argv: list[str]) -> None:
-    """Compose conf/NAME.yaml with the overrides in argv and run it, once or as a sweep."""
+def _hydra(name: str, argv: list[str]) -> list[tuple[list[str], Any]]:
+    """Compose conf/NAME.yaml with the overrides in argv and run it, once or as a sweep. Returns the failed jobs."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -101,10 +108,20 @@ def _hydra(name: str, argv: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=RunConfig)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
     sys.argv = ["hft " + name, *argv]
+    failures: list[tuple[list[str], Any]] = []
+
+    def job(composed: Any) -> None:
+        # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
+        try:
+            _run(composed)
+        except (UserError, subprocess.CalledProcessError) as error:
+            failures.append((list(hydra.core.hydra_config.HydraConfig.get().overrides.task), error))
+
     try:
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(_run)()
+        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, argv)) from None
+    return failures
 
 
 def _run(composed: Any) -> None:
@@ -112,16 +129,14 @@ def _run(composed: Any) -> None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from hft_cli.report import summary
     from hft_cli.runner import run
 
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(composed, resolve=True)
     if hydra.mode == RunMode.MULTIRUN:
         values["output_dir"] = hydra.runtime.output_dir
-    where = run(from_dict(RunConfig, values), list(hydra.overrides.task))
-    from hft_cli.report import summary
-
-    print(summary(where))
+    print(summary(run(from_dict(RunConfig, values), list(hydra.overrides.task))))
 
 
 def _conf() -> Path:
@@ -155,21 +170,61 @@ def _one_line(error: BaseException, argv: Sequence[str]) -> str:
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{found.group(1)} is not set. Give it on the command line: {found.group(1)}=…"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [line for line in lines if not re.match(r"(reference_type|object_type|See https|Available options|Config search)", line)]
+    kept = [
+        line
+        for line in lines
+        if not re.match(r"(reference_type|object_type|See https|Available options|Config search)", line)
+    ]
     key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), "")
     kept = [line for line in kept if not line.startswith(("full_key:", "Error merging override"))] or lines
     return f"{key}: {kept[0]}" if key else " ".join(kept[:2])
 
 
+def _help() -> str:
+    """The groups with their options, and every key with its default and what its docstring says."""
+    import ast
+
+    from hft_cli import schema
+
+    tree = ast.parse(Path(schema.__file__).read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def section(name: str, where: str) -> list[str]:
+        lines, inner = [], []
+        body = classes[name].body
+        for spec, doc in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(spec, ast.AnnAssign):
+                continue
+            kind, key = ast.unparse(spec.annotation), where + ast.unparse(spec.target)
+            if kind in classes:
+                inner += section(kind, key + ".")
+                continue
+            default = ast.unparse(spec.value) if spec.value else ""
+            default = {"REQUIRED": "(its group sets it)", "field(default_factory=dict)": "{}"}.get(default, default)
+            text = ast.literal_eval(doc.value) if isinstance(doc, ast.Expr) else ""
+            lines.append(f"  {key + '=' + default:<38} {text}")
+        return [f"\n{ast.get_docstring(classes[name])}", *lines, *inner]
+
+    groups = sorted(path.name for path in _conf().iterdir() if path.is_dir() and path.name != "hydra")
+    options = [f"  {group:<11} {', '.join(_options(group))}" for group in groups if _options(group)]
+    return "\n".join(
+        [
+            "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
+            "--cfg job prints what a command composes.",
+            "\nGroups and their options:",
+            *options,
+            *section("RunConfig", ""),
+        ]
+    )
+
+
 def _keys(cls: type[Any], where: str = "") -> list[str]:
-    from dataclasses import fields, is_dataclass
+    from dataclasses import is_dataclass
     from typing import get_type_hints
 
-    hints = get_type_hints(cls)
     keys = []
-    for spec in fields(cls):
-        inner = hints[spec.name]
-        keys += _keys(inner, f"{where}{spec.name}.") if is_dataclass(inner) else [where + spec.name]
+    for name, hint in get_type_hints(cls).items():
+        keys += _keys(hint, f"{where}{name}.") if is_dataclass(hint) and isinstance(hint, type) else [where + name]
     return keys
 
 
@@ -187,7 +242,7 @@ def _verify(argv: list[str]) -> int:
     options.add_argument("--model", type=Path, help="check this folder as the final model, instead of RUN/model")
     given = options.parse_args(argv)
     with tqdm(desc="verify", unit=" tensors", leave=False, disable=not sys.stderr.isatty()) as bar:
-        proofs = verify(finished(given.run), given.model, lambda name: bool(bar.update()))
+        proofs = verify(finished(given.run), given.model, lambda name: bar.update() and None)
     for proof in proofs:
         print(
             f"round {proof.number} {proof.name}: {proof.updated} tensors updated, {proof.frozen} frozen: "
@@ -217,7 +272,9 @@ def _show(argv: list[str]) -> int:
 def _report(argv: list[str]) -> int:
     from hft_cli.report import report
 
-    options = _parser("report", "Compare finished runs: a table (printed, Markdown, CSV, JSON) and a figure (PNG, SVG).")
+    options = _parser(
+        "report", "Compare finished runs: a table (printed, Markdown, CSV, JSON) and a figure (PNG, SVG)."
+    )
     options.add_argument("runs", nargs="+", help="directories of runs, or folders of such")
     options.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
     given = options.parse_args(argv)

@@ -376,7 +376,7 @@ def _check_template(chat: Chat, place: str, tokenizer: Any, template: str) -> No
 
 def _with_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
     """The marked spans with the end-of-turn token: where a template leaves it unmarked, stopping is never learnt."""
-    if len(spans) != sum(turn["role"] == "assistant" for turn in chat):
+    if not spans or len(spans) != sum(turn["role"] == "assistant" for turn in chat):
         return spans  # not one span for a turn: what follows the last span need not be the end of a turn
     tail = text[spans[-1][1] :].rstrip()  # what follows the last answer, and so each answer
     return [(start, end + len(tail) if text.startswith(tail, end) else end) for start, end in spans]

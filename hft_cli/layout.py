@@ -6,6 +6,7 @@ read from the safetensors headers alone; any other is read with a weightless mod
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -276,7 +277,8 @@ def _meta_model(config_or_path: Any) -> Any:
                 raise UserError(f"There is no {config}.")
             config = AutoConfig.from_pretrained(config, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            # a copy, because transformers notes its choice of attention kernel in the config it is given
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # a faulty config fails in many ways inside the model's own code
@@ -286,8 +288,7 @@ def _meta_model(config_or_path: Any) -> Any:
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    tied = model.all_tied_weights_keys
-    return {name: tuple(param.shape) for name, param in model.named_parameters() if name not in tied}
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}  # lists a tied weight once
 
 
 def from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
@@ -370,7 +371,7 @@ def _converted(model: Any, infos: Mapping[str, TensorInfo], folder: Path) -> _La
     strange = []
     for name in sorted(infos, key=_natural):
         target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if target not in state and name in state:  # a file saved in the module's own layout
+        if target not in state and name in state:  # the loader's own fallback
             target, source = name, None
         if source in split and target in shapes:
             raise UserError(f"{folder}: tensor '{name}' holds several parameters at once, which is not supported.")
@@ -433,13 +434,15 @@ def to_stored(model: Any, named: Mapping[str, Tensor], params: Iterable[Param] =
     wanted = {param.name: param.stored for param in params}
     if not wanted:
         return dict(revert_weight_conversion(model, dict(named)))
+    tied = set(model.all_tied_weights_keys.values())
     result: dict[str, Tensor] = {}
     for name, tensor in named.items():
         written: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
         stored = wanted[name]
         if stored[0] == name and name not in written:  # the folder already has the module's layout
             written = {name: tensor}
-        if len(written) == 1:  # one tensor under the folder's own prefix, or repeated as a tied head
+        # One tensor under the folder's own prefix, or repeated as a tied head.
+        if len(written) == 1 and (len(stored) == 1 or name in tied):
             result.update(dict.fromkeys(stored, next(iter(written.values()))))
             continue
         # The names may differ by the prefix alone, so both in natural order pair up.

@@ -27,9 +27,9 @@ def steps(config: RunConfig) -> tuple[Step, ...]:
 
 
 def _sft(config: RunConfig) -> tuple[Step, ...]:
-    data, tests = places(config.data.path), places(config.data.test_path)
-    if len(tests) <= 1:
-        tests = tuple(tests or [None]) * len(data)
+    data = places(config.data.path)
+    given = places(config.data.test_path)
+    tests = given if len(given) > 1 else (given[0] if given else None,) * len(data)
     return tuple(
         Step(number, name, "sft", path, test)
         for number, (name, path, test) in enumerate(zip(_names(data), data, tests, strict=True), start=1)

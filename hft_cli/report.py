@@ -1,2 +1,249 @@
-"""stub"""
-def summary(where): return str(where.folder)
+"""Runs -> tables and figures. Reads run directories, never writes into them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft_cli.run_dir import RunDir, read_json, write_json, write_text
+from hft_cli.schema import UserError
+
+# Okabe and Ito's colours, which people who do not see colours well can tell apart; each method has a marker too.
+STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s")}
+OTHER_STYLE = ("#009E73", "^")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in a table. Shares are in [0, 1]; `skill` and `retained` are means over the tasks, None if not scored."""
+
+    run: str
+    status: str  # verified, failed or unfinished
+    method: str = ""
+    selection: str = ""
+    learning_rate: float | None = None
+    seed: int | None = None
+    updated: float | None = None
+    skill: float | None = None
+    retained: float | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> before, after
+
+
+def summary(run: RunDir) -> str:
+    """What a finished run did and scored, in a few lines."""
+    results = read_json(run.results)
+    rows = []
+    for entry in results["rounds"]:
+        rows.append(
+            [
+                entry["name"],
+                f"{entry['updated_fraction']:.1%}",
+                str(entry["steps"]),
+                f"{entry['loss']:.3f}",
+                f"{entry['train_seconds']:.1f}",
+                f"{entry['tokens_per_second']:,.0f}",
+                _mebibytes(entry["peak_memory_bytes"]),
+                "bit-identical" if entry["frozen_bit_identical"] else "CHANGED",
+            ]
+        )
+    heads = ["round", "updated", "steps", "mean loss", "seconds", "tokens/s", "peak memory", "frozen weights"]
+    parts = [_text_table(heads, rows)]
+    if scores := _scores(results["eval"]):
+        parts.append(
+            _text_table(
+                ["exact match", "before", "after"],
+                [[task, _percent(pair["before"]), _percent(pair["after"])] for task, pair in scores.items()],
+            )
+        )
+    dropped = sum(entry["rows_dropped"] for entry in results["rounds"])
+    cut = sum(entry["rows_truncated"] for entry in results["rounds"])
+    if dropped or cut:
+        parts.append(f"Rows cut at train.max_length: {cut}; left out, their whole answer being cut off: {dropped}.")
+    parts.append(f"Model: {run.model}   everything else: {run.folder}   check: hft verify {run.folder}")
+    return "\n\n".join(parts)
+
+
+def draws_table(run: RunDir) -> str:
+    """The ledger as layers by matrices: a sign for each round, ● updated, ○ frozen."""
+    rounds = read_json(run.draws)["rounds"]
+    signs: dict[str, str] = {}
+    for entry in rounds:
+        for sign, names in (("●", entry["updated"]), ("○", entry["frozen"])):
+            for name in names:
+                signs[name] = signs.get(name, "") + sign
+    cells: dict[int, dict[str, str]] = {}
+    outside: list[tuple[str, str]] = []
+    for name, sign in signs.items():
+        found = re.search(r"\.(\d+)\.(.+?)(\.weight)?$", name)
+        if found:
+            cells.setdefault(int(found.group(1)), {})[found.group(2)] = sign
+        else:
+            outside.append((name.removesuffix(".weight"), sign))
+    columns = sorted({column for row in cells.values() for column in row})
+    short = [column.rsplit(".", 1)[-1] for column in columns]
+    heads = [s if short.count(s) == 1 else c for s, c in zip(short, columns, strict=True)]
+    table = _text_table(["layer", *heads], [[str(n), *(cells[n].get(c, "") for c in columns)] for n in sorted(cells)])
+    lines = [
+        f"round {e['round']} {e['name']}: {e['level']}, ratio {e['ratio']:g}, reached {e['matrices_reached']:.1%} of "
+        f"matrices and {e['elements_reached']:.1%} of elements in the layers, seed {e['seed']}, sha256 {e['sha256'][:12]}"
+        for e in rounds
+    ]
+    return "\n".join(
+        [*lines, "", "● updated   ○ frozen   one sign a round", "", table, "", *(f"{s}  {n}" for n, s in outside)]
+    )
+
+
+def report(places: Sequence[Path], out: Path) -> str:
+    """Write runs.md, runs.csv, runs.json and, where runs are scored, tradeoff.png and .svg into `out`.
+
+    Every run found is in the tables, an unfinished or unverified one too, and said to be so.
+
+    Returns:
+        The table, as Markdown, with the names of the files.
+
+    Raises:
+        UserError: if there is no run at a place.
+    """
+    rows = [_row(run) for place in places for run in _runs(place)]
+    out.mkdir(parents=True, exist_ok=True)
+    table = markdown(rows)
+    write_text(out / "runs.md", table + "\n")
+    write_text(out / "runs.csv", _csv(rows))
+    write_json(out / "runs.json", [vars(row) for row in rows])
+    files = ["runs.md", "runs.csv", "runs.json"]
+    if any(row.skill is not None and row.retained is not None for row in rows):
+        _tradeoff(rows, out)
+        files += ["tradeoff.png", "tradeoff.svg"]
+    return f"{table}\n\nIn {out}: {', '.join(files)}"
+
+
+def _runs(place: Path) -> list[RunDir]:
+    found = sorted(path.parent for path in [*place.glob("config.yaml"), *place.glob("**/config.yaml")])
+    if not found:
+        raise UserError(f"There is no run in {place}: no config.yaml in it or below it.")
+    return [RunDir(folder) for folder in dict.fromkeys(found)]
+
+
+def _row(run: RunDir) -> Row:
+    if not run.results.exists():
+        return Row(run=str(run.folder), status="unfinished")
+    results = read_json(run.results)
+    scores = _scores(results["eval"])
+    rounds = results["rounds"]
+    selection = results["selection"]
+    level = selection["level"]
+    return Row(
+        run=str(run.folder),
+        status="verified" if results["verification"]["passed"] and run.done.exists() else "failed",
+        method=results["method"],
+        selection=level if level == "all" else f"{level} {selection['ratio']:g}",
+        learning_rate=results["learning_rate"],
+        seed=results["seed"],
+        updated=_mean(entry["updated_fraction"] for entry in rounds),
+        skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
+        retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
+        train_seconds=sum(entry["train_seconds"] for entry in rounds),
+        peak_memory_bytes=max(entry["peak_memory_bytes"] for entry in rounds),
+        scores=scores,
+    )
+
+
+def _scores(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """SUITE/TASK -> exact match before and after; `data` is the suite of what was trained."""
+    return {
+        f"{suite}/{task}": {
+            "before": metrics["exact_match"],
+            "after": evaluation["after"][suite][task]["exact_match"],
+        }
+        for suite, tasks in evaluation["before"].items()
+        for task, metrics in tasks.items()
+    }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The runs as a Markdown table, in the order of method, learning rate and seed."""
+    heads = ["method", "selection", "learning rate", "seed", "skill learned", "facts retained", "updated", "seconds",
+             "peak memory", "status"]  # fmt: skip
+    body = [
+        [
+            row.method or row.run,
+            row.selection,
+            "" if row.learning_rate is None else f"{row.learning_rate:g}",
+            "" if row.seed is None else str(row.seed),
+            _percent(row.skill),
+            _percent(row.retained),
+            _percent(row.updated),
+            "" if row.train_seconds is None else f"{row.train_seconds:.1f}",
+            "" if row.peak_memory_bytes is None else _mebibytes(row.peak_memory_bytes),
+            row.status,
+        ]
+        for row in sorted(rows, key=lambda r: (r.method, r.selection, r.learning_rate or 0, r.seed or 0))
+    ]
+    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *body]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    names = [name for name in vars(rows[0]) if name != "scores"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "scores"])
+    writer.writerows([*(vars(row)[name] for name in names), json.dumps(row.scores)] for row in rows)
+    return text.getvalue()
+
+
+def _tradeoff(rows: Sequence[Row], out: Path) -> None:
+    """Retention against skill, up and right being better; runs of one method are joined in order of learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scored = [row for row in rows if row.skill is not None and row.retained is not None]
+    figure, axes = plt.subplots(figsize=(5.2, 3.9), layout="constrained")
+    for method in sorted({row.method for row in scored}):
+        colour, marker = STYLES.get(method, OTHER_STYLE)
+        own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
+        x, y = [100 * (row.skill or 0) for row in own], [100 * (row.retained or 0) for row in own]
+        axes.plot(x, y, color=colour, marker=marker, linewidth=1.2, label=method.upper())
+        for row, at in zip(own, zip(x, y, strict=True), strict=True):
+            axes.annotate(f"{row.learning_rate:g}", at, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set_xlabel("Skill learned (exact match, %)")
+    axes.set_ylabel("Facts retained (exact match, %)")
+    axes.set_title("Numbers beside the points: learning rate", fontsize=8, loc="left")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"tradeoff.{suffix}", dpi=200)
+    plt.close(figure)
+
+
+def _text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [heads, *rows]
+    )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,4 +1,4 @@
-"""The files of a run's directory: their names, what the runner seals for its workers, and writing whole or not at all."""
+"""The files of a run's directory: names, what is sealed for the workers, and writing whole or not at all."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class SealedStep:
 
 @dataclass(frozen=True)
 class Job:
-    """All that an evaluation worker is told. `tasks`: suite -> task -> where its rows are; `out`: the file for the scores."""
+    """What an evaluation worker is told. `tasks`: suite -> task -> where the rows are; `out`: file for the scores."""
 
     model: ModelConfig
     path: str

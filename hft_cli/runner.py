@@ -61,9 +61,18 @@ def run(config: RunConfig, overrides: Sequence[str]) -> RunDir:
         _same_config(where, config)
         _same_data(where, hashes)
         _say(f"Continuing the run in {where.folder}.")
-    else:
-        _seal(where, config, overrides, plan, draws, hashes, base)
+        return _walk(where, config, plan, draws, base)
+    _seal(where, config, overrides, plan, draws, hashes, base)
+    try:
+        return _walk(where, config, plan, draws, base)
+    except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
+        if not list(where.folder.glob("rounds/*/outcome.json")):
+            shutil.rmtree(where.folder)  # nothing was trained, and the mended command starts anew
+        raise
 
+
+def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], draws: Sequence[Draw], base: Path) -> RunDir:
+    """Score, train round by round, score again; what is done already is not done again."""
     before = _score(where, "before", base, config)
     model = base
     outcomes = []
@@ -94,9 +103,9 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
         ).write(folder.step)
         _say(
             f"Round {step.number}, {step.name}: {chosen.level}, {len(chosen.updated)} of "
-            f"{len(chosen.updated) + len(chosen.frozen)} tensors updated ({chosen.updated_fraction:.1%} of the elements)"
+            f"{len(chosen.updated) + len(chosen.frozen)} tensors updated, {chosen.updated_fraction:.1%} of the elements"
         )
-        _work(_launcher(config) + ["hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
+        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
@@ -166,9 +175,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
+    """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
     with tqdm(
-        desc=f"{label}: starting",
-        bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        desc=label,
+        bar_format="{desc} [{elapsed}]",
         mininterval=0.2 if sys.stderr.isatty() else 15,
         total=0,
     ) as bar:
@@ -186,7 +196,7 @@ def _show(bar: Any, progress: Path, label: str) -> None:
         return
     if not bar.total:
         bar.reset(total=at["of"])
-        bar.set_description_str(label, refresh=False)
+        bar.bar_format = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         bar.initial = at["step"] - 1
         bar.n = bar.initial
     loss = "" if at["loss"] is None else f"loss {at['loss']:.3f}, "
@@ -319,7 +329,8 @@ def _same_config(where: RunDir, config: RunConfig) -> None:
 
 def _differences(where: RunDir, config: RunConfig) -> list[str]:
     old, new = _flat(asdict(read_config(where))), _flat(asdict(config))
-    return [f"{key} was {old[key]}, is {new[key]}" for key in new if old[key] != new[key] and key not in FREE]
+    keys = sorted((old.keys() | new.keys()) - set(FREE))
+    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Config dataclasses, the checks across their fields, and the user's-mistake error. Standard library only.
 
-Hydra composes these (conf/), `check` refuses what cannot work, and from then on nothing changes them: the sealed copy in
-RUN/config.yaml is what every worker reads.
+Hydra composes these (conf/), `check` refuses what cannot work, and from then on nothing changes them: every worker
+reads the sealed copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line saying what, where, the choices and the fix. Exit status 2, no traceback."""
+    """A mistake the user can mend: one line saying what, where, the choices and the fix. Exit status 2."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ModelConfig:
     path: str = REQUIRED
     """Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."""
     dtype: str = "float32"
-    """Precision of the forward and backward pass: float32, or bfloat16 with float32 master weights. Files keep theirs."""
+    """Precision of computing: float32, or bfloat16 with float32 master weights. The files keep their own."""
     attention: str = "sdpa"
     """Attention implementation of transformers: sdpa, eager or flash_attention_2."""
     chat_template: str | None = None
@@ -49,7 +49,7 @@ class DataConfig:
     name: str = REQUIRED
     """Label in tables and figures."""
     path: Any = REQUIRED
-    """File (JSON, JSONL, .gz, Parquet), folder or hub name of the training rows; a list of them makes a round of each."""
+    """File (JSON, JSONL, .gz, Parquet), folder or hub name of the training rows; of a list, each is a round."""
     test_path: Any = None
     """Rows scored by exact match before and after training: nothing, one place, or one for each training set."""
     format: str = "auto"
@@ -77,7 +77,7 @@ class SelectionConfig:
     level: str = "category"
     """all, category (the paper's own: within each category of each layer), layer, or model."""
     ratio: float = 0.5
-    """Share of the matrices in the transformer layers that is updated, in [0, 1]. The paper: 0.5, good from 0.4 to 0.6."""
+    """Share of the matrices in the layers that is updated, in [0, 1]. The paper: 0.5, good from 0.4 to 0.6."""
     balance: str = "matrices"
     """What the ratio counts: matrices (the paper), or elements, which differ under grouped-query attention."""
     embeddings: str = "update"
@@ -106,7 +106,7 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """How a round is optimised. Defaults are Tulu V2's recipe for SFT, which the paper follows."""
+    """How a round is optimised. Learning rate, epochs, batch size, schedule and warmup default to Tulu V2's for SFT."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW; above 0."""
@@ -121,7 +121,7 @@ class TrainConfig:
     max_length: int = 2048
     """Tokens of a row; longer ones are cut on the right, and rows left without an answer are dropped and counted."""
     packing: bool = False
-    """Pack short rows into sequences of max_length; needs model.attention=flash_attention_2 to keep rows apart."""
+    """Pack short rows into sequences of max_length, without padding; rows do not see each other."""
     schedule: str = "linear"
     """Learning-rate schedule: linear, cosine, constant or constant_with_warmup."""
     warmup: float = 0.03
@@ -190,7 +190,7 @@ def choose(what: str, value: str, choices: Iterable[str]) -> str:
 
 
 def locate(path: str) -> str:
-    """The file or folder behind a config's path: `pocket:x` is x among the embedded files, the rest is left as it is."""
+    """The file or folder behind a config's path: `pocket:x` is x among the embedded files."""
     return str(PACKAGE / "pocket" / path.removeprefix("pocket:")) if path.startswith("pocket:") else path
 
 
@@ -207,10 +207,10 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     """
     hints = typing.get_type_hints(cls)
     for key in values:
-        choose(f"key in {where or 'the config'}", key, hints)
+        choose("key", where + key, [where + name for name in hints])
     return cls(
         **{
-            key: from_dict(hints[key], value, f"{where}.{key}" if where else key) if is_dataclass(hints[key]) else value
+            key: from_dict(hints[key], value, f"{where}{key}.") if is_dataclass(hints[key]) else value
             for key, value in values.items()
         }
     )
@@ -288,11 +288,6 @@ def check(config: RunConfig) -> None:
             f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
             f"x engine.num_processes={engine.num_processes}. Nearest that is: "
             f"{max(1, round(train.batch_size / step_rows)) * step_rows}."
-        )
-    if train.packing and model.attention != "flash_attention_2":
-        raise UserError(
-            f"train.packing=true with model.attention={model.attention} would let packed rows see each other. "
-            "Set model.attention=flash_attention_2 (GPU), or train.packing=false."
         )
     if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
         raise UserError("data.path and data.test_path are each a path or a list of paths.")

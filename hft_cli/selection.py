@@ -90,7 +90,9 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     everything = units(params)
     inside = [u for u in everything if u.layer is not None]
     if not inside:
-        raise UserError("The model has no transformer layers to select from; see `hft plan`, or map them by model.kinds.")
+        raise UserError(
+            "The model has no transformer layers to select from; see `hft plan`, or map them by model.kinds."
+        )
     if config.head == "freeze" and config.embeddings == "update" and not any(u.kind == "head" for u in everything):
         raise UserError(
             "selection.head=freeze cannot hold with selection.embeddings=update: this model ties its head to its "

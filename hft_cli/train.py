@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_cli.data import chat_template, content_hash, read_chats, tokenize
-from hft_cli.layout import from_folder, to_stored
+from hft_cli.layout import Param, from_folder, to_stored
 from hft_cli.run_dir import RoundDir, SealedStep, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, locate
 from hft_cli.selection import names_hash
@@ -56,8 +56,8 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     config = step.config
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if config.train.packing and not torch.cuda.is_available():
-        raise UserError("train.packing=true needs a GPU (flash_attention_2). Set train.packing=false.")
+    # Before DeepSpeed's settings exist: under ZeRO-3 they would reach for the weightless model that this may build.
+    params = {p.name: p for p in from_folder(step.model, config.model.kinds)}
     arguments = _arguments(step, folder)
     if config.engine.zero_stage is not None:
         # Before the model is loaded: otherwise ZeRO-3 on CPU sees a world of one.
@@ -87,7 +87,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     trainer = _trainer(model, arguments, dataset, tokenizer, watch)
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
-    _write_delta(model, step, folder.delta, rank)
+    _write_delta(model, step, params, folder.delta, rank)
     if rank == 0:
         write_json(
             folder.outcome,
@@ -169,6 +169,7 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
         gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.num_processes),
         max_length=train.max_length,
         packing=train.packing,
+        dataset_kwargs=None if train.packing else {"skip_prepare_dataset": True},  # it is tokenized and cut already
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
         optim="adamw_torch_fused" if gpu else "adamw_torch",
@@ -219,9 +220,7 @@ def _tokens(
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
 
 
-def _checkpoint(
-    folder: Path, identity: Mapping[str, Any], rank: int, world: int
-) -> tuple[str | None, dict[str, Any]]:
+def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int) -> tuple[str | None, dict[str, Any]]:
     """The newest whole checkpoint and its marker; what a kill left half written is removed.
 
     Raises:
@@ -239,8 +238,8 @@ def _checkpoint(
     for key, value in identity.items():
         if marker[key] != value:
             raise UserError(
-                f"{whole[0]} was made under another {key.replace('_', ' ')} ({marker[key]}, now {value}); resuming it would "
-                "go wrong silently. Use the same configuration and data, or another output_dir."
+                f"{whole[0]} was made under another {key.replace('_', ' ')} ({marker[key]}, now {value}); resuming it "
+                "would go wrong silently. Use the same configuration and data, or another output_dir."
             )
     return str(whole[0]), marker
 
@@ -254,7 +253,7 @@ def _watch(
     seconds_before: float,
     frozen_before: list[int] | None,
 ) -> Any:
-    """The callback that logs, reports progress, marks checkpoints and sees to it that frozen weights stay as they are."""
+    """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are."""
     import torch
     from transformers import TrainerCallback
 
@@ -278,7 +277,9 @@ def _watch(
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.checksums = _gather(frozen_checksum(model), world)
             if frozen_before is not None and self.checksums != frozen_before:
-                raise RuntimeError("The frozen weights that the checkpoint restored are not those of the model's files.")
+                raise RuntimeError(
+                    "The frozen weights that the checkpoint restored are not those of the model's files."
+                )
             self.tokens = self.tokens_at_start = state.num_input_tokens_seen
             if rank == 0:
                 _forget_after(metrics, step.number, state.global_step)
@@ -330,15 +331,12 @@ def frozen_checksum(model: Any) -> int:
 def _trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: Any, watch: Any) -> Any:
     from trl import SFTTrainer
 
-    return SFTTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch]
-    )
+    return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])
 
 
-def _write_delta(model: Any, step: SealedStep, path: Path, rank: int) -> None:
-    """Stream what was trained into the round's delta, a parameter at a time, under the names and dtypes of the files."""
+def _write_delta(model: Any, step: SealedStep, params: Mapping[str, Param], path: Path, rank: int) -> None:
+    """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
     base = tensors(Path(step.model))
-    params = {p.name: p for p in from_folder(step.model, step.config.model.kinds)}
     trained = [(params[name], value) for name, value in model.named_parameters() if value.requires_grad]
     if rank != 0:
         for _, value in trained:
@@ -366,7 +364,7 @@ def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
     import torch
 
     cast = tensor.to(getattr(torch, DTYPES[dtype])).contiguous()
-    return memoryview(cast.reshape(-1).view(torch.uint8).numpy())
+    return cast.reshape(-1).view(torch.uint8).numpy().data
 
 
 # The dtypes of a safetensors file that weights are trained from.

@@ -1,4 +1,4 @@
-"""Prove from a run's files that each round changed what its draw says and nothing else. Standard library only, but YAML.
+"""Prove from a run's files that each round changed what its draw says and nothing else. No torch.
 
 The final model must be, tensor by tensor and bit by bit, the base with the rounds' deltas laid over it in order; each
 delta must hold exactly the tensors of its round's draw; and each draw must be what the seed gives. Nothing that the
@@ -23,7 +23,7 @@ MOST_NAMES = 5  # named in a fault
 
 @dataclass(frozen=True)
 class RoundProof:
-    """What the files say of a round. `faults` is empty when the round is proven; `unmoved` updated, yet equal to before."""
+    """What the files say of a round: proven when `faults` is empty. `unmoved`: updated, yet equal to before."""
 
     number: int
     name: str
@@ -65,7 +65,9 @@ def verify(
         drawn = {tensor for param in entry["updated"] for tensor in stored[param]}
         faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
         faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
-        faults += _named("its delta has another dtype or shape for", {n for n in held if not _fits(now.get(n), held[n])})
+        faults += _named(
+            "its delta has another dtype or shape for", {n for n in held if not _fits(now.get(n), held[n])}
+        )
         unmoved = []
         for tensor, info in held.items():
             tick(f"round {number}: {tensor}")
@@ -92,9 +94,7 @@ def _with_final(proof: RoundProof, wrong: dict[int, set[str]]) -> RoundProof:
     frozen = set().union(*(names for number, names in wrong.items() if number < proof.number))
     faults = _named("frozen tensors differ in the final model", frozen)
     faults += _named("the final model does not hold what this round's delta holds", wrong.get(proof.number, set()))
-    return RoundProof(
-        proof.number, proof.name, proof.updated, proof.frozen, proof.unmoved, (*proof.faults, *faults)
-    )
+    return RoundProof(proof.number, proof.name, proof.updated, proof.frozen, proof.unmoved, (*proof.faults, *faults))
 
 
 def _ledger_faults(

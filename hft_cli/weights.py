@@ -1,7 +1,7 @@
 """Tensors as bytes in safetensors files: streaming deltas out and models together. No torch.
 
-A safetensors file is an 8-byte little-endian length, a JSON header (name -> dtype, shape, byte range) and the bytes. All
-of this works on byte ranges, so any dtype passes bit for bit and memory does not grow with the model.
+A safetensors file is an 8-byte little-endian length, a JSON header (name -> dtype, shape, byte range) and the bytes.
+All of this works on byte ranges, so any dtype passes bit for bit and memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fetch(path: str) -> Path:
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path} is not a folder.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(path, allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in NOT_WEIGHTS)])
@@ -52,7 +52,7 @@ class Writer:
         for name, info in tensors.items():
             begin, end = end, end + info.stop - info.start
             header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
-        self._left = [(name, info.stop - info.start) for name, info in reversed(tensors.items())]
+        self._left = [(name, info.stop - info.start) for name, info in reversed(list(tensors.items()))]
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._file = self._part.open("wb")

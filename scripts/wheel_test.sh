@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Build the wheel, install it into another environment, and run it from an empty folder as a newcomer would.
+# The other environment sees this one's packages, so that only the wheel itself is installed anew.
+set -euo pipefail
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+project=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m build --quiet --wheel --outdir "$work/dist" "$project"
+"$python" -m venv "$work/env"
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
+echo "$packages" >"$("$work/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_dependencies.pth"
+
+mkdir "$work/empty folder"
+cd "$work/empty folder"
+found=$("$work/env/bin/python" -c 'import hft_cli; print(hft_cli.__file__)')
+case "$found" in "$work"/env/*) ;; *) echo "the wheel is not what runs: $found" >&2; exit 1 ;; esac
+"$work/env/bin/hft" train +method=hft train.max_steps=3 output_dir=run
+"$work/env/bin/hft" verify run
+echo "wheel test passed"

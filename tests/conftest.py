@@ -1,0 +1,89 @@
+"""What tests share: running `hft` as a user does, and small runs of the embedded model made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Few steps of few rows: enough to move every matrix.
+QUICK = (
+    "data=pocket_order",
+    "data.test_path=null",
+    "train.max_steps=4",
+    "train.batch_size=8",
+    "train.micro_batch_size=4",
+    "train.max_length=64",
+    "train.learning_rate=1e-3",
+    "train.log_every=1",
+)
+
+
+SCORED = ("method=hft", "train.save_every=2", "suite=pocket", "data.test_path=pocket:skills/order/test.jsonl")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def hft(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> Ended:
+    """Run `hft` in a process of its own."""
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment()
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hft_cli.cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: several would only fight over the two cores of a small machine."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train(out: Path, *arguments: object) -> Path:
+    """A finished quick run in `out`, or a failed test with what it said."""
+    done = hft("train", *QUICK, f"output_dir={out}", *arguments)
+    assert done.status == 0, done.err
+    assert (out / "DONE").exists()
+    return out
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def hft_run(runs) -> Path:
+    """A finished HFT run of one round, in one process."""
+    return train(runs / "hft", *SCORED)
+
+
+@pytest.fixture(scope="session")
+def two_rounds(runs) -> Path:
+    """A finished HFT run of two rounds with complementary draws."""
+    return train(
+        runs / "two", "+method=hft", "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]",
+        "selection.redraw=complementary",
+    )  # fmt: skip

@@ -1,0 +1,187 @@
+"""What a user types and what a mistake says: exit status 2, one line, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from conftest import Ended, command, environment, hft
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from hft_cli import schema
+from hft_cli.schema import RunConfig, UserError, check, choose, from_dict
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+GROUPS = {"model": "model", "data": "data", "method": "+method", "selection": "selection", "engine": "engine",
+          "suite": "suite", "experiment": "+experiment"}  # fmt: skip
+
+
+def composed(*overrides: str) -> RunConfig:
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", list(overrides))
+    return from_dict(RunConfig, OmegaConf.to_container(config, resolve=True))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+# ruff: noqa: E501
+MISTAKES = {
+    "no method": ((), r"No method: .* Available: fft, hft\. For instance: hft train \+method=hft"),
+    "unknown method": (("+method=htf",), r"Unknown method 'htf'\. Did you mean 'hft'\? Available: fft, hft\."),
+    "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'"),
+    "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
+    "added key": (("+method=hft", "+train.bogus=1"), r"Unknown key 'train\.bogus'"),
+    "unknown top key": (("+method=hft", "outputdir=x"), r"Unknown key 'outputdir'\. Did you mean 'output_dir'"),
+    "wrong type": (("+method=hft", "train.max_steps=ten"), r"train\.max_steps: Value 'ten' .* Integer"),
+    "quoted number": (("+method=hft", "train.learning_rate='1e-5x'"), r"train\.learning_rate: .* Float"),
+    "ratio": (("+method=hft", "selection.ratio=1.5"), r"selection\.ratio=1\.5 is a share: it must be in \[0, 1\]"),
+    "ratio of all": (("+method=fft", "selection.ratio=0.3"), r"has no meaning with selection=all"),
+    "choice": (("+method=hft", "selection.redraw=independant"), r"Did you mean 'independent'\?"),
+    "fft selects": (("+method=fft", "selection=layer"), r"method=fft updates every matrix.*Use method=hft"),
+    "ranks": (("+method=hft", "engine.num_processes=2"), r"engine=single is one process.*Use engine=zero1, zero2 or zero3"),
+    "batch": (("+method=hft", "train.batch_size=10", "train.micro_batch_size=4"), r"not a multiple .* Nearest that is: 8"),
+    "steps": (("+method=hft", "train.max_steps=0"), r"train\.max_steps=0 is too small: it must be at least 1"),
+    "rate": (("+method=hft", "train.learning_rate=0"), r"train\.learning_rate=0(\.0)? must be above 0"),
+    "warmup": (("+method=hft", "train.warmup=1"), r"train\.warmup=1(\.0)? must be in \[0, 1\)"),
+    "tests": (("+method=hft", "data.test_path=[a,b]"), r"data\.test_path names 2 sets for 1 training sets"),
+    "no data": (("+method=hft", "data.path=nowhere.jsonl"), r"No such file or folder: 'nowhere\.jsonl'"),
+    "no model": (("+method=hft", "model.path=./nowhere"), r"model\.path=\./nowhere is not a folder"),
+    "no hub": (("+method=hft", "model.path=meta/none"), r"model\.path=meta/none is neither a folder nor a model"),
+    "no path": (("+method=hft", "data=local"), r"data\.path is not set\. Give it on the command line: data\.path=…"),
+    "nothing trains": (
+        ("+method=hft", "selection.ratio=0", "selection.embeddings=freeze", "selection.head=freeze", "selection.final_norm=freeze"),
+        r"Nothing would be trained",
+    ),
+    "resume nothing": (("+method=hft", "resume=true"), r"no unfinished run of this configuration"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(name, tmp_path):
+    arguments, said = MISTAKES[name]
+    ended = hft("train", *arguments, cwd=tmp_path)
+    assert ended.status == 2, ended
+    assert re.search(said, ended.err), ended.err
+    assert ended.err.startswith("hft: ")
+    assert len(ended.err.strip().splitlines()) == 1
+    assert ended.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trian",), r"Unknown command 'trian'\. Did you mean 'train'\? Available: train, verify"),
+        (("verify", "nowhere"), r"There is no run directory nowhere"),
+        (("verify", "."), r"is not the directory of a run"),
+        (("show", "draws", "."), r"draws\.json is missing"),
+        (("report", "."), r"There is no run in \."),
+    ],
+)
+def test_other_commands_say_a_mistake_in_one_line_too(arguments, said, tmp_path):
+    ended = hft(*arguments, cwd=tmp_path)
+    assert (ended.status, ended.out) == (2, "")
+    assert re.search(said, ended.err)
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_help_comes_without_torch_or_hydra_and_at_once():
+    code = "import sys, hft_cli.cli as c; sys.argv=['hft','--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch','hydra','transformers'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "hft train +method=hft" in said
+    assert said.endswith("[]\n")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command("--help"), capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[2] < 0.3
+
+
+def test_composing_a_run_does_not_import_torch():
+    code = (
+        "import sys, hft_cli.runner, hft_cli.cli, hft_cli.report; "
+        "print(sorted({'torch','transformers','deepspeed','trl'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert said.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("spelling", ["method=hft", "+method=hft"])
+def test_method_is_spelled_with_or_without_a_plus(spelling):
+    ended: Ended = hft("train", spelling, "--cfg", "job")
+    assert ended.status == 0
+    assert "name: hft" in ended.out
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_config_file_composes_and_is_accepted(group, option):
+    method = [] if group in ("method", "experiment") else ["+method=fft" if option == "all" else "+method=hft"]
+    place = [f"{group}.path=of-your-own"] if option == "local" else []  # `local` has none by itself
+    check(composed(*method, f"{GROUPS[group]}={option}", *place))
+
+
+def test_there_is_a_config_file_for_every_choice_that_the_contract_names():
+    assert set(options("method")) == set(schema.METHODS)
+    assert set(options("selection")) == {"all", "category", "layer", "model"}
+    assert {"single", "zero1", "zero2", "zero3"} <= set(options("engine"))
+
+
+def config_fields(cls=RunConfig, where=""):
+    """Every field below the run's config, as (class, name, where it is set)."""
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    for spec in fields(cls):
+        if is_dataclass(hints[spec.name]):
+            yield from config_fields(hints[spec.name], f"{where}{spec.name}.")
+        else:
+            yield cls.__name__, spec.name, where + spec.name
+
+
+def test_every_field_has_a_docstring_and_is_read_by_something_other_than_its_check():
+    tree = ast.parse((ROOT / "hft_cli/schema.py").read_text())
+    documented = {
+        (cls.name, field.target.id)
+        for cls in tree.body
+        if isinstance(cls, ast.ClassDef)
+        for field, doc in zip(cls.body, cls.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
+    read = {
+        node.attr
+        for path in (ROOT / "hft_cli").glob("*.py")
+        if path.name != "schema.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    for cls, name, key in config_fields():
+        assert (cls, name) in documented, f"{key} has no docstring"
+        # embeddings, head and final_norm are read together with the kinds that they are about
+        assert name in read, f"{key} is set and checked, but nothing reads it"
+
+
+def test_the_error_for_an_unknown_name_gives_the_nearest_and_all():
+    with pytest.raises(UserError, match=r"Unknown thing 'aple'\. Did you mean 'apple'\? Available: apple, pear\."):
+        choose("thing", "aple", ["apple", "pear"])
+
+
+def test_a_sealed_config_comes_back_as_it_was():
+    config = composed("+method=hft", "+model.kinds={mamba: attention}", "selection.seed=3")
+    from dataclasses import asdict
+
+    assert from_dict(RunConfig, json.loads(json.dumps(asdict(config)))) == config

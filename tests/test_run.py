@@ -1,0 +1,386 @@
+"""`hft train` from end to end: real processes, real DeepSpeed ranks, the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, SCORED, command, environment, hft, results, train, weights
+from safetensors.torch import load_file, save_file
+
+from hft_cli.layout import read_header
+from hft_cli.schema import locate
+
+BASE = Path(locate("pocket:model"))
+ZERO2 = ("engine=zero2", "engine.num_processes=2")
+ZERO3 = ("engine=zero3", "engine.num_processes=2")
+
+
+def ledger(run: Path) -> list[dict]:
+    return json.loads((run / "draws.json").read_text())["rounds"]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Tensors that differ, told by a reader that shares nothing with ours."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+# -------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_changes_what_was_drawn_and_nothing_else(hft_run):
+    (entry,) = ledger(hft_run)
+    assert changed(BASE, hft_run / "model") == set(entry["updated"])
+    assert set(read_header(hft_run / "rounds/01-order/delta.safetensors")) == set(entry["updated"])
+
+
+def test_a_run_directory_holds_what_the_contract_says(hft_run):
+    assert {path.name for path in hft_run.iterdir()} == {
+        "config.yaml", "overrides.yaml", "plan.json", "environment.json", "draws.json", "metrics.jsonl", "rounds",
+        "model", "results.json", "eval", "DONE",
+    }  # fmt: skip
+    found = results(hft_run)
+    assert (found["method"], found["stage"], found["seed"]) == ("hft", "sft", 42)
+    (entry,) = found["rounds"]
+    assert entry["frozen_bit_identical"] is True
+    assert entry["steps"] == 4
+    assert 0.5 < entry["updated_fraction"] < 0.7
+    assert min(entry["train_seconds"], entry["tokens_per_second"], entry["peak_memory_bytes"]) > 0
+    assert found["eval"]["before"]["pocket"]["facts"]["exact_match"] >= 0.98
+    assert found["eval"]["after"]["pocket"]["facts"]["items"] >= 900
+    assert not (hft_run / "rounds/01-order/checkpoints").exists()
+    assert not (hft_run / "rounds/01-order/model").exists()
+
+
+def test_the_log_has_a_line_a_step_and_the_loss_falls(hft_run):
+    lines = [json.loads(line) for line in (hft_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["round"] == 1 and line["tokens_per_second"] > 0 for line in lines)
+
+
+def test_the_model_loads_with_transformers_and_generates(hft_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(hft_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(hft_run / "model")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    assert model.generate(prompt, max_new_tokens=4).shape[1] > prompt.shape[1]
+
+
+def test_show_draws_prints_layers_by_matrices(hft_run):
+    shown = hft("show", "draws", hft_run).out
+    rows = [line.split() for line in shown.splitlines() if line[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    head = next(line for line in shown.splitlines() if line.startswith("layer")).split()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert name in head
+    attention = [head.index(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    assert all(sum(row[at] == "●" for at in attention) == 2 for row in rows)
+
+
+def test_report_makes_a_table_and_a_figure(hft_run, two_rounds, tmp_path):
+    ended = hft("report", hft_run, two_rounds, "--out", tmp_path / "out")
+    assert ended.status == 0
+    assert ended.out.count("| verified |") == 2
+    for name in ("runs.md", "runs.csv", "runs.json", "tradeoff.png", "tradeoff.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- verify
+
+
+def flip(path: Path, name: str, bit: int = 0) -> None:
+    """Change one bit of one tensor of a safetensors file."""
+    info = read_header(path)[name]
+    with path.open("r+b") as file:
+        file.seek(info.start + bit // 8)
+        byte = file.read(1)[0]
+        file.seek(info.start + bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def copy(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to))
+
+
+def test_verify_passes_and_says_so(hft_run):
+    ended = hft("verify", hft_run)
+    assert (ended.status, ended.out.splitlines()[-1]) == (0, "verified: 1 round")
+
+
+@pytest.mark.parametrize("state", ["frozen", "updated"])
+def test_verify_fails_a_run_with_one_bit_changed(hft_run, tmp_path, state):
+    run = copy(hft_run, tmp_path / "run")
+    name = ledger(run)[0][state][-1]
+    flip(run / "model/model.safetensors", name)
+    ended = hft("verify", run)
+    assert ended.status == 1
+    assert name in ended.out
+    assert ended.out.endswith("NOT VERIFIED\n")
+
+
+def test_verify_blames_the_right_round(two_rounds, tmp_path):
+    run = copy(two_rounds, tmp_path / "run")
+    first, second = ledger(run)
+    name = next(n for n in first["updated"] if n in second["frozen"])
+    flip(run / "model/model.safetensors", name)
+    said = hft("verify", run).out
+    assert "round 1 order" in said
+    assert f"frozen tensors differ in the final model: {name}" in said.split("round 2")[1]
+
+
+def test_verify_fails_a_delta_that_holds_a_frozen_tensor(hft_run, tmp_path):
+    run = copy(hft_run, tmp_path / "run")
+    delta, frozen = run / "rounds/01-order/delta.safetensors", ledger(run)[0]["frozen"][0]
+    save_file(load_file(delta) | {frozen: load_file(BASE / "model.safetensors")[frozen]}, delta)
+    assert f"its delta holds tensors that the draw freezes: {frozen}" in hft("verify", run).out
+
+
+def test_verify_fails_a_ledger_that_its_seed_does_not_give(hft_run, tmp_path):
+    run = copy(hft_run, tmp_path / "run")
+    made = json.loads((run / "draws.json").read_text())
+    made["rounds"][0]["updated"].append(made["rounds"][0]["frozen"].pop())
+    (run / "draws.json").write_text(json.dumps(made))
+    ended = hft("verify", run)
+    assert ended.status == 1
+    assert "draws.json is not what its seed and selection give" in ended.out
+
+
+def test_verify_says_which_updated_tensors_did_not_move_and_passes(runs):
+    run = train(runs / "still", "+method=hft", "train.learning_rate=1e-30", "train.max_steps=1")
+    ended = hft("verify", run)
+    assert ended.status == 0
+    said = next(line for line in ended.out.splitlines() if "did not move, though updated:" in line)
+    assert "lm_head.weight" in said
+    assert "verified: 1 round" in ended.out
+
+
+# ------------------------------------------------------------------------------------------------------- invariants
+
+
+def test_ratio_one_ends_with_the_same_bits_as_fft(runs):
+    half = train(runs / "ratio1", "+method=hft", "selection.ratio=1")
+    full = train(runs / "fft", "+method=fft")
+    assert weights(half) == weights(full)
+    assert changed(BASE, full / "model") == set(load_file(BASE / "model.safetensors"))
+
+
+def test_two_rounds_start_from_one_another_and_complementary_draws_cover_the_model(two_rounds):
+    first, second = ledger(two_rounds)
+    assert (first["name"], second["name"]) == ("order", "backwards")
+    inside = {name for name in first["updated"] + first["frozen"] if ".layers." in name}
+    assert {*first["updated"], *second["updated"]} >= inside
+    final = load_file(two_rounds / "model/model.safetensors")
+    deltas = [load_file(path) for path in sorted(two_rounds.glob("rounds/*/delta.safetensors"))]
+    expected = load_file(BASE / "model.safetensors") | deltas[0] | deltas[1]
+    assert all(torch.equal(final[name], expected[name]) for name in final)
+    assert hft("verify", two_rounds).out.endswith("verified: 2 rounds\n")
+
+
+def test_weight_decay_and_bfloat16_leave_frozen_float32_weights_alone(runs):
+    run = train(runs / "bf16", "+method=hft", "model.dtype=bfloat16", "train.weight_decay=0.5")
+    assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
+
+
+def test_packing_checkpointing_and_a_cosine_schedule_train_and_verify(runs):
+    run = train(
+        runs / "packed", "+method=hft", "train.packing=true", "train.gradient_checkpointing=true",
+        "train.schedule=cosine", "selection=model", "selection.balance=elements",
+    )  # fmt: skip
+    assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
+
+
+@pytest.mark.parametrize("engine", [("engine=zero1", "engine.num_processes=2"), ZERO2, ZERO3], ids=lambda e: e[0])
+def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
+    run = train(runs / engine[0].replace("=", "-"), "+method=hft", *engine, "train.micro_batch_size=2")
+    assert ledger(run) == ledger(hft_run)
+    assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
+    one, many = (load_file(path / "model/model.safetensors") for path in (hft_run, run))
+    start = load_file(BASE / "model.safetensors")
+    moved = sum((one[name] - start[name]).abs().sum() for name in one)
+    apart = sum((one[name] - many[name]).abs().sum() for name in one)
+    assert apart < 0.02 * moved
+
+
+def test_zero3_in_bfloat16_with_checkpointing_keeps_float32_files_exact(runs):
+    run = train(
+        runs / "zero3-bf16", "+method=hft", *ZERO3, "train.micro_batch_size=2", "model.dtype=bfloat16",
+        "train.gradient_checkpointing=true",
+    )  # fmt: skip
+    assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
+
+
+# ----------------------------------------------------------------------------------------------- stopping, resuming
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command("train", *QUICK, f"output_dir={out}", *arguments), env=environment())
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"ended before {path.name}"
+        assert time.monotonic() < deadline, f"no {path.name} within {seconds} s"
+        time.sleep(0.02)
+
+
+def ranks(out: Path) -> list[int]:
+    """Processes that work on the run in `out`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_gone(out: Path, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while ranks(out):
+        assert time.monotonic() < deadline, f"still running: {ranks(out)}"
+        time.sleep(0.1)
+
+
+LONG = ("+method=hft", "train.max_steps=100", "train.save_every=20")
+
+
+@pytest.mark.parametrize("engine", [(), (*ZERO2, "train.micro_batch_size=2")], ids=["single", "zero2"])
+def test_killed_and_resumed_ends_with_the_same_bits_as_uninterrupted(tmp_path, engine):
+    whole = train(tmp_path / "whole", *LONG, *engine)
+    out = tmp_path / "killed"
+    process = start(out, *LONG, *engine)
+    wait_for(out / "rounds/01-order/checkpoints/checkpoint-20/hft.json", process)
+    process.kill()
+    process.wait()
+    wait_until_gone(out)
+    assert not (out / "DONE").exists()
+
+    steps = sorted((out / "rounds/01-order/checkpoints").glob("checkpoint-*/hft.json"))
+    assert steps
+    if not engine:  # only what is updated has optimizer state
+        state = torch.load(steps[-1].parent / "optimizer.pt", weights_only=True)["state"]
+        assert len(state) == len(ledger(out)[0]["updated"])
+
+    ended = hft("train", *QUICK, *LONG, *engine, f"output_dir={out}")
+    assert ended.status == 0, ended.err
+    assert "Continuing the run" in ended.err
+    assert weights(out) == weights(whole)
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 101))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_ranks_and_the_status_says_which(tmp_path, number):
+    process = start(tmp_path / "run", *LONG, *ZERO2, "train.micro_batch_size=2")
+    wait_for(tmp_path / "run/rounds/01-order/progress.json", process)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    wait_until_gone(tmp_path / "run")
+
+
+def interrupted(out: Path) -> None:
+    process = start(out, *LONG)
+    wait_for(out / "rounds/01-order/checkpoints/checkpoint-20/hft.json", process)
+    process.kill()
+    process.wait()
+    wait_until_gone(out)
+
+
+def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(tmp_path):
+    out = tmp_path / "runs" / "today" / "run"
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(locate("pocket:skills/order/train.jsonl"), rows)
+    long = (*LONG, f"data.path={rows}")
+    process = start(out, *long)
+    wait_for(out / "rounds/01-rows/checkpoints/checkpoint-20/hft.json", process)
+    process.kill()
+    process.wait()
+    wait_until_gone(out)
+
+    for change, said in (
+        ("selection.seed=7", r"selection.seed was None, is 7"),
+        ("engine=zero2", "engine.name was single, is zero2"),
+    ):
+        ended = hft("train", *QUICK, *long, f"output_dir={out}", change)
+        assert ended.status == 2
+        assert said in ended.err
+
+    marker = next((out / "rounds/01-rows/checkpoints").glob("checkpoint-*/hft.json"))
+    content = marker.read_text()
+    marker.write_text(json.dumps(json.loads(content) | {"draw": "of another seed"}))
+    ended = hft("train", *QUICK, *long, f"output_dir={out}")
+    assert ended.status == 2
+    assert "was made under another draw (of another seed, now" in ended.err
+    marker.write_text(content)
+
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[1:]))
+    ended = hft("train", *QUICK, *long, f"output_dir={out}")
+    assert ended.status == 2
+    assert "has changed since" in ended.err
+    rows.write_text("".join(lines))
+
+    found = hft("train", *QUICK, *long, f"output_dir={tmp_path}/runs/today/new", "resume=true")
+    assert found.status == 0, found.err
+    assert f"Continuing the run in {out}" in found.err
+
+
+def test_a_finished_run_is_left_alone(hft_run):
+    before = weights(hft_run)
+    ended = hft("train", *QUICK, f"output_dir={hft_run}", *SCORED)
+    assert ended.status == 0
+    assert "finished already" in ended.err
+    assert weights(hft_run) == before
+    other = hft("train", *QUICK, f"output_dir={hft_run}", "method=fft")
+    assert other.status == 2
+    assert "holds a run of another configuration" in other.err
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}")
+    assert ended.status == 2
+    assert "has other files in it (thesis.tex)" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_mistake_that_only_the_worker_sees_is_one_line_and_leaves_no_run(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", "train.max_length=3")
+    assert ended.status == 2
+    assert "Raise train.max_length" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_fails_ends_with_status_1_and_names_its_log(tmp_path):
+    broken = Path(shutil.copytree(BASE, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", f"model.path={broken}")
+    assert ended.status == 1
+    assert "no such function" in ended.err
+    assert "The whole log: " in ended.err
+    assert not (tmp_path / "run/DONE").exists()
+
+
+def test_a_sweep_makes_a_run_of_each_and_a_failed_one_does_not_stop_the_rest(tmp_path):
+    ended = hft("train", "-m", *QUICK, f"output_dir={tmp_path}", "train.max_length=3,64", "+method=hft,fft")
+    done = [path.parent for path in tmp_path.glob("*/DONE")]
+    assert len(done) == 2
+    assert ended.status == 2
+    assert {results(run)["method"] for run in done} == {"hft", "fft"}

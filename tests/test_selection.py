@@ -1,0 +1,252 @@
+"""The selection core: what every draw of every strategy must be, by property and without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from fractions import Fraction
+from math import comb
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from hft_cli.layout import Param
+from hft_cli.schema import SelectionConfig, UserError
+from hft_cli.selection import draw, units
+
+
+def model(layers: int, matrices: dict[str, tuple[str, tuple[int, ...]]], bias: bool = False, tied: bool = False):
+    """Parameters of a made-up model: matrices maps a name within the layer to its kind and shape."""
+    params = [("embed.weight", (64, 8), None, "embedding"), ("norm.weight", (8,), None, "norm")]
+    if not tied:
+        params.append(("head.weight", (64, 8), None, "head"))
+    for layer in range(layers):
+        for name, (kind, shape) in matrices.items():
+            params.append((f"layers.{layer}.{name}.weight", shape, layer, kind))
+            if bias and kind != "norm":
+                params.append((f"layers.{layer}.{name}.bias", shape[:1], layer, kind))
+    return [Param(name, shape, layer, kind, (name,)) for name, shape, layer, kind in params]
+
+
+SQUARE, WIDE = (8, 8), (24, 8)
+NORMS = {"norm1": ("norm", (8,)), "norm2": ("norm", (8,))}
+LLAMA = {
+    **dict.fromkeys("qkvo", ("attention", SQUARE)),
+    **dict.fromkeys(("gate", "up", "down"), ("feed_forward", WIDE)),
+    **NORMS,
+}
+GROUPED = LLAMA | {"k": ("attention", (2, 8)), "v": ("attention", (2, 8))}
+FUSED = {"qkv": ("attention", WIDE), "o": ("attention", SQUARE), "gate_up": ("feed_forward", (48, 8)),
+         "down": ("feed_forward", WIDE), **NORMS}  # fmt: skip
+GEMMA = LLAMA | {"norm3": ("norm", (8,)), "norm4": ("norm", (8,)), "q_norm": ("norm", (4,))}
+EXPERTS = {**dict.fromkeys("qkvo", ("attention", SQUARE)), "router": ("router", (4, 8)),
+           "experts.gate_up": ("feed_forward", (4, 48, 8)), "experts.down": ("feed_forward", (4, 8, 24)),
+           **NORMS}  # fmt: skip
+ARCHITECTURES = {"llama": LLAMA, "grouped": GROUPED, "fused": FUSED, "gemma": GEMMA, "experts": EXPERTS}
+
+architectures = st.builds(
+    lambda name, layers, bias, tied: model(layers, ARCHITECTURES[name], bias, tied),
+    st.sampled_from(sorted(ARCHITECTURES)),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+)
+ratios = st.one_of(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 1.0]), st.floats(0, 1).map(lambda x: round(x, 3)))
+seeds = st.integers(0, 10**9)
+configs = st.builds(
+    SelectionConfig,
+    level=st.sampled_from(["all", "category", "layer", "model"]),
+    ratio=ratios,
+    redraw=st.sampled_from(["independent", "fixed"]),
+    balance=st.sampled_from(["matrices", "elements"]),
+    embeddings=st.just("update"),
+    final_norm=st.sampled_from(["update", "freeze"]),
+)
+
+
+@given(architectures, configs, st.integers(1, 20), seeds)
+@settings(max_examples=150, deadline=None)
+def test_a_draw_parts_the_parameters_and_keeps_a_matrix_with_its_bias(params, config, round, seed):
+    made = draw(params, config, round, seed)
+    assert sorted(made.updated + made.frozen) == sorted(p.name for p in params)
+    for unit in units(params):
+        assert len({name in made.updated for name in unit.params}) == 1
+
+
+@given(architectures, ratios, st.integers(1, 9), seeds, st.sampled_from(["independent", "complementary", "fixed"]))
+@settings(max_examples=150, deadline=None)
+def test_category_reaches_the_ratio_in_every_layer_and_over_the_model_to_within_one_matrix(
+    params, ratio, round, seed, redraw
+):
+    made = draw(params, SelectionConfig(ratio=ratio, redraw=redraw), round, seed)
+    exact = Fraction(str(ratio))
+    updated, size = Counter(), Counter()
+    for unit in units(params):
+        if unit.layer is not None:
+            size[unit.kind, unit.layer] += 1
+            updated[unit.kind, unit.layer] += unit.params[0] in made.updated
+    for kind in {kind for kind, _ in size}:
+        layers = [key for key in size if key[0] == kind]
+        for key in layers:
+            assert abs(updated[key] - size[key] * exact) < 1
+        whole = sum(size[key] for key in layers) * exact
+        assert abs(sum(updated[key] for key in layers) - whole) <= Fraction(1, 2)
+
+
+@given(st.integers(1, 16).map(lambda n: 2 * n), seeds, st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_half_of_llama_is_exactly_the_papers_counts(layers, seed, round):
+    made = draw(model(layers, LLAMA), SelectionConfig(), round, seed)
+    per_layer = defaultdict(Counter)
+    for unit in units(model(layers, LLAMA)):
+        per_layer[unit.layer][unit.kind] += unit.params[0] in made.updated
+    blocks = [per_layer[layer] for layer in range(layers)]
+    assert all(block["attention"] == 2 and block["norm"] == 1 for block in blocks)
+    assert Counter(block["feed_forward"] for block in blocks) == {1: layers // 2, 2: layers // 2}
+    assert made.matrices_reached == 0.5
+    assert {"embed.weight", "head.weight", "norm.weight"} <= set(made.updated)
+
+
+@given(architectures, seeds, st.sampled_from(["layer", "model"]), ratios)
+@settings(max_examples=80, deadline=None)
+def test_layer_and_model_take_the_nearest_number_of_whole_layers_or_matrices(params, seed, level, ratio):
+    made = draw(params, SelectionConfig(level=level, ratio=ratio), 1, seed)
+    groups = defaultdict(set)
+    for unit in units(params):
+        if unit.layer is not None:
+            groups[unit.layer if level == "layer" else unit.name].add(unit.params[0] in made.updated)
+    assert all(len(states) == 1 for states in groups.values())
+    chosen = sum(states == {True} for states in groups.values())
+    assert abs(chosen - len(groups) * Fraction(str(ratio))) <= Fraction(1, 2)
+
+
+@given(architectures, ratios, seeds, st.sampled_from(["category", "layer", "model"]))
+@settings(max_examples=100, deadline=None)
+def test_balancing_elements_comes_within_one_unit_of_the_ratio(params, ratio, seed, level):
+    made = draw(params, SelectionConfig(level=level, ratio=ratio, balance="elements"), 1, seed)
+    inside = [u for u in units(params) if u.layer is not None]
+    whole = sum(u.elements for u in inside)
+    groups = defaultdict(int)
+    for unit in inside:
+        groups[unit.layer if level == "layer" else unit.name] += unit.elements
+    kinds = len({u.kind for u in inside}) if level == "category" else 1  # each category is balanced by itself
+    assert abs(made.elements_reached - ratio) * whole <= max(groups.values()) * kinds + 1e-6
+
+
+def test_grouped_query_attention_has_half_of_its_weights_updated_only_when_elements_are_balanced():
+    params = model(8, GROUPED)
+    by_matrices = {draw(params, SelectionConfig(), 1, seed).elements_reached for seed in range(30)}
+    by_elements = {draw(params, SelectionConfig(balance="elements"), 1, seed).elements_reached for seed in range(30)}
+    assert len(by_matrices) > 5
+    assert by_elements == {0.5}
+
+
+@given(architectures, seeds, st.sampled_from(["category", "layer", "model"]), st.sampled_from(["matrices", "elements"]))
+@settings(max_examples=60, deadline=None)
+def test_ratio_one_is_all_and_ratio_zero_is_nothing_inside_the_layers(params, seed, level, balance):
+    everything = draw(params, SelectionConfig(level="all"), 1, seed)
+    assert draw(params, SelectionConfig(level=level, ratio=1, balance=balance), 1, seed).sha256 == everything.sha256
+    nothing = draw(params, SelectionConfig(level=level, ratio=0, balance=balance), 1, seed)
+    assert {p.name for p in params if p.layer is None} == set(nothing.updated)
+
+
+@given(architectures, configs, st.integers(1, 9), seeds, st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_the_parameters_does_not_matter(params, config, round, seed, random):
+    shuffled = list(params)
+    random.shuffle(shuffled)
+    assert draw(shuffled, config, round, seed).sha256 == draw(params, config, round, seed).sha256
+
+
+def test_a_draw_is_the_same_in_another_process_with_another_hash_seed():
+    here = draw(model(4, LLAMA), SelectionConfig(), 3, 7).sha256
+    code = (
+        "import sys; sys.path[:0] = ['tests']; from test_selection import *;"
+        "print(draw(model(4, LLAMA), SelectionConfig(), 3, 7).sha256)"
+    )
+    for hash_seed in ("0", "1"):
+        there = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed}
+        )
+        assert there.stdout.strip() == here
+
+
+def test_the_draw_of_this_release_is_never_changed_by_a_later_one():
+    """Anyone who repeats a published seed must get the published draw."""
+    assert draw(model(4, LLAMA), SelectionConfig(), 1, 42).sha256.startswith("19b5ddc81766df26")
+
+
+def test_every_subset_of_a_group_is_equally_likely():
+    params = model(2, LLAMA)
+    pairs, triples = Counter(), Counter()
+    for seed in range(2000):
+        updated = set(draw(params, SelectionConfig(), 1, seed).updated)
+        pairs[tuple(n for n in "qkvo" if f"layers.0.{n}.weight" in updated)] += 1
+        triples[tuple(n for n in ("gate", "up", "down") if f"layers.0.{n}.weight" in updated)] += 1
+    assert len(pairs) == comb(4, 2)
+    assert len(triples) == comb(3, 1) + comb(3, 2)
+    assert stats.chisquare(list(pairs.values())).pvalue > 1e-4
+    assert stats.chisquare(list(triples.values())).pvalue > 1e-4
+
+
+def test_draws_of_different_rounds_are_independent():
+    params = model(2, LLAMA)
+    table = [[0] * 6 for _ in range(6)]
+    subsets: dict[tuple[str, ...], int] = {}
+    for seed in range(2000):
+        both = []
+        for round in (1, 2):
+            updated = set(draw(params, SelectionConfig(), round, seed).updated)
+            subset = tuple(n for n in "qkvo" if f"layers.0.{n}.weight" in updated)
+            both.append(subsets.setdefault(subset, len(subsets)))
+        table[both[0]][both[1]] += 1
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("level", ["category", "layer", "model"])
+@pytest.mark.parametrize("balance", ["matrices", "elements"])
+def test_a_complementary_pair_of_rounds_updates_every_matrix_once_and_the_next_pair_is_another(level, balance):
+    config = SelectionConfig(level=level, redraw="complementary", balance=balance)
+    params = model(4, LLAMA if balance == "matrices" else GROUPED)
+    inside = {p.name for p in params if p.layer is not None}
+    for seed in range(20):
+        if balance == "elements" and level != "category":
+            continue
+        first, second, third = ({*draw(params, config, r, seed).updated} & inside for r in (1, 2, 3))
+        assert first | second == inside
+        assert not first & second
+        assert third != first or level == "layer"
+
+
+def test_fixed_repeats_the_first_round_and_independent_does_not():
+    params = model(8, LLAMA)
+    fixed, free = SelectionConfig(redraw="fixed"), SelectionConfig()
+    assert len({draw(params, fixed, round, 1).sha256 for round in range(1, 6)}) == 1
+    assert len({draw(params, free, round, 1).sha256 for round in range(1, 6)}) == 5
+    assert draw(params, fixed, 1, 1).sha256 == draw(params, free, 1, 1).sha256
+
+
+@pytest.mark.parametrize(("key", "name"), [("embeddings", "embed"), ("head", "head"), ("final_norm", "norm")])
+@pytest.mark.parametrize("level", ["all", "category", "layer", "model"])
+def test_what_lies_outside_the_layers_is_updated_or_frozen_as_told(key, name, level):
+    params = model(4, LLAMA)
+    assert f"{name}.weight" in draw(params, SelectionConfig(level=level), 1, 0).updated
+    assert f"{name}.weight" in draw(params, SelectionConfig(level=level, **{key: "freeze"}), 1, 0).frozen
+
+
+def test_freezing_only_a_tied_head_is_refused():
+    with pytest.raises(UserError, match=r"ties its head to its embeddings\. Set both to the same"):
+        draw(model(4, LLAMA, tied=True), SelectionConfig(head="freeze"), 1, 0)
+
+
+def test_the_ledgers_numbers_are_what_the_names_give():
+    params = model(6, GROUPED, bias=True)
+    made = draw(params, SelectionConfig(ratio=0.3), 2, 5)
+    sizes = {p.name: p.elements for p in params}
+    assert made.total_elements == sum(sizes.values())
+    assert made.updated_elements == sum(sizes[name] for name in made.updated)
+    inside = [u for u in units(params) if u.layer is not None]
+    assert made.matrices_reached == sum(u.params[0] in made.updated for u in inside) / len(inside)
