@@ -18,7 +18,8 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	$(BIN)/python scripts/demo.py $(DEMO)
+	$(BIN)/hft train -m +experiment=demo output_dir=$(DEMO)
+	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -249,7 +249,8 @@ def _verify(argv: list[str]) -> int:
             f"{'FAILED' if proof.faults else 'frozen ones bit-identical'}"
         )
         if proof.unmoved:
-            print(f"  did not move, though updated: {', '.join(proof.unmoved)}")
+            more = f" and {len(proof.unmoved) - 5} more" if len(proof.unmoved) > 5 else ""
+            print(f"  did not move, though updated: {', '.join(proof.unmoved[:5])}{more}")
         for fault in proof.faults:
             print(f"  {fault}")
     failed = any(proof.faults for proof in proofs)

@@ -17,6 +17,8 @@ from hft_cli.schema import UserError
 # Okabe and Ito's colours, which people who do not see colours well can tell apart; each method has a marker too.
 STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s")}
 OTHER_STYLE = ("#009E73", "^")
+LABELS = {"fft": ((6, -9), "left"), "hft": ((-6, 5), "right")}  # on opposite sides: the curves often meet
+OTHER_LABEL = ((6, 5), "left")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def summary(run: RunDir) -> str:
     cut = sum(entry["rows_truncated"] for entry in results["rounds"])
     if dropped or cut:
         parts.append(f"Rows cut at train.max_length: {cut}; left out, their whole answer being cut off: {dropped}.")
-    parts.append(f"Model: {run.model}   everything else: {run.folder}   check: hft verify {run.folder}")
+    folder = run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder
+    parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
     return "\n\n".join(parts)
 
 
@@ -215,8 +218,11 @@ def _tradeoff(rows: Sequence[Row], out: Path) -> None:
         own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
         x, y = [100 * (row.skill or 0) for row in own], [100 * (row.retained or 0) for row in own]
         axes.plot(x, y, color=colour, marker=marker, linewidth=1.2, label=method.upper())
+        shift, side = LABELS.get(method, OTHER_LABEL)
         for row, at in zip(own, zip(x, y, strict=True), strict=True):
-            axes.annotate(f"{row.learning_rate:g}", at, textcoords="offset points", xytext=(5, 4), fontsize=7)
+            label = f"{row.learning_rate:.0e}".replace("e-0", "e-")
+            axes.annotate(label, at, textcoords="offset points", xytext=shift, ha=side, fontsize=7, color=colour)
+    axes.margins(0.12)
     axes.set_xlabel("Skill learned (exact match, %)")
     axes.set_ylabel("Facts retained (exact match, %)")
     axes.set_title("Numbers beside the points: learning rate", fontsize=8, loc="left")

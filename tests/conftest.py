@@ -15,6 +15,7 @@ import pytest
 QUICK = (
     "data=pocket_order",
     "data.test_path=null",
+    "suite=none",
     "train.max_steps=4",
     "train.batch_size=8",
     "train.micro_batch_size=4",
