@@ -17,8 +17,6 @@ from hft_cli.schema import UserError
 # Okabe and Ito's colours, which people who do not see colours well can tell apart; each method has a marker too.
 STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s")}
 OTHER_STYLE = ("#009E73", "^")
-LABELS = {"fft": ((6, -9), "left"), "hft": ((-6, 5), "right")}  # on opposite sides: the curves often meet
-OTHER_LABEL = ((6, 5), "left")
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,9 @@ def draws_table(run: RunDir) -> str:
     heads = [s if short.count(s) == 1 else c for s, c in zip(short, columns, strict=True)]
     table = _text_table(["layer", *heads], [[str(n), *(cells[n].get(c, "") for c in columns)] for n in sorted(cells)])
     lines = [
-        f"round {e['round']} {e['name']}: {e['level']}, ratio {e['ratio']:g}, reached {e['matrices_reached']:.1%} of "
-        f"matrices and {e['elements_reached']:.1%} of elements in the layers, seed {e['seed']}, sha256 {e['sha256'][:12]}"
+        f"round {e['round']} {e['name']}: {e['level']}, ratio {e['ratio']:g}, seed {e['seed']}; reached "
+        f"{e['matrices_reached']:.1%} of the layers' matrices, {e['elements_reached']:.1%} of their elements; "
+        f"sha256 {e['sha256'][:12]}"
         for e in rounds
     ]
     return "\n".join(
@@ -205,32 +204,36 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _tradeoff(rows: Sequence[Row], out: Path) -> None:
-    """Retention against skill, up and right being better; runs of one method are joined in order of learning rate."""
+    """Skill and retention against the learning rate, and against each other, where up and right is better."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     scored = [row for row in rows if row.skill is not None and row.retained is not None]
-    figure, axes = plt.subplots(figsize=(5.2, 3.9), layout="constrained")
-    for method in sorted({row.method for row in scored}):
-        colour, marker = STYLES.get(method, OTHER_STYLE)
-        own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
-        x, y = [100 * (row.skill or 0) for row in own], [100 * (row.retained or 0) for row in own]
-        axes.plot(x, y, color=colour, marker=marker, linewidth=1.2, label=method.upper())
-        shift, side = LABELS.get(method, OTHER_LABEL)
-        for row, at in zip(own, zip(x, y, strict=True), strict=True):
-            label = f"{row.learning_rate:.0e}".replace("e-0", "e-")
-            axes.annotate(label, at, textcoords="offset points", xytext=shift, ha=side, fontsize=7, color=colour)
-    axes.margins(0.12)
-    axes.set_xlabel("Skill learned (exact match, %)")
-    axes.set_ylabel("Facts retained (exact match, %)")
-    axes.set_title("Numbers beside the points: learning rate", fontsize=8, loc="left")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    rate, skill, retained = "Learning rate", "Skill learned (exact match, %)", "Facts retained (exact match, %)"
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
+    for axes, (across, up) in zip(panels, ((rate, skill), (rate, retained), (skill, retained)), strict=True):
+        for method in sorted({row.method for row in scored}):
+            colour, marker = STYLES.get(method, OTHER_STYLE)
+            own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
+            values = {
+                rate: [row.learning_rate for row in own],
+                skill: [100 * (row.skill or 0) for row in own],
+                retained: [100 * (row.retained or 0) for row in own],
+            }
+            axes.plot(values[across], values[up], color=colour, marker=marker, linewidth=1.2, label=method.upper())
+        axes.set(xlabel=across, ylabel=up, ylim=(-3, 103), xscale="log" if across == rate else "linear")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    rates = sorted({row.learning_rate for row in scored if row.learning_rate})
+    for axes in panels[:2]:
+        axes.set_xticks(rates, [f"{value:.0e}".replace("e-0", "e-") for value in rates])
+        axes.minorticks_off()
+    panels[2].set_xlim(-3, 103)
+    panels[0].legend(frameon=False, loc="lower right")
     for suffix in ("png", "svg"):
-        figure.savefig(out / f"tradeoff.{suffix}", dpi=200)
+        figure.savefig(out / f"tradeoff.{suffix}", dpi=150)
     plt.close(figure)
 
 
