@@ -130,7 +130,7 @@ def test_method_is_spelled_with_or_without_a_plus(spelling):
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_config_file_composes_and_is_accepted(group, option):
-    method = [] if group in ("method", "experiment") else ["+method=fft" if option == "all" else "+method=hft"]
+    method = [] if group == "method" else ["+method=fft" if option == "all" else "+method=hft"]
     place = [f"{group}.path=of-your-own"] if option == "local" else []  # `local` has none by itself
     check(composed(*method, f"{GROUPS[group]}={option}", *place))
 
