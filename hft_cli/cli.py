@@ -79,6 +79,7 @@ def _train(argv: list[str]) -> int:
         print(_help())
         return 0
     # Hydra asks for a + before a group without a default and before a new key of a map; we do not.
+    argv = [re.sub(r"^model\.tuned=", "model.path=", argument) for argument in argv]  # Half-Reset starts from it
     argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
     if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
         a.startswith("-") for a in argv

@@ -39,14 +39,23 @@ def evaluate(job: Job) -> dict[str, dict[str, dict[str, float]]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(path: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, job.model.dtype),
+            attn_implementation=job.model.attention,
+            trust_remote_code=job.model.trust_remote_code,
+        )
+
     tokenizer = AutoTokenizer.from_pretrained(job.path, trust_remote_code=job.model.trust_remote_code)
     tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.path,
-        dtype=getattr(torch, job.model.dtype),
-        attn_implementation=job.model.attention,
-        trust_remote_code=job.model.trust_remote_code,
-    )
+    model = load(job.path)
+    if job.base is not None:
+        own, base = dict(model.named_parameters()), dict(load(job.base).named_parameters())
+        with torch.no_grad():
+            for name in job.reset:
+                own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
     model.to(device).eval()
     return {
         suite: {name: _score(model, tokenizer, where, job, device) for name, where in tasks.items()}

@@ -20,6 +20,11 @@ class Step:
     data: str
     test: str | None
 
+    @property
+    def task(self) -> str:
+        """What the score on `test` is called in tables."""
+        return _label(str(self.test)) if self.stage == "half_reset" else self.name
+
 
 def steps(config: RunConfig) -> tuple[Step, ...]:
     """The rounds of a run, in order."""
@@ -36,16 +41,29 @@ def _sft(config: RunConfig) -> tuple[Step, ...]:
     )
 
 
+def _half_reset(config: RunConfig) -> tuple[Step, ...]:
+    """One step without training; its data are only those it is scored on."""
+    test = next(iter(places(config.data.test_path)), None)
+    return (Step(1, "half_reset", "half_reset", str(config.model.base), test),)
+
+
 def _names(data: tuple[str, ...]) -> list[str]:
-    """A round's name is its data's: the file's, or its folder's where the file is only called train."""
-    names = []
-    for path in data:
-        parts = PurePosixPath(path.replace("\\", "/").replace(":", "/"))
-        stem = parts.name.split(".")[0]
-        name = parts.parent.name if stem == "train" and parts.parent.name else stem
-        names.append(re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "data")
+    """A round's name is its data's, with a number where two are alike."""
+    names = [_label(path) for path in data]
     return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
 
 
+def _label(path: str) -> str:
+    """The name of some data: the file's, or its folder's where the file is only called train or test."""
+    parts = PurePosixPath(path.replace("\\", "/").replace(":", "/"))
+    stem = parts.name.split(".")[0]
+    name = parts.parent.name if stem in ("train", "test") and parts.parent.name else stem
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "data"
+
+
 # FFT and HFT run the same steps: what differs is the selection, which method=fft sets to `all`.
-METHODS: dict[str, Callable[[RunConfig], tuple[Step, ...]]] = {"fft": _sft, "hft": _sft}
+METHODS: dict[str, Callable[[RunConfig], tuple[Step, ...]]] = {
+    "fft": _sft,
+    "hft": _sft,
+    "half_reset": _half_reset,
+}

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,19 @@ class Row:
 def summary(run: RunDir) -> str:
     """What a finished run did and scored, in a few lines."""
     results = read_json(run.results)
-    rows = []
-    for entry in results["rounds"]:
-        rows.append(
-            [
-                entry["name"],
-                f"{entry['updated_fraction']:.1%}",
-                str(entry["steps"]),
-                f"{entry['loss']:.3f}",
-                f"{entry['train_seconds']:.1f}",
-                f"{entry['tokens_per_second']:,.0f}",
-                _mebibytes(entry["peak_memory_bytes"]),
-                "bit-identical" if entry["frozen_bit_identical"] else "CHANGED",
-            ]
-        )
-    heads = ["round", "updated", "steps", "mean loss", "seconds", "tokens/s", "peak memory", "frozen weights"]
-    parts = [_text_table(heads, rows)]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "round": lambda entry: entry["name"],
+        "updated": lambda entry: f"{entry['updated_fraction']:.1%}",
+        "steps": lambda entry: str(entry["steps"]),
+        "mean loss": lambda entry: f"{entry['loss']:.3f}",
+        "seconds": lambda entry: f"{entry['train_seconds']:.1f}",
+        "tokens/s": lambda entry: f"{entry['tokens_per_second']:,.0f}",
+        "peak memory": lambda entry: _mebibytes(entry["peak_memory_bytes"]),
+        "frozen weights": lambda entry: "bit-identical" if entry["frozen_bit_identical"] else "CHANGED",
+    }
+    if results["stage"] == "half_reset":  # nothing was trained
+        columns = {name: columns[name] for name in ("round", "updated", "seconds")}
+    parts = [_text_table(list(columns), [[cell(entry) for cell in columns.values()] for entry in results["rounds"]])]
     if scores := _scores(results["eval"]):
         parts.append(
             _text_table(
@@ -63,12 +60,13 @@ def summary(run: RunDir) -> str:
                 [[task, _percent(pair["before"]), _percent(pair["after"])] for task, pair in scores.items()],
             )
         )
-    dropped = sum(entry["rows_dropped"] for entry in results["rounds"])
-    cut = sum(entry["rows_truncated"] for entry in results["rounds"])
+    dropped = sum(entry.get("rows_dropped", 0) for entry in results["rounds"])
+    cut = sum(entry.get("rows_truncated", 0) for entry in results["rounds"])
     if dropped or cut:
         parts.append(f"Rows cut at train.max_length: {cut}; left out, their whole answer being cut off: {dropped}.")
     folder = run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder
-    parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
+    if run.model.exists():
+        parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
     return "\n\n".join(parts)
 
 
@@ -142,9 +140,10 @@ def _row(run: RunDir) -> Row:
     rounds = results["rounds"]
     selection = results["selection"]
     level = selection["level"]
+    status = {True: "verified", False: "failed", None: "no model written"}[results["verification"]["passed"]]
     return Row(
         run=str(run.folder),
-        status="verified" if results["verification"]["passed"] and run.done.exists() else "failed",
+        status=status,
         method=results["method"],
         selection=level if level == "all" else f"{level} {selection['ratio']:g}",
         learning_rate=results["learning_rate"],
@@ -153,7 +152,7 @@ def _row(run: RunDir) -> Row:
         skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
         retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
         train_seconds=sum(entry["train_seconds"] for entry in rounds),
-        peak_memory_bytes=max(entry["peak_memory_bytes"] for entry in rounds),
+        peak_memory_bytes=max((entry.get("peak_memory_bytes", 0) for entry in rounds), default=0) or None,
         scores=scores,
     )
 

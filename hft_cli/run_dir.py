@@ -184,13 +184,18 @@ class SealedStep:
 
 @dataclass(frozen=True)
 class Job:
-    """What an evaluation worker is told. `tasks`: suite -> task -> where the rows are; `out`: file for the scores."""
+    """What an evaluation worker is told. `tasks`: suite -> task -> where the rows are; `out`: file for the scores.
+
+    `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
+    """
 
     model: ModelConfig
     path: str
     tasks: dict[str, dict[str, str]]
     batch_size: int
     out: str
+    base: str | None = None
+    reset: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

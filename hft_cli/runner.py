@@ -27,7 +27,7 @@ from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, read_config, read
 from hft_cli.schema import RunConfig, UserError, check, locate, places
 from hft_cli.selection import Draw, draw
 from hft_cli.verify import verify
-from hft_cli.weights import apply_delta, fetch
+from hft_cli.weights import Place, fetch, lay_over, reset_pieces, write_pieces
 
 FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
 
@@ -51,9 +51,12 @@ def run(config: RunConfig, overrides: Sequence[str]) -> RunDir:
     plan = steps(config)
     seed = config.seed if config.selection.seed is None else config.selection.seed
     draws = [draw(params, config.selection, step.number, seed) for step in plan]
-    if not draws[0].updated:
+    if not draws[0].updated and plan[0].stage != "half_reset":
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    hashes = {step.name: _data_hash(step, config) for step in plan}
+    for step, chosen in zip(plan, draws, strict=True):
+        if step.stage == "half_reset":
+            _reset_pieces(step, chosen, base, config)  # whether the two models fit
+    hashes = {step.name: _data_hash(step, config) for step in plan if step.stage != "half_reset"}
     for place in (*config.suite.tasks.values(), *places(config.data.test_path)):
         read_chats(locate(place), split="test")
 
@@ -79,9 +82,12 @@ def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], draws: Sequenc
     for step, chosen in zip(plan, draws, strict=True):
         model = _round(where, step, chosen, model, config)
         outcomes.append(read_json(where.round(step.number, step.name).outcome))
-    if not where.model.exists():
-        model.rename(where.model)
-    after = _score(where, "after", where.model, config)
+    if config.method.save_model:
+        if not where.model.exists():
+            model.rename(where.model)
+        after = _score(where, "after", where.model, config)
+    else:
+        after = _score(where, "after", base, config, reset=draws[0])
     return _finish(where, config, plan, draws, outcomes, before, after)
 
 
@@ -89,6 +95,15 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
     """Train one round from the model at `model`, unless it is done, and return the folder of the model after it."""
     folder = where.round(step.number, step.name)
     out = where.model if where.model.exists() else folder.model
+    if not folder.outcome.exists() and step.stage == "half_reset":
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        _say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
+        start = time.perf_counter()
+        if config.method.save_model:
+            write_pieces(_reset_pieces(step, chosen, model, config), folder.delta)
+        write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - start, 3)})
+    if not config.method.save_model:
+        return model
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
         SealedStep(
@@ -101,19 +116,28 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
             updated=chosen.updated,
             frozen=chosen.frozen,
         ).write(folder.step)
-        _say(
-            f"Round {step.number}, {step.name}: {chosen.level}, {len(chosen.updated)} of "
-            f"{len(chosen.updated) + len(chosen.frozen)} tensors updated, {chosen.updated_fraction:.1%} of the elements"
-        )
+        _say(f"Round {step.number}, {step.name}: {_size(chosen)} updated")
         _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
         own = config.model.chat_template is None
-        apply_delta(model, folder.delta, out, {} if own else {folder.template.name: folder.template.read_text()})
+        extra = {folder.template.name: folder.template.read_text()} if folder.template.exists() and not own else {}
+        lay_over(model, folder.delta, out, extra)
     if model.is_relative_to(where.folder) and model != out:
         shutil.rmtree(model, ignore_errors=True)  # the last round's model has served
     return out
+
+
+def _reset_pieces(step: Step, chosen: Draw, tuned: Path, config: RunConfig) -> dict[str, list[Place]]:
+    folders = (tuned, fetch(locate(step.data), "model.base"))
+    own, base = (from_folder(folder, config.model.kinds) for folder in folders)
+    return reset_pieces(own, base, folders, chosen.updated, config.method.shared_rows)
+
+
+def _size(chosen: Draw) -> str:
+    tensors = f"{len(chosen.updated)} of {len(chosen.updated) + len(chosen.frozen)} tensors"
+    return f"{chosen.level}, {tensors}, {chosen.updated_fraction:.1%} of the elements,"
 
 
 def _launcher(config: RunConfig) -> list[str]:
@@ -164,12 +188,12 @@ def _die_with_parent() -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Stop a worker's whole process group: politely, then not."""
-    for number, wait in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
         os.killpg(process.pid, number)
         try:
-            process.wait(wait)
+            process.wait(15)
         except subprocess.TimeoutExpired:
             continue
 
@@ -204,12 +228,15 @@ def _show(bar: Any, progress: Path, label: str) -> None:
     bar.update(at["step"] - bar.n)
 
 
-def _score(where: RunDir, when: str, model: Path, config: RunConfig) -> dict[str, Any]:
-    """Scores of one model over the suite and the data's test sets, kept in eval-WHEN.json; empty if none were asked."""
+def _score(where: RunDir, when: str, model: Path, config: RunConfig, reset: Draw | None = None) -> dict[str, Any]:
+    """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked.
+
+    With `reset` the model is scored as Half-Reset would leave it, without writing that.
+    """
     tasks: dict[str, dict[str, str]] = {}
     if config.suite.tasks:
         tasks[config.suite.name] = dict(config.suite.tasks)
-    tests = {step.name: step.test for step in steps(config) if step.test is not None}
+    tests = {step.task: step.test for step in steps(config) if step.test is not None}
     if tests:
         tasks["data"] = tests
     if not tasks:
@@ -219,7 +246,9 @@ def _score(where: RunDir, when: str, model: Path, config: RunConfig) -> dict[str
     if not out.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
         job = folder.folder / "job.json"
-        Job(config.model, str(model), tasks, config.suite.batch_size, str(out)).write(job)
+        base = str(fetch(locate(str(config.model.base)))) if reset else None
+        names = reset.updated if reset else ()
+        Job(config.model, str(model), tasks, config.suite.batch_size, str(out), base, names).write(job)
         _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
     scores: dict[str, Any] = read_json(out)
     return scores
@@ -234,7 +263,7 @@ def _finish(
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> RunDir:
-    proofs = verify(where)
+    proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.number}: {fault}" for p in proofs for fault in p.faults]
     write_json(
         where.results,
@@ -247,19 +276,18 @@ def _finish(
             "selection": asdict(config.selection),
             "ratio": draws[0].matrices_reached,
             "seed": config.seed,
-            "learning_rate": config.train.learning_rate,
+            "learning_rate": None if plan[0].stage == "half_reset" else config.train.learning_rate,
             "rounds": [
                 {
                     "name": step.name,
                     "updated_fraction": chosen.updated_fraction,
-                    "frozen_bit_identical": proof.frozen_bit_identical,
-                    "unmoved": list(proof.unmoved),
+                    **({"frozen_bit_identical": proof.frozen_bit_identical, "unmoved": proof.unmoved} if proof else {}),
                     **outcome,
                 }
-                for step, chosen, proof, outcome in zip(plan, draws, proofs, outcomes, strict=True)
+                for step, chosen, proof, outcome in zip(plan, draws, proofs or [None], outcomes, strict=True)
             ],
             "eval": {"before": before, "after": after},
-            "verification": {"passed": not faults, "faults": faults},
+            "verification": {"passed": not faults if proofs else None, "faults": faults},
         },
     )
     if faults:
@@ -309,7 +337,7 @@ def _seal(
         where.plan,
         {
             "base": str(base.resolve()),
-            "rounds": [asdict(step) | {"data_sha256": hashes[step.name]} for step in plan],
+            "rounds": [asdict(step) | {"data_sha256": hashes.get(step.name)} for step in plan],
         },
     )
     write_json(
@@ -345,7 +373,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _same_data(where: RunDir, hashes: dict[str, str]) -> None:
     for entry in read_json(where.plan)["rounds"]:
-        if hashes[entry["name"]] != entry["data_sha256"]:
+        if hashes.get(entry["name"]) != entry["data_sha256"]:
             raise UserError(
                 f"The data of round {entry['name']} ({entry['data']}) has changed since {where.folder} was begun. "
                 "Restore it, or start anew in another output_dir."

@@ -30,6 +30,8 @@ class ModelConfig:
     """Label in tables and figures."""
     path: str = REQUIRED
     """Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."""
+    base: str | None = None
+    """Half-Reset only: the model to go back to. The tuned one is model.path, which model.tuned is a name for."""
     dtype: str = "float32"
     """Precision of computing: float32, or bfloat16 with float32 master weights. The files keep their own."""
     attention: str = "sdpa"
@@ -67,7 +69,11 @@ class MethodConfig:
     """Group `method`: what a run does."""
 
     name: str = REQUIRED
-    """fft (every matrix is updated) or hft (the selection decides)."""
+    """fft (updates every matrix), hft (what is drawn) or half_reset (puts what is drawn back to the base)."""
+    shared_rows: bool = False
+    """Half-Reset: where the tuned vocabulary is longer, put back the rows that both have, instead of refusing."""
+    save_model: bool = True
+    """Half-Reset: write the model. false only scores it, to try many draws without a model of each."""
 
 
 @dataclass
@@ -222,6 +228,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: one line with what, where, the choices and the fix.
     """
+    resets = config.method.name == "half_reset"
     for path, value in _leaves(config):
         if value == REQUIRED:
             raise UserError(f"{path} is not set. Give it on the command line: {path}=…")
@@ -270,6 +277,18 @@ def check(config: RunConfig) -> None:
             "Use selection=category, layer or model."
         )
 
+    if resets and model.base is None:
+        raise UserError(
+            "method=half_reset needs model.base=…, the model to go back to (and model.tuned=…, the tuned one)."
+        )
+    if not resets and model.base is not None:
+        raise UserError(
+            f"model.base is for method=half_reset alone; method={config.method.name} starts from model.path."
+        )
+    if not resets and not (config.method.save_model and not config.method.shared_rows):
+        raise UserError(f"method.save_model and method.shared_rows are not for method={config.method.name}.")
+    if resets and engine.zero_stage is not None:
+        raise UserError(f"method=half_reset copies files and needs no ranks: leave out engine={engine.name}.")
     if config.method.name == "fft" and selection.level != "all":
         raise UserError(
             f"method=fft updates every matrix, so selection={selection.level} cannot hold. "
@@ -291,16 +310,16 @@ def check(config: RunConfig) -> None:
         )
     if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
         raise UserError("data.path and data.test_path are each a path or a list of paths.")
-    if not places(data.path):
+    if not places(data.path) and not resets:
         raise UserError("data.path is empty: give a file, a folder, a hub name, or a list of them.")
-    if len(places(data.test_path)) not in (0, 1, len(places(data.path))):
+    if len(places(data.test_path)) not in (0, 1, len(places(data.path)) * (not resets)):
         raise UserError(
             f"data.test_path names {len(places(data.test_path))} sets for {len(places(data.path))} training sets: "
             "give none, one, or one for each."
         )
 
 
-METHODS = ("fft", "hft")
+METHODS = ("fft", "hft", "half_reset")
 
 
 def _leaves(config: Any, where: str = "") -> Iterable[tuple[str, Any]]:

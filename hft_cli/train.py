@@ -63,6 +63,9 @@ def train(step: SealedStep, folder: RoundDir) -> None:
         # Before the model is loaded: otherwise ZeRO-3 on CPU sees a world of one.
         import deepspeed
 
+        # DeepSpeed would compile an operator that only inference uses: a minute, a compiler, a lock that a kill leaves
+        # behind, and a link line that a path with a space breaks.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -347,7 +350,7 @@ def _write_delta(model: Any, step: SealedStep, params: Mapping[str, Param], path
         for param, value in trained:
             parts = to_stored(model, {param.name: full_value(value)}, [param])
             for stored in param.stored:
-                writer.add(stored, _bytes(parts[stored], announced[stored].dtype))
+                writer.add(stored, [_bytes(parts[stored], announced[stored].dtype)])
 
 
 def full_value(parameter: torch.nn.Parameter) -> torch.Tensor:

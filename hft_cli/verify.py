@@ -8,15 +8,15 @@ training process said of itself is used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hft_cli.layout import Param, TensorInfo, from_folder, read_header
 from hft_cli.run_dir import RunDir, read_config, read_json
-from hft_cli.schema import SelectionConfig, UserError
+from hft_cli.schema import RunConfig, SelectionConfig, UserError, locate
 from hft_cli.selection import draw
-from hft_cli.weights import fetch, same_bytes, tensors
+from hft_cli.weights import Place, fetch, same_bytes, tensors
 
 MOST_NAMES = 5  # named in a fault
 
@@ -46,13 +46,17 @@ def verify(
         UserError: if a file is missing, or the base is not there any more.
     """
     config = read_config(run)
-    ledger = read_json(run.draws)["rounds"]
-    base = fetch(read_json(run.plan)["base"])
+    if not config.method.save_model:
+        raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
+    plan = read_json(run.plan)
+    both = zip(read_json(run.draws)["rounds"], plan["rounds"], strict=True)
+    ledger = [entry | {"stage": step["stage"]} for entry, step in both]
+    base = fetch(plan["base"])
     params = from_folder(base, config.model.kinds)
     stored = {p.name: p.stored for p in params}
     seed = config.seed if config.selection.seed is None else config.selection.seed
 
-    now: dict[str, tuple[Path, TensorInfo]] = tensors(base)  # where each tensor's value stands after the rounds so far
+    now: dict[str, Place] = tensors(base)  # where each tensor's value stands after the rounds so far
     last: dict[str, int] = {}  # the round that wrote it
     proofs: list[RoundProof] = []
     for entry in ledger:
@@ -65,9 +69,11 @@ def verify(
         drawn = {tensor for param in entry["updated"] for tensor in stored[param]}
         faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
         faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
-        faults += _named(
-            "its delta has another dtype or shape for", {n for n in held if not _fits(now.get(n), held[n])}
-        )
+        if entry["stage"] == "half_reset":
+            faults += _reset_faults(held, delta, params, config, now)
+        else:
+            odd = {tensor for tensor in held if not _fits(now.get(tensor), held[tensor])}
+            faults += _named("its delta has another dtype or shape for", odd)
         unmoved = []
         for tensor, info in held.items():
             tick(f"round {number}: {tensor}")
@@ -97,6 +103,27 @@ def _with_final(proof: RoundProof, wrong: dict[int, set[str]]) -> RoundProof:
     return RoundProof(proof.number, proof.name, proof.updated, proof.frozen, proof.unmoved, (*proof.faults, *faults))
 
 
+def _reset_faults(
+    held: dict[str, TensorInfo], delta: Path, params: tuple[Param, ...], config: RunConfig, tuned: dict[str, Place]
+) -> list[str]:
+    """A Half-Reset's delta must hold the base's tensors; further rows, if it has any, must be the tuned ones."""
+    folder = fetch(locate(str(config.model.base)))
+    theirs = {p.name: p.stored for p in from_folder(folder, config.model.kinds)}
+    source = {at: there for p in params for at, there in zip(p.stored, theirs.get(p.name, ()), strict=False)}
+    base = tensors(folder)
+    wrong = set()
+    for name, info in held.items():
+        place = base[source[name]]
+        size = place[1].stop - place[1].start
+        first = (delta, replace(info, shape=place[1].shape, stop=info.start + size))
+        rest = (delta, replace(info, start=info.start + size))
+        file, whole = tuned[name]
+        tuned_rest = (file, replace(whole, start=whole.start + size))
+        if not same_bytes(first, place) or (info.shape != place[1].shape and not same_bytes(rest, tuned_rest)):
+            wrong.add(name)
+    return _named("its delta is not the base's for", wrong)
+
+
 def _ledger_faults(
     entry: dict[str, Any], params: tuple[Param, ...], selection: SelectionConfig, seed: int
 ) -> list[str]:
@@ -106,7 +133,7 @@ def _ledger_faults(
     return []
 
 
-def _fits(one: tuple[Path, TensorInfo] | None, info: TensorInfo) -> bool:
+def _fits(one: Place | None, info: TensorInfo) -> bool:
     return one is not None and (one[1].dtype, one[1].shape) == (info.dtype, info.shape)
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
-from hft_cli.layout import TensorInfo, checkpoint_files, read_header
+from hft_cli.layout import Param, TensorInfo, checkpoint_files, read_header
 from hft_cli.schema import UserError
 
 CHUNK = 1 << 22  # bytes handled at once
+Place = tuple[Path, TensorInfo]  # a stored tensor: its file, and its dtype, shape and byte range there
 NOT_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")  # what a model's folder has besides
 
 
-def fetch(path: str) -> Path:
+def fetch(path: str, key: str = "model.path") -> Path:
     """The local folder of a model: `path` itself, or a hub repository's snapshot, downloaded if need be.
 
     Raises:
@@ -30,7 +32,7 @@ def fetch(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path={path} is not a folder.")
+        raise UserError(f"{key}={path} is not a folder.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -38,7 +40,7 @@ def fetch(path: str) -> Path:
         found = snapshot_download(path, allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in NOT_WEIGHTS)])
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path} is neither a folder nor a model that the hub gives us: {reason}") from None
+        raise UserError(f"{key}={path} is neither a folder nor a model that the hub gives us: {reason}") from None
     return Path(found)
 
 
@@ -60,16 +62,16 @@ class Writer:
         text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def add(self, name: str, data: bytes | memoryview) -> None:
+    def add(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Append the next tensor's bytes.
 
         Raises:
             ValueError: if it is not the tensor announced next, or not of its size.
         """
         expected = self._left.pop() if self._left else ("nothing", 0)
-        if (name, len(data)) != expected:
-            raise ValueError(f"expected {expected[1]} bytes of {expected[0]}, got {len(data)} of {name}")
-        self._file.write(data)
+        size = sum(self._file.write(chunk) for chunk in chunks)
+        if (name, size) != expected:
+            raise ValueError(f"expected {expected[1]} bytes of {expected[0]}, got {size} of {name}")
 
     def __enter__(self) -> Writer:
         return self
@@ -86,7 +88,7 @@ class Writer:
                 raise ValueError(f"{self._path.name} ends before {self._left[-1][0]}")
 
 
-def tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+def tensors(folder: Path) -> dict[str, Place]:
     """Every tensor of a checkpoint: name -> its file, and its dtype, shape and byte range there."""
     headers: dict[Path, dict[str, TensorInfo]] = {}
     found = {}
@@ -97,20 +99,20 @@ def tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     return found
 
 
-def apply_delta(base: Path, delta: Path, out: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Write the model that has the delta's tensors and, for the rest, the base's: same files, same dtypes, same order.
+def lay_over(base: Path, delta: Path, out: Path, extra: Mapping[str, str] | None = None) -> None:
+    """Write the model that has the delta's tensors, in their dtypes, and for the rest the base's, file by file.
 
     The base's other files (config, tokenizer) come along; `extra` (name -> text) replaces or adds some. The folder gets
     its name only when it is whole.
 
     Raises:
-        UserError: if a tensor of the delta is not in the base with the same dtype and shape.
+        UserError: if a tensor of the delta is not in the base with the same shape.
     """
-    changes = read_header(delta)
+    changes: dict[str, Place] = {name: (delta, info) for name, info in read_header(delta).items()}
     where = tensors(base)
-    for name, info in changes.items():
-        if name not in where or (where[name][1].dtype, where[name][1].shape) != (info.dtype, info.shape):
-            raise UserError(f"{delta} has {name} as {info.dtype} {list(info.shape)}, which {base} does not.")
+    for name, (_, info) in changes.items():
+        if name not in where or where[name][1].shape != info.shape:
+            raise UserError(f"{delta} has {name} as {list(info.shape)}, which {base} has not.")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -120,34 +122,100 @@ def apply_delta(base: Path, delta: Path, out: Path, extra: Mapping[str, str] | N
     for name, text in (extra or {}).items():
         (part / name).write_text(text)
     for file in sorted({file for file, _ in where.values()}):
-        shutil.copyfile(file, part / file.name)
-        with (part / file.name).open("r+b") as target, delta.open("rb") as source:
-            for name, info in changes.items():
-                if where[name][0] == file:
-                    target.seek(where[name][1].start)
-                    for chunk in _chunks(source, info):
-                        target.write(chunk)
-            target.flush()
-            os.fsync(target.fileno())
+        places = {name: changes.get(name, place) for name, place in where.items() if place[0] == file}
+        if not changes.keys() & places.keys():
+            shutil.copyfile(file, part / file.name)
+            continue
+        with Writer(part / file.name, {name: info for name, (_, info) in places.items()}, {"format": "pt"}) as writer:
+            for name, place in places.items():
+                writer.add(name, read(place))
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
 
 
-def same_bytes(one: tuple[Path, TensorInfo], other: tuple[Path, TensorInfo]) -> bool:
+def reset_pieces(
+    tuned: Sequence[Param], base: Sequence[Param], folders: tuple[Path, Path], names: Iterable[str], join: bool
+) -> dict[str, list[Place]]:
+    """Where the bytes lie that put the named parameters of a tuned model back to its base (Half-Reset, section 2).
+
+    Args:
+        tuned, base: parameters of the two models; `folders` holds theirs, in that order.
+        names: parameters to put back. Their bits and dtype become the base's.
+        join: where the tuned model has more rows (a longer vocabulary), put back those that both have.
+
+    Returns:
+        Tensor of the tuned model's files -> its places, one after the other.
+
+    Raises:
+        UserError: for names or shapes that do not fit, naming the first few.
+    """
+    own, theirs = tensors(folders[0]), tensors(folders[1])
+    stored, base_stored = ({p.name: p.stored for p in params} for params in (tuned, base))
+    pieces: dict[str, list[Place]] = {}
+    odd: list[str] = []
+    for name in names:
+        if len(base_stored.get(name, ())) != len(stored[name]):
+            odd.append(f"{name} (not in the base)")
+            continue
+        for at, source in zip(stored[name], base_stored[name], strict=True):
+            (file, info), place = own[at], theirs[source]
+            rows = place[1].shape[:1]
+            if info.shape == place[1].shape:
+                pieces[at] = [place]
+            elif (
+                join and info.shape[1:] == place[1].shape[1:] and info.shape[:1] > rows and info.dtype == place[1].dtype
+            ):
+                left = (info.shape[0] - rows[0], *info.shape[1:])
+                tail = replace(info, shape=left, start=info.start + place[1].stop - place[1].start)
+                pieces[at] = [place, (file, tail)]
+            else:
+                odd.append(f"{at} ({list(info.shape)}, in the base {list(place[1].shape)})")
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(
+            f"{folders[0]} cannot be put back to {folders[1]}: {', '.join(odd[:3])}{more}. Leave embeddings and head "
+            "tuned (selection.embeddings=freeze selection.head=freeze), or, if only the vocabulary is longer, put back "
+            "the rows that both have (method.shared_rows=true)."
+        )
+    return pieces
+
+
+def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path) -> None:
+    """Stream a delta together from tensors that lie in other files; the pieces of one are joined along its rows."""
+    announced = {}
+    for name, places in pieces.items():
+        first = places[0][1]
+        if len(places) > 1:
+            rows = sum(info.shape[0] for _, info in places)
+            size = sum(info.stop - info.start for _, info in places)
+            first = replace(first, shape=(rows, *first.shape[1:]), start=0, stop=size)
+        announced[name] = first
+    with Writer(out, announced, {"format": "pt"}) as writer:
+        for name, places in pieces.items():
+            writer.add(name, chain.from_iterable(read(place) for place in places))
+
+
+def same_bytes(one: Place, other: Place) -> bool:
     """Whether two stored tensors have the same dtype, shape and bits."""
-    (file, info), (other_file, other_info) = one, other
+    (_, info), (_, other_info) = one, other
     if (info.dtype, info.shape) != (other_info.dtype, other_info.shape):
         return False
-    with file.open("rb") as a, other_file.open("rb") as b:
-        return all(x == y for x, y in zip(_chunks(a, info), _chunks(b, other_info), strict=True))
+    return all(a == b for a, b in zip(read(one), read(other), strict=True))
 
 
-def _chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
-    file.seek(info.start)
-    left = info.stop - info.start
-    while left:
-        chunk = file.read(min(CHUNK, left))
-        if not chunk:
-            raise UserError(f"{file.name} ends early.")
-        left -= len(chunk)
-        yield chunk
+def read(place: Place) -> Iterator[bytes]:
+    """A stored tensor's bytes, a chunk at a time.
+
+    Raises:
+        UserError: if the file ends early.
+    """
+    path, info = place
+    with path.open("rb") as file:
+        file.seek(info.start)
+        left = info.stop - info.start
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise UserError(f"{path} ends early.")
+            left -= len(chunk)
+            yield chunk

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hft_cli.layout import read_header
 from hft_cli.schema import UserError
-from hft_cli.weights import Writer, apply_delta, fetch, same_bytes, tensors
+from hft_cli.weights import Writer, fetch, lay_over, same_bytes, tensors
 
 
 def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
@@ -48,7 +48,7 @@ def test_the_writer_makes_files_that_safetensors_reads(tmp_path):
     with Writer(tmp_path / "copy.safetensors", headers, {"format": "pt"}) as writer, source.open("rb") as file:
         for name, info in headers.items():
             file.seek(info.start)
-            writer.add(name, file.read(info.stop - info.start))
+            writer.add(name, [file.read(info.stop - info.start)])
     copy = load_file(tmp_path / "copy.safetensors")
     assert copy.keys() == given.keys()
     assert all(torch.equal(copy[name], given[name]) and copy[name].dtype == given[name].dtype for name in given)
@@ -65,7 +65,7 @@ def test_a_file_that_is_not_what_was_announced_never_gets_its_name(tmp_path, wro
         with Writer(tmp_path / "out.safetensors", headers, {}) as writer:
             if wrong == "error":
                 raise ValueError("the disk is full")
-            writer.add("b" if wrong == "order" else "a", bytes(4 if wrong == "size" else 8))
+            writer.add("b" if wrong == "order" else "a", [bytes(4 if wrong == "size" else 8)])
 
     with pytest.raises(ValueError, match=r"expected|ends before b|disk is full"):
         write()
@@ -77,7 +77,7 @@ def test_a_model_is_the_base_with_the_delta_over_it(tmp_path, shards):
     base = checkpoint(tmp_path / "base", shards)
     delta = {"b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half()}
     save_file(delta, tmp_path / "delta.safetensors")
-    apply_delta(base, tmp_path / "delta.safetensors", tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
+    lay_over(base, tmp_path / "delta.safetensors", tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
     made, expected = everything(tmp_path / "out"), everything(base) | delta
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in made)
@@ -87,12 +87,12 @@ def test_a_model_is_the_base_with_the_delta_over_it(tmp_path, shards):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(3, 5).half(), torch.zeros(5, 3)], ids=["dtype", "shape"])
-def test_a_delta_that_does_not_fit_is_refused_and_writes_nothing(tmp_path, tensor):
+@pytest.mark.parametrize("delta", [{"a": torch.zeros(5, 3)}, {"z": torch.zeros(2)}], ids=["shape", "name"])
+def test_a_delta_that_does_not_fit_is_refused_and_writes_nothing(tmp_path, delta):
     base = checkpoint(tmp_path / "base", SHARDS)
-    save_file({"a": tensor}, tmp_path / "delta.safetensors")
-    with pytest.raises(UserError, match=r"has a as \w+ .* which .* does not"):
-        apply_delta(base, tmp_path / "delta.safetensors", tmp_path / "out")
+    save_file(delta, tmp_path / "delta.safetensors")
+    with pytest.raises(UserError, match=r"has [az] as \[.*\], which .* has not"):
+        lay_over(base, tmp_path / "delta.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         base = checkpoint(tmp_path / f"base{number}", [{"big": torch.zeros(size)}])
         save_file({"big": torch.ones(size)}, tmp_path / "delta.safetensors")
         tracemalloc.start()
-        apply_delta(base, tmp_path / "delta.safetensors", tmp_path / f"out{number}")
+        lay_over(base, tmp_path / "delta.safetensors", tmp_path / f"out{number}")
         assert not same_bytes(tensors(base)["big"], tensors(tmp_path / f"out{number}")["big"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
