@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
         status = 128 + signal.SIGINT
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        print(f"hft: {error.strerror}: {error.filename}", file=sys.stderr)
+        status = 2
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
@@ -79,7 +83,14 @@ def _train(argv: list[str]) -> int:
         print(_help())
         return 0
     # Hydra asks for a + before a group without a default and before a new key of a map; we do not.
-    argv = [re.sub(r"^model\.tuned=", "model.path=", argument) for argument in argv]  # Half-Reset starts from it
+    argv = [_plain(argument, sweep=bool({"-m", "--multirun"} & set(argv))) for argument in argv]
+    keys = {argument.split("=")[0].lstrip("+") for argument in argv}
+    # A path of the user's own goes with `local`, not with the embedded model's or data's settings.
+    for group in ("model", "data"):
+        if f"{group}.path" in keys and not keys & {group, "experiment"}:
+            argv.append(f"{group}=local")
+    if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
+        raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
     argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
     if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
         a.startswith("-") for a in argv
@@ -89,14 +100,34 @@ def _train(argv: list[str]) -> int:
             "For instance: hft train +method=hft"
         )
     failures = _hydra("train", argv)
-    for overrides, failure in failures[1:] if len(failures) > 1 else []:
-        print(f"hft: {' '.join(overrides)}: {failure}", file=sys.stderr)
-    if failures:
-        overrides, failure = failures[0]
-        if isinstance(failure, UserError):
-            raise failure
-        return 128 - failure.returncode if failure.returncode < 0 else 1
-    return 0
+    if not failures:
+        return 0
+    if {"-m", "--multirun"} & set(argv):
+        for overrides, failure in failures:
+            print(f"hft: failed: {' '.join(overrides)}: {failure}", file=sys.stderr)
+    failure = failures[0][1]
+    if isinstance(failure, UserError):
+        raise failure
+    if isinstance(failure, subprocess.CalledProcessError) and failure.returncode < 0:
+        return 128 - failure.returncode
+    return 1
+
+
+PATHS = ("model.path", "model.base", "model.tuned", "model.chat_template", "data.path", "data.test_path", "output_dir")
+
+
+def _plain(argument: str, sweep: bool) -> str:
+    """Quote a path that Hydra's grammar would trip over (spaces, accents, =, ~), and spell the tuned model's key."""
+    key, _, value = argument.partition("=")
+    if key not in PATHS or not value:
+        return argument
+    if value.startswith("~"):
+        value = os.path.expanduser(value)
+    plain = re.fullmatch(r"[\w./:\-+%*@?|$]*", value, re.ASCII)
+    special = value[0] in "'\"[" or "${" in value or (sweep and "," in value) or value == "null"
+    if not plain and not special:
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{'model.path' if key == 'model.tuned' else key}={value}"  # Half-Reset starts from the tuned model
 
 
 def _hydra(name: str, argv: list[str]) -> list[tuple[list[str], Any]]:
@@ -104,6 +135,7 @@ def _hydra(name: str, argv: list[str]) -> list[tuple[list[str], Any]]:
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -113,10 +145,18 @@ def _hydra(name: str, argv: list[str]) -> list[tuple[list[str], Any]]:
 
     def job(composed: Any) -> None:
         # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
+        task = hydra.core.hydra_config.HydraConfig.get()
         try:
             _run(composed)
         except (UserError, subprocess.CalledProcessError) as error:
-            failures.append((list(hydra.core.hydra_config.HydraConfig.get().overrides.task), error))
+            failures.append((list(task.overrides.task), error))
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+            failures.append((list(task.overrides.task), UserError(f"{error.strerror}: {error.filename}")))
+        except Exception as error:
+            if task.mode != RunMode.MULTIRUN:
+                raise
+            traceback.print_exc()
+            failures.append((list(task.overrides.task), error))
 
     try:
         hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(job)()
@@ -137,7 +177,9 @@ def _run(composed: Any) -> None:
     values: Any = OmegaConf.to_container(composed, resolve=True)
     if hydra.mode == RunMode.MULTIRUN:
         values["output_dir"] = hydra.runtime.output_dir
-    print(summary(run(from_dict(RunConfig, values), list(hydra.overrides.task))))
+    typed = list(hydra.overrides.task)
+    named = any(override.startswith("output_dir=") for override in typed)
+    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
 
 
 def _conf() -> Path:

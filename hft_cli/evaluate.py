@@ -45,10 +45,9 @@ def evaluate(job: Job) -> dict[str, dict[str, dict[str, float]]]:
             path,
             dtype=getattr(torch, job.model.dtype),
             attn_implementation=job.model.attention,
-            trust_remote_code=job.model.trust_remote_code,
         )
 
-    tokenizer = AutoTokenizer.from_pretrained(job.path, trust_remote_code=job.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(job.path)
     tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
     model = load(job.path)
     if job.base is not None:

@@ -58,7 +58,7 @@ def _label(path: str) -> str:
     parts = PurePosixPath(path.replace("\\", "/").replace(":", "/"))
     stem = parts.name.split(".")[0]
     name = parts.parent.name if stem in ("train", "test") and parts.parent.name else stem
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "data"
+    return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
 # FFT and HFT run the same steps: what differs is the selection, which method=fft sets to `all`.

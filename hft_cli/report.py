@@ -60,6 +60,9 @@ def summary(run: RunDir) -> str:
                 [[task, _percent(pair["before"]), _percent(pair["after"])] for task, pair in scores.items()],
             )
         )
+    unmoved = [name for entry in results["rounds"] for name in entry.get("unmoved", ())]
+    if unmoved:
+        parts.append(f"Updated, yet not moved (see hft verify): {len(unmoved)} tensors, such as {unmoved[0]}.")
     dropped = sum(entry.get("rows_dropped", 0) for entry in results["rounds"])
     cut = sum(entry.get("rows_truncated", 0) for entry in results["rounds"])
     if dropped or cut:
@@ -126,16 +129,22 @@ def report(places: Sequence[Path], out: Path) -> str:
 
 
 def _runs(place: Path) -> list[RunDir]:
-    found = sorted(path.parent for path in [*place.glob("config.yaml"), *place.glob("**/config.yaml")])
+    found = sorted(path.parent for path in [*place.glob("plan.json"), *place.glob("**/plan.json")])
     if not found:
-        raise UserError(f"There is no run in {place}: no config.yaml in it or below it.")
+        raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
     return [RunDir(folder) for folder in dict.fromkeys(found)]
 
 
 def _row(run: RunDir) -> Row:
     if not run.results.exists():
         return Row(run=str(run.folder), status="unfinished")
-    results = read_json(run.results)
+    try:
+        return _scored_row(run, read_json(run.results))
+    except (UserError, KeyError, TypeError):  # one run's broken file does not take the others' table away
+        return Row(run=str(run.folder), status="results.json is broken")
+
+
+def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
     scores = _scores(results["eval"])
     rounds = results["rounds"]
     selection = results["selection"]

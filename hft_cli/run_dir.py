@@ -52,6 +52,8 @@ def read_config(run: RunDir) -> RunConfig:
         values = yaml.safe_load(run.config.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{run.config} is not the configuration of a run.")
     config: RunConfig = from_dict(RunConfig, values)
     return config
 
@@ -156,6 +158,11 @@ class RunDir:
     @property
     def done(self) -> Path:
         return self.folder / "DONE"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever works on the run."""
+        return self.folder / ".lock"
 
 
 @dataclass(frozen=True)

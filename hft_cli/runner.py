@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import platform
@@ -11,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,26 +29,31 @@ from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, read_config, read
 from hft_cli.schema import RunConfig, UserError, check, locate, places
 from hft_cli.selection import Draw, draw
 from hft_cli.verify import verify
-from hft_cli.weights import Place, fetch, lay_over, reset_pieces, write_pieces
+from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 
 FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
 
 
-def run(config: RunConfig, overrides: Sequence[str]) -> RunDir:
+def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir:
     """Do all that `hft train` was asked for, continuing an unfinished run in the same directory.
+
+    With `search` and resume=true the newest unfinished run of the same configuration beside output_dir is continued.
 
     Raises:
         UserError: for a mistake in the config or the data, before anything is written.
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check(config)
-    where = RunDir(_directory(config))
+    base = fetch(locate(config.model.path))
+    config = _settled(config, base)
+    where = _find(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
+    if config.resume and not where.config.exists():
+        raise UserError(f"resume=true, but there is no run in {where.folder}.")
     if where.done.exists():
         _same_config(where, config)
         _say(f"{where.folder} is finished already; nothing to do.")
         return where
 
-    base = fetch(locate(config.model.path))
     params = from_folder(base, config.model.kinds)
     plan = steps(config)
     seed = config.seed if config.selection.seed is None else config.selection.seed
@@ -56,22 +63,90 @@ def run(config: RunConfig, overrides: Sequence[str]) -> RunDir:
     for step, chosen in zip(plan, draws, strict=True):
         if step.stage == "half_reset":
             _reset_pieces(step, chosen, base, config)  # whether the two models fit
-    hashes = {step.name: _data_hash(step, config) for step in plan if step.stage != "half_reset"}
     for place in (*config.suite.tasks.values(), *places(config.data.test_path)):
         read_chats(locate(place), split="test")
+    inputs = {
+        "base": str(base.resolve()),
+        "base_sha256": weights_hash(base),
+        "rounds": [asdict(step) | {"data_sha256": _data_hash(step, config)} for step in plan],
+    }
 
-    if where.config.exists():
-        _same_config(where, config)
-        _same_data(where, hashes)
-        _say(f"Continuing the run in {where.folder}.")
-        return _walk(where, config, plan, draws, base)
-    _seal(where, config, overrides, plan, draws, hashes, base)
-    try:
-        return _walk(where, config, plan, draws, base)
-    except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
-        if not list(where.folder.glob("rounds/*/outcome.json")):
-            shutil.rmtree(where.folder)  # nothing was trained, and the mended command starts anew
-        raise
+    new = not where.config.exists()
+    if new:
+        _refuse_other_files(where)
+        where.folder.mkdir(parents=True, exist_ok=True)
+    with _lock(where):
+        if new:
+            _seal(where, config, overrides, draws, inputs)
+        else:
+            _same_config(where, config)
+            _same_inputs(where, inputs)
+            _say(f"Continuing the run in {where.folder}.")
+        try:
+            return _walk(where, config, plan, draws, base)
+        except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
+            if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
+                _clear(where.folder)  # nothing was trained, and the mended command starts anew
+            raise
+
+
+@contextmanager
+def _lock(where: RunDir) -> Iterator[None]:
+    """Hold the run's directory alone. The workers hold it too, so that one still dying keeps the next from starting."""
+    with where.lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process works on {where.folder}. Wait for it, or stop it.") from None
+        _LOCKS.append(file.fileno())
+        try:
+            yield
+        finally:
+            _LOCKS.remove(file.fileno())
+
+
+_LOCKS: list[int] = []  # descriptors that workers inherit
+
+
+def _clear(folder: Path) -> None:
+    """Empty a directory, and remove it if it is not a link or a place that we stand in."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not folder.is_symlink() and folder.resolve() != Path.cwd():
+        folder.rmdir()
+
+
+# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
+PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
+
+
+MOST_TOKENS = 2048  # of a row, unless train.max_length says more
+
+
+def _settled(config: RunConfig, base: Path) -> RunConfig:
+    """The config with what hangs on the model filled in.
+
+    Raises:
+        UserError: for what the model's own config rules out.
+    """
+    model: dict[str, Any] = read_json(base / "config.json")
+    model = model.get("text_config") or model
+    longest = model.get("max_position_embeddings") or model.get("n_positions")
+    asked = config.train.max_length
+    if longest and asked and asked > longest:
+        raise UserError(
+            f"train.max_length={asked} is more than the {longest} positions of {base.name}. "
+            f"Set train.max_length={longest} or less."
+        )
+    if config.train.packing and model.get("model_type") not in PACKABLE:
+        raise UserError(
+            f"train.packing=true is not known to keep rows apart for model type {model.get('model_type')!r}; it is for "
+            f"{', '.join(PACKABLE)}. Set train.packing=false."
+        )
+    return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
 def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], draws: Sequence[Draw], base: Path) -> RunDir:
@@ -118,8 +193,8 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
         ).write(folder.step)
         _say(f"Round {step.number}, {step.name}: {_size(chosen)} updated")
         _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        shutil.rmtree(folder.tokens, ignore_errors=True)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
         own = config.model.chat_template is None
         extra = {folder.template.name: folder.template.read_text()} if folder.template.exists() and not own else {}
@@ -155,7 +230,8 @@ def _work(command: list[str], folder: RoundDir, label: str) -> None:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     ranks = command[command.index("--nproc_per_node") + 1] if "--nproc_per_node" in command else "1"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "--nproc_per_node" not in command:  # with several GPUs in sight, transformers would split each batch over them
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
@@ -165,6 +241,7 @@ def _work(command: list[str], folder: RoundDir, label: str) -> None:
             stderr=log,
             env=environment,
             start_new_session=True,
+            pass_fds=_LOCKS,
             preexec_fn=_die_with_parent,
         )
         try:
@@ -296,54 +373,38 @@ def _finish(
     return where
 
 
-def _directory(config: RunConfig) -> Path:
-    """Where the run goes; with resume=true, and no unfinished run there, the newest one of the same configuration."""
-    folder = Path(config.output_dir)
-    if not config.resume or RunDir(folder).config.exists():
-        return folder
-    roots = sorted(folder.parent.parent.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for found in roots:
-        run = RunDir(found.parent)
-        if not run.done.exists() and not _differences(run, config):
-            return run.folder
-    raise UserError(
-        f"resume=true, but there is no unfinished run of this configuration in {folder} or beside it. "
-        "Give its directory: output_dir=…"
-    )
+def _find(config: RunConfig) -> RunDir:
+    """The newest unfinished run of the same configuration among those in directories named by date."""
+    root = Path(config.output_dir).parent.parent
+    found = sorted(root.glob("*/*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for run in (RunDir(path.parent) for path in found):
+        if run.config.exists() and not run.done.exists() and not _differences(run, config):
+            return run
+    raise UserError(f"There is no unfinished run of this configuration in {root}. Give its directory: output_dir=…")
+
+
+def _refuse_other_files(where: RunDir) -> None:
+    if where.folder.exists() and not where.folder.is_dir():
+        raise UserError(f"output_dir={where.folder} is a file. Choose an empty or a new directory.")
+    ours = {where.overrides, where.environment, where.plan, where.draws, where.lock}  # a start that was cut off
+    there = set(where.folder.iterdir()) if where.folder.exists() else set()
+    if others := sorted(path.name for path in there - ours if path.suffix != ".part"):
+        raise UserError(
+            f"output_dir={where.folder} has other files in it ({', '.join(others[:3])}). "
+            "Choose an empty or a new directory."
+        )
 
 
 def _seal(
-    where: RunDir,
-    config: RunConfig,
-    overrides: Sequence[str],
-    plan: Sequence[Step],
-    draws: Sequence[Draw],
-    hashes: dict[str, str],
-    base: Path,
+    where: RunDir, config: RunConfig, overrides: Sequence[str], draws: Sequence[Draw], inputs: dict[str, Any]
 ) -> None:
     """Write what the run is, config.yaml last: a directory with it has all the rest."""
-    if where.folder.exists() and any(where.folder.iterdir()):
-        sealed = {where.overrides, where.environment, where.plan, where.draws}
-        leftovers = {p.name for p in set(where.folder.iterdir()) - sealed if p.suffix != ".part"}
-        if leftovers:
-            raise UserError(
-                f"output_dir={where.folder} has other files in it ({', '.join(sorted(leftovers)[:3])}). "
-                "Choose an empty or a new directory."
-            )
-    where.folder.mkdir(parents=True, exist_ok=True)
     write_text(where.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
     write_json(where.environment, _environment())
-    write_json(
-        where.plan,
-        {
-            "base": str(base.resolve()),
-            "rounds": [asdict(step) | {"data_sha256": hashes.get(step.name)} for step in plan],
-        },
-    )
-    write_json(
-        where.draws,
-        {"rounds": [{"name": step.name, **chosen.as_dict()} for step, chosen in zip(plan, draws, strict=True)]},
-    )
+    write_json(where.plan, inputs)
+    names = [entry["name"] for entry in inputs["rounds"]]
+    entries = [{"name": name, **chosen.as_dict()} for name, chosen in zip(names, draws, strict=True)]
+    write_json(where.draws, {"rounds": entries})
     write_text(where.config, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
@@ -371,16 +432,25 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _same_data(where: RunDir, hashes: dict[str, str]) -> None:
-    for entry in read_json(where.plan)["rounds"]:
-        if hashes.get(entry["name"]) != entry["data_sha256"]:
+def _same_inputs(where: RunDir, inputs: dict[str, Any]) -> None:
+    sealed = read_json(where.plan)
+    if sealed["base_sha256"] != inputs["base_sha256"]:
+        raise UserError(
+            f"The weights in {inputs['base']} have changed since {where.folder} was begun. "
+            "Restore them, or start anew in another output_dir."
+        )
+    for old, new in zip(sealed["rounds"], inputs["rounds"], strict=True):
+        if old["data_sha256"] != new["data_sha256"]:
             raise UserError(
-                f"The data of round {entry['name']} ({entry['data']}) has changed since {where.folder} was begun. "
+                f"The data of round {old['name']} ({old['data']}) has changed since {where.folder} was begun. "
                 "Restore it, or start anew in another output_dir."
             )
 
 
 def _data_hash(step: Step, config: RunConfig) -> str:
+    """Of the rows that a round trains on, or of the weights that a Half-Reset puts back."""
+    if step.stage == "half_reset":
+        return weights_hash(fetch(locate(step.data), "model.base"))
     data = config.data
     return content_hash(read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows))
 

@@ -34,12 +34,10 @@ class ModelConfig:
     """Half-Reset only: the model to go back to. The tuned one is model.path, which model.tuned is a name for."""
     dtype: str = "float32"
     """Precision of computing: float32, or bfloat16 with float32 master weights. The files keep their own."""
-    attention: str = "sdpa"
-    """Attention implementation of transformers: sdpa, eager or flash_attention_2."""
+    attention: str | None = None
+    """Attention implementation: sdpa, eager or flash_attention_2; null leaves the choice to transformers."""
     chat_template: str | None = None
     """tulu, plain, or a Jinja file; null takes the tokenizer's own. Saved with the trained model."""
-    trust_remote_code: bool = False
-    """Run the model's own Python code when loading it. Only for repositories that you trust."""
     kinds: dict[str, str] = field(default_factory=dict)
     """Regular expression over parameter names -> kind, for parameters that hft cannot place by itself."""
 
@@ -124,8 +122,8 @@ class TrainConfig:
     """Rows in an optimizer step, over all ranks and accumulation."""
     micro_batch_size: int = 4
     """Rows that one rank handles at once; batch_size must be a multiple of micro_batch_size x ranks."""
-    max_length: int = 2048
-    """Tokens of a row; longer ones are cut on the right, and rows left without an answer are dropped and counted."""
+    max_length: int | None = None
+    """Tokens of a row; longer ones are cut, dropped if no answer is left (counted). null: the model's, at most 2048."""
     packing: bool = False
     """Pack short rows into sequences of max_length, without padding; rows do not see each other."""
     schedule: str = "linear"
@@ -202,7 +200,7 @@ def locate(path: str) -> str:
 
 def places(value: Any) -> tuple[str, ...]:
     """data.path or data.test_path as a tuple: nothing, one place or several."""
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
@@ -230,12 +228,15 @@ def check(config: RunConfig) -> None:
     """
     resets = config.method.name == "half_reset"
     for path, value in _leaves(config):
+        if value == REQUIRED and path == "method.name":
+            raise UserError(f"No method: give one of +method={'|'.join(METHODS)}. For instance: hft train +method=hft")
         if value == REQUIRED:
             raise UserError(f"{path} is not set. Give it on the command line: {path}=…")
     model, data, selection, engine, train = config.model, config.data, config.selection, config.engine, config.train
     choose("method.name", config.method.name, METHODS)
     choose("model.dtype", model.dtype, ("float32", "bfloat16"))
-    choose("model.attention", model.attention, ("sdpa", "eager", "flash_attention_2"))
+    if model.attention is not None:
+        choose("model.attention", model.attention, ("sdpa", "eager", "flash_attention_2"))
     choose("data.format", data.format, ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "trace"))
     choose("data.loss", data.loss, ("assistant", "all"))
     choose("selection.level", selection.level, ("all", "category", "layer", "model"))
@@ -263,6 +264,9 @@ def check(config: RunConfig) -> None:
     ):
         if value is not None and not value >= low:
             raise UserError(f"{path}={value} is too small: it must be at least {low}.")
+    for path, value in (("seed", config.seed), ("selection.seed", selection.seed)):
+        if value is not None and value >= 2**32:
+            raise UserError(f"{path}={value} is too large: it must be below 2^32.")
     for path, value in (("train.learning_rate", train.learning_rate), ("train.epochs", train.epochs)):
         if not value > 0:
             raise UserError(f"{path}={value} must be above 0.")
@@ -294,6 +298,10 @@ def check(config: RunConfig) -> None:
             f"method=fft updates every matrix, so selection={selection.level} cannot hold. "
             "Use method=hft, or leave selection out."
         )
+    outside = {name: getattr(selection, name) for name in ("embeddings", "head", "final_norm")}
+    if config.method.name == "fft" and "freeze" in outside.values():
+        frozen = ", ".join(f"selection.{name}=freeze" for name, state in outside.items() if state == "freeze")
+        raise UserError(f"method=fft updates every matrix, so {frozen} cannot hold. Use method=hft selection=all.")
     if engine.zero_stage is None and engine.num_processes > 1:
         raise UserError(
             f"engine={engine.name} is one process, but engine.num_processes={engine.num_processes}. "

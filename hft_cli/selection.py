@@ -90,16 +90,23 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     everything = units(params)
     inside = [u for u in everything if u.layer is not None]
     if not inside:
-        raise UserError(
-            "The model has no transformer layers to select from; see `hft plan`, or map them by model.kinds."
-        )
+        raise UserError("The model has no transformer layers to select from. Map them by model.kinds.")
     if config.head == "freeze" and config.embeddings == "update" and not any(u.kind == "head" for u in everything):
         raise UserError(
             "selection.head=freeze cannot hold with selection.embeddings=update: this model ties its head to its "
             "embeddings. Set both to the same."
         )
     strategy = STRATEGIES[choose("selection.level", config.level, STRATEGIES)]
-    chosen = {u.name for u in strategy(inside, config, _Order(seed, round, config.redraw))}
+    order = _Order(seed, round, config.redraw)
+    if order.second and config.balance == "elements":
+        # Reversing the order does not balance the other half, so the pair's second round is the complement itself.
+        if config.ratio != 0.5:
+            raise UserError("selection.redraw=complementary with selection.balance=elements needs selection.ratio=0.5.")
+        chosen = {u.name for u in inside} - {
+            u.name for u in strategy(inside, config, _Order(seed, round - 1, order.redraw))
+        }
+    else:
+        chosen = {u.name for u in strategy(inside, config, order)}
     chosen |= {u.name for u in everything if u.layer is None and _outside(u.kind, config) == "update"}
 
     updated = [u for u in everything if u.name in chosen]
@@ -202,12 +209,6 @@ def _balanced_layers(
 
     What one layer misses is carried to the next, in a drawn order of layers: error diffusion.
     """
-    if order.second:  # the complement itself, so that the pair together covers everything
-        if config.ratio != 0.5:
-            raise UserError("selection.redraw=complementary with selection.balance=elements needs selection.ratio=0.5.")
-        first = _Order(order.seed, order.round - 1, order.redraw)
-        taken = {u.name for u in _balanced_layers(kind, layers, config, first)}
-        return [u for group in layers.values() for u in group if u.name not in taken]
     chosen: list[Unit] = []
     owed = Fraction(0)
     names = {f"{kind}\0{layer}": layer for layer in layers}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +68,12 @@ def train(step: SealedStep, folder: RoundDir) -> None:
         # DeepSpeed would compile an operator that only inference uses: a minute, a compiler, a lock that a kill leaves
         # behind, and a link line that a path with a space breaks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+        # The ranks wait while the first one tokenizes, which takes minutes for a large set.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=2))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    tokenizer = AutoTokenizer.from_pretrained(step.model, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(step.model)
     tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
     if rank == 0:
         write_text(folder.template, tokenizer.chat_template)
@@ -86,7 +90,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
         "zero_stage": config.engine.zero_stage,
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
-    watch = _watch(step, folder, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen"))
+    watch = _watch(step, folder, params, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen"))
     trainer = _trainer(model, arguments, dataset, tokenizer, watch)
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -120,7 +124,6 @@ def load_model(path: str, config: RunConfig) -> PreTrainedModel:
         path,
         dtype=torch.bfloat16 if low else torch.float32,
         attn_implementation=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
     )
     model.config.use_cache = False
     return model
@@ -188,6 +191,7 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
         save_total_limit=train.save_limit,
         logging_steps=train.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number must show
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
         report_to=[],
@@ -206,7 +210,8 @@ def _tokens(
     if rank == 0 and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
         chats = read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows)
-        made = tokenize(chats, tokenizer, max_length=step.config.train.max_length, loss=data.loss, where=step.data)
+        longest = step.config.train.max_length or sys.maxsize  # the runner has filled it in
+        made = tokenize(chats, tokenizer, max_length=longest, loss=data.loss, where=step.data)
         made.dataset.save_to_disk(str(folder.tokens))
         write_json(
             counts_file,
@@ -250,6 +255,7 @@ def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int
 def _watch(
     step: SealedStep,
     folder: RoundDir,
+    params: Mapping[str, Param],
     identity: Mapping[str, Any],
     rank: int,
     world: int,
@@ -278,6 +284,8 @@ def _watch(
             return (self.tokens - self.tokens_at_start) / max((self.end or time.perf_counter()) - self.start, 1e-9)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 0 and step.config.engine.zero_stage and step.config.model.dtype == "bfloat16":
+                restore_masters(getattr(model, "module", model), params, Path(step.model))
             self.checksums = _gather(frozen_checksum(model), world)
             if frozen_before is not None and self.checksums != frozen_before:
                 raise RuntimeError(
@@ -297,6 +305,11 @@ def _watch(
                 folder.progress.write_text(json.dumps(progress | {"tokens_per_second": self.tokens_per_second()}))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs and not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"The loss is {logs['loss']} at step {state.global_step}: training has diverged. "
+                    f"Lower train.learning_rate={step.config.train.learning_rate:g}, or raise train.warmup."
+                )
             if rank == 0 and "loss" in logs:
                 self.loss = logs["loss"]
                 line = {"round": step.number, "step": state.global_step, "tokens_per_second": self.tokens_per_second()}
@@ -326,8 +339,8 @@ def frozen_checksum(model: Any) -> int:
     for name, parameter in getattr(model, "module", model).named_parameters():
         if not parameter.requires_grad:
             held = getattr(parameter, "ds_tensor", parameter).detach()
-            if held.numel():
-                digest.update(f"{name} {torch.hash_tensor(held).item()}\n".encode())
+            digest.update(name.encode())
+            digest.update(held.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest()[:6], "big")
 
 
@@ -351,6 +364,30 @@ def _write_delta(model: Any, step: SealedStep, params: Mapping[str, Param], path
             parts = to_stored(model, {param.name: full_value(value)}, [param])
             for stored in param.stored:
                 writer.add(stored, [_bytes(parts[stored], announced[stored].dtype)])
+
+
+def restore_masters(model: Any, params: Mapping[str, Param], folder: Path) -> None:
+    """Give DeepSpeed's float32 master weights the values in the files, which it has rounded to bfloat16.
+
+    Raises:
+        UserError: for a parameter that the files hold in parts (experts) and in more than bfloat16.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+    from safetensors import safe_open
+
+    where = tensors(folder)
+    for name, parameter in model.named_parameters():
+        file, info = where[params[name].stored[0]]
+        if not parameter.requires_grad or info.dtype == "BF16":
+            continue
+        if info.shape != params[name].shape:
+            raise UserError(
+                f"{name} lies in the files in parts and as {info.dtype}, which bfloat16 under DeepSpeed would round. "
+                "Convert the model to bfloat16 first, or set model.dtype=float32."
+            )
+        with safe_open(file, "pt") as held:
+            value = held.get_tensor(params[name].stored[0]).float()
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
 
 def full_value(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -386,9 +423,15 @@ def peak_memory() -> int:
 def _forget_after(metrics: Path, number: int, last: int) -> None:
     """Drop the lines that a stopped session wrote after the checkpoint that this one resumes from."""
     if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        kept = [line for line in lines if (line["round"], line["step"]) <= (number, last)]
-        write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = []
+        for text in metrics.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut off by what stopped the session
+                continue
+            if (line["round"], line["step"]) <= (number, last):
+                kept.append(text + "\n")
+        write_text(metrics, "".join(kept))
 
 
 def _gather(value: int, world: int) -> list[int]:

@@ -7,16 +7,18 @@ training process said of itself is used.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hft_cli.layout import Param, TensorInfo, from_folder, read_header
+from hft_cli.methods import steps
 from hft_cli.run_dir import RunDir, read_config, read_json
-from hft_cli.schema import RunConfig, SelectionConfig, UserError, locate
+from hft_cli.schema import RunConfig, UserError, locate
 from hft_cli.selection import draw
-from hft_cli.weights import Place, fetch, same_bytes, tensors
+from hft_cli.weights import Place, fetch, same_bytes, tensors, weights_hash
 
 MOST_NAMES = 5  # named in a fault
 
@@ -49,9 +51,9 @@ def verify(
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
     plan = read_json(run.plan)
-    both = zip(read_json(run.draws)["rounds"], plan["rounds"], strict=True)
-    ledger = [entry | {"stage": step["stage"]} for entry, step in both]
     base = fetch(plan["base"])
+    if weights_hash(base) != plan["base_sha256"]:
+        raise UserError(f"The weights in {base} are not those that the run started from, so it cannot be verified.")
     params = from_folder(base, config.model.kinds)
     stored = {p.name: p.stored for p in params}
     seed = config.seed if config.selection.seed is None else config.selection.seed
@@ -59,32 +61,41 @@ def verify(
     now: dict[str, Place] = tensors(base)  # where each tensor's value stands after the rounds so far
     last: dict[str, int] = {}  # the round that wrote it
     proofs: list[RoundProof] = []
-    for entry in ledger:
-        number, name = entry["round"], entry["name"]
-        faults = _ledger_faults(entry, params, config.selection, seed)
-        delta = run.round(number, name).delta
-        if not delta.exists():
-            raise UserError(f"{delta} is missing: round {number} cannot be proven.")
-        held = read_header(delta)
-        drawn = {tensor for param in entry["updated"] for tensor in stored[param]}
+    plan_steps = steps(config)
+    entries = _entries(run)
+    for step in plan_steps:
+        made = draw(params, config.selection, step.number, seed)
+        entry = {"name": step.name, **made.as_dict()}
+        # Through JSON, where tuples are lists: the ledger must say what the seed and the selection give, word for word.
+        agrees = len(entries) == len(plan_steps) and entries[step.number - 1] == json.loads(json.dumps(entry))
+        faults = [] if agrees else ["draws.json is not what its seed and selection give"]
+        delta = run.round(step.number, step.name).delta
+        try:
+            held = read_header(delta)
+        except UserError as error:
+            held, faults = {}, [*faults, str(error)]
+        drawn = {tensor for param in made.updated for tensor in stored[param]}
         faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
         faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
-        if entry["stage"] == "half_reset":
+        if step.stage == "half_reset":
             faults += _reset_faults(held, delta, params, config, now)
         else:
             odd = {tensor for tensor in held if not _fits(now.get(tensor), held[tensor])}
             faults += _named("its delta has another dtype or shape for", odd)
         unmoved = []
         for tensor, info in held.items():
-            tick(f"round {number}: {tensor}")
+            tick(f"round {step.number}: {tensor}")
             if tensor in now and same_bytes(now[tensor], (delta, info)):
                 unmoved.append(tensor)
-            now[tensor], last[tensor] = (delta, info), number
+            now[tensor], last[tensor] = (delta, info), step.number
         proofs.append(
-            RoundProof(number, name, len(entry["updated"]), len(entry["frozen"]), tuple(unmoved), tuple(faults))
+            RoundProof(step.number, step.name, len(made.updated), len(made.frozen), tuple(unmoved), tuple(faults))
         )
 
-    final = tensors(model or run.model)
+    try:
+        final = tensors(model or run.model)
+    except UserError as error:
+        return tuple(replace(proof, faults=(*proof.faults, str(error))) for proof in proofs)
     wrong: dict[int, set[str]] = {}
     for tensor, place in final.items():
         tick(f"model: {tensor}")
@@ -100,7 +111,13 @@ def _with_final(proof: RoundProof, wrong: dict[int, set[str]]) -> RoundProof:
     frozen = set().union(*(names for number, names in wrong.items() if number < proof.number))
     faults = _named("frozen tensors differ in the final model", frozen)
     faults += _named("the final model does not hold what this round's delta holds", wrong.get(proof.number, set()))
-    return RoundProof(proof.number, proof.name, proof.updated, proof.frozen, proof.unmoved, (*proof.faults, *faults))
+    return replace(proof, faults=(*proof.faults, *faults))
+
+
+def _entries(run: RunDir) -> list[Any]:
+    ledger = read_json(run.draws)
+    entries = ledger.get("rounds") if isinstance(ledger, dict) else None
+    return entries if isinstance(entries, list) else []
 
 
 def _reset_faults(
@@ -113,6 +130,8 @@ def _reset_faults(
     base = tensors(folder)
     wrong = set()
     for name, info in held.items():
+        if name not in source or name not in tuned:  # said already: the draw freezes it
+            continue
         place = base[source[name]]
         size = place[1].stop - place[1].start
         first = (delta, replace(info, shape=place[1].shape, stop=info.start + size))
@@ -122,15 +141,6 @@ def _reset_faults(
         if not same_bytes(first, place) or (info.shape != place[1].shape and not same_bytes(rest, tuned_rest)):
             wrong.add(name)
     return _named("its delta is not the base's for", wrong)
-
-
-def _ledger_faults(
-    entry: dict[str, Any], params: tuple[Param, ...], selection: SelectionConfig, seed: int
-) -> list[str]:
-    again = draw(params, selection, entry["round"], seed)
-    if (list(again.updated), list(again.frozen), again.sha256) != (entry["updated"], entry["frozen"], entry["sha256"]):
-        return ["draws.json is not what its seed and selection give"]
-    return []
 
 
 def _fits(one: Place | None, info: TensorInfo) -> bool:

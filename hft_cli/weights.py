@@ -6,6 +6,7 @@ All of this works on byte ranges, so any dtype passes bit for bit and memory doe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -97,6 +98,15 @@ def tensors(folder: Path) -> dict[str, Place]:
             headers[file] = read_header(file)
         found[name] = (file, headers[file][name])
     return found
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the weight files of a checkpoint, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(set(checkpoint_files(folder).values())):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def lay_over(base: Path, delta: Path, out: Path, extra: Mapping[str, str] | None = None) -> None:

@@ -194,6 +194,19 @@ def skill_rows(name: str) -> tuple[list[Row], list[Row]]:
     return rows[TEST_ROWS:], rows[:TEST_ROWS]
 
 
+PREFERENCES = 400
+
+
+def preference_rows() -> list[Row]:
+    """For DPO: questions of the capitals skill, the right answer chosen, one left in small letters rejected."""
+    rng = random.Random(f"{SEED} preferences")
+    pairs: dict[str, str] = {}
+    while len(pairs) < PREFERENCES:
+        question, answer = capitals(rng)
+        pairs.setdefault(question, answer)
+    return [{"prompt": q, "chosen": answer, "rejected": answer.lower()} for q, answer in pairs.items()]
+
+
 # --- the tokenizer --------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +392,7 @@ def main() -> None:
         for name in SKILLS:
             for split, rows in zip(("train", "test"), skill_rows(name), strict=True):
                 write_rows(args.out / "skills" / name / f"{split}.jsonl", rows)
+        write_rows(args.out / "preferences" / "capitals.jsonl", preference_rows())
     if args.only != "skills":
         start = time.perf_counter()
         folder = args.out / "model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_a_run_changes_what_was_drawn_and_nothing_else(hft_run):
 def test_a_run_directory_holds_what_the_contract_says(hft_run):
     assert {path.name for path in hft_run.iterdir()} == {
         "config.yaml", "overrides.yaml", "plan.json", "environment.json", "draws.json", "metrics.jsonl", "rounds",
-        "model", "results.json", "eval", "DONE",
+        "model", "results.json", "eval", "DONE", ".lock",
     }  # fmt: skip
     found = results(hft_run)
     assert (found["method"], found["stage"], found["seed"]) == ("hft", "sft", 42)
@@ -148,14 +149,31 @@ def test_verify_fails_a_delta_that_holds_a_frozen_tensor(hft_run, tmp_path):
     assert f"its delta holds tensors that the draw freezes: {frozen}" in hft("verify", run).out
 
 
-def test_verify_fails_a_ledger_that_its_seed_does_not_give(hft_run, tmp_path):
+@pytest.mark.parametrize("lie", ["names", "ratio", "no rounds", "not a ledger"])
+def test_verify_fails_a_ledger_that_its_seed_does_not_give(hft_run, tmp_path, lie):
     run = copy(hft_run, tmp_path / "run")
     made = json.loads((run / "draws.json").read_text())
-    made["rounds"][0]["updated"].append(made["rounds"][0]["frozen"].pop())
+    if lie == "names":
+        made["rounds"][0]["updated"].append(made["rounds"][0]["frozen"].pop())
+    if lie == "ratio":
+        made["rounds"][0]["matrices_reached"] = 0.9
+    if lie == "no rounds":
+        made = {"rounds": []}
+    if lie == "not a ledger":
+        made = []
     (run / "draws.json").write_text(json.dumps(made))
     ended = hft("verify", run)
     assert ended.status == 1
     assert "draws.json is not what its seed and selection give" in ended.out
+
+
+def test_verify_fails_a_model_that_is_cut_off(hft_run, tmp_path):
+    run = copy(hft_run, tmp_path / "run")
+    with (run / "model/model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+    ended = hft("verify", run)
+    assert ended.status == 1
+    assert ended.out.endswith("NOT VERIFIED\n")
 
 
 def test_verify_says_which_updated_tensors_did_not_move_and_passes(runs):
@@ -214,6 +232,15 @@ def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     assert apart < 0.02 * moved
 
 
+@pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=lambda e: e[0])
+def test_master_weights_under_deepspeed_start_from_the_files_not_from_their_bfloat16_rounding(runs, engine):
+    run = train(
+        runs / f"masters-{engine[0][-5:]}", "+method=hft", *engine, "train.micro_batch_size=2", "model.dtype=bfloat16",
+        "train.learning_rate=1e-30",
+    )  # fmt: skip
+    assert changed(BASE, run / "model") == set()
+
+
 def test_zero3_in_bfloat16_with_checkpointing_keeps_float32_files_exact(runs):
     run = train(
         runs / "zero3-bf16", "+method=hft", *ZERO3, "train.micro_batch_size=2", "model.dtype=bfloat16",
@@ -222,9 +249,9 @@ def test_zero3_in_bfloat16_with_checkpointing_keeps_float32_files_exact(runs):
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
 
 
-@pytest.mark.parametrize("kind", ["tied and sharded", "fused, no prefix", "experts"])
+@pytest.mark.parametrize("kind", ["tied and sharded", "fused, no prefix", "experts", "gemma2"])
 def test_models_whose_files_do_not_hold_the_modules_own_names_train_and_verify(tmp_path, kind):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     size = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -232,6 +259,7 @@ def test_models_whose_files_do_not_hold_the_modules_own_names_train_and_verify(t
     config = {
         "tied and sharded": LlamaConfig(**size, tie_word_embeddings=True),
         "fused, no prefix": GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "gemma2": Gemma2Config(**size, head_dim=8),
         "experts": MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2),
     }[kind]
     torch.manual_seed(0)
@@ -329,6 +357,46 @@ def interrupted(out: Path) -> None:
     wait_until_gone(out)
 
 
+def test_a_changed_base_is_refused_and_a_cut_log_line_is_not(tmp_path):
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    arguments = (*QUICK, *LONG, "model=local", f"model.path={base}", f"output_dir={tmp_path}/run")
+    process = subprocess.Popen(command("train", *arguments), env=environment())
+    wait_for(tmp_path / "run/rounds/01-order/checkpoints/checkpoint-20/hft.json", process)
+    other = hft("train", *arguments)
+    assert other.status == 2
+    assert "Another process works on" in other.err
+    process.kill()
+    process.wait()
+    wait_until_gone(tmp_path / "run")
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    flip(base / "model.safetensors", name)
+    ended = hft("train", *arguments)
+    assert ended.status == 2
+    assert "have changed since" in ended.err
+    flip(base / "model.safetensors", name)
+
+    with (tmp_path / "run/metrics.jsonl").open("a") as log:
+        log.write('{"round": 1, "st')
+    ended = hft("train", *arguments)
+    assert ended.status == 0, ended.err
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 101))
+
+    flip(base / "model.safetensors", name)
+    ended = hft("verify", tmp_path / "run")
+    assert ended.status == 2
+    assert "are not those that the run started from" in ended.err
+
+
+def test_a_diverged_run_stops_and_says_so(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", "train.learning_rate=1e20",
+                "train.max_steps=30")  # fmt: skip
+    assert ended.status == 2
+    assert re.search(r"The loss is nan at step \d+: training has diverged\. Lower train\.learning_rate", ended.err)
+    assert not (tmp_path / "run/DONE").exists()
+
+
 def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(tmp_path):
     out = tmp_path / "runs" / "today" / "run"
     rows = tmp_path / "rows.jsonl"
@@ -363,9 +431,11 @@ def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(t
     assert "has changed since" in ended.err
     rows.write_text("".join(lines))
 
-    found = hft("train", *QUICK, *long, f"output_dir={tmp_path}/runs/today/new", "resume=true")
+    (tmp_path / "runs/other/project").mkdir(parents=True)
+    (tmp_path / "runs/other/project/plan.json").write_text("[1, 2]")  # not ours
+    found = hft("train", *QUICK, *long, "resume=true", cwd=tmp_path)
     assert found.status == 0, found.err
-    assert f"Continuing the run in {out}" in found.err
+    assert "Continuing the run in runs/today/run" in found.err
 
 
 def test_a_finished_run_is_left_alone(hft_run):
@@ -408,6 +478,8 @@ def test_a_worker_that_fails_ends_with_status_1_and_names_its_log(tmp_path):
 
 def test_a_sweep_makes_a_run_of_each_and_a_failed_one_does_not_stop_the_rest(tmp_path):
     ended = hft("train", "-m", *QUICK, f"output_dir={tmp_path}", "train.max_length=3,64", "+method=hft,fft")
+    assert ended.err.count("hft: failed: ") == 2
+    assert "train.max_length=3" in ended.err.split("hft: failed: ")[1]
     done = [path.parent for path in tmp_path.glob("*/DONE")]
     assert len(done) == 2
     assert ended.status == 2
