@@ -87,8 +87,8 @@ def _train(argv: list[str]) -> int:
     keys = {argument.split("=")[0].lstrip("+") for argument in argv}
     # A path of the user's own goes with `local`, not with the embedded model's or data's settings.
     for group in ("model", "data"):
-        if f"{group}.path" in keys and not keys & {group, "experiment"}:
-            argv.append(f"{group}=local")
+        if f"{group}.path" in keys and group not in keys:
+            argv = [f"{group}=local", *argv]
     if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
     argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from hft_cli.schema import RunConfig, choose, places
 
@@ -31,13 +32,14 @@ def steps(config: RunConfig) -> tuple[Step, ...]:
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
 
-def _sft(config: RunConfig) -> tuple[Step, ...]:
+def _train(config: RunConfig) -> tuple[Step, ...]:
     data = places(config.data.path)
+    stages = config.method.stages * (len(data) if len(config.method.stages) == 1 else 1)
     given = places(config.data.test_path)
     tests = given if len(given) > 1 else (given[0] if given else None,) * len(data)
     return tuple(
-        Step(number, name, "sft", path, test)
-        for number, (name, path, test) in enumerate(zip(_names(data), data, tests, strict=True), start=1)
+        Step(number, name, stage, path, test)
+        for number, (name, stage, path, test) in enumerate(zip(_names(data), stages, data, tests, strict=True), start=1)
     )
 
 
@@ -61,9 +63,25 @@ def _label(path: str) -> str:
     return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
-# FFT and HFT run the same steps: what differs is the selection, which method=fft sets to `all`.
+def stage_config(config: RunConfig, stage: str) -> RunConfig:
+    """The config of one round: what a DPO round sets for itself stands in `train`."""
+    if stage != "dpo":
+        return config
+    own: dict[str, Any] = {
+        "learning_rate": config.dpo.learning_rate,
+        "epochs": config.dpo.epochs,
+        "max_steps": config.dpo.max_steps,
+        "warmup": config.dpo.warmup,
+    }
+    train = replace(config.train, **{name: value for name, value in own.items() if value is not None})
+    return replace(config, train=train)
+
+
+# FFT and HFT run the same steps, and so do their DPO: what differs is the selection, which fft and dpo set to `all`.
 METHODS: dict[str, Callable[[RunConfig], tuple[Step, ...]]] = {
-    "fft": _sft,
-    "hft": _sft,
+    "fft": _train,
+    "hft": _train,
+    "dpo": _train,
+    "hft_dpo": _train,
     "half_reset": _half_reset,
 }

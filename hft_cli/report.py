@@ -61,12 +61,16 @@ def summary(run: RunDir) -> str:
             )
         )
     unmoved = [name for entry in results["rounds"] for name in entry.get("unmoved", ())]
+    for entry in results["rounds"]:
+        if "rewards/margins" in entry:
+            accuracy = entry["rewards/accuracies"]
+            parts.append(f"{entry['name']}: reward margin {entry['rewards/margins']:.3f}, accuracy {accuracy:.1%}.")
     if unmoved:
         parts.append(f"Updated, yet not moved (see hft verify): {len(unmoved)} tensors, such as {unmoved[0]}.")
     dropped = sum(entry.get("rows_dropped", 0) for entry in results["rounds"])
     cut = sum(entry.get("rows_truncated", 0) for entry in results["rounds"])
     if dropped or cut:
-        parts.append(f"Rows cut at train.max_length: {cut}; left out, their whole answer being cut off: {dropped}.")
+        parts.append(f"Rows cut at train.max_length: {cut}; left out (why: results.json): {dropped}.")
     folder = run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder
     if run.model.exists():
         parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
@@ -92,6 +96,8 @@ def draws_table(run: RunDir) -> str:
     columns = sorted({column for row in cells.values() for column in row})
     short = [column.rsplit(".", 1)[-1] for column in columns]
     heads = [s if short.count(s) == 1 else c for s, c in zip(short, columns, strict=True)]
+    inside = [sign for row in cells.values() for sign in row.values()]
+    times = [sum(sign.count("●") == count for sign in inside) for count in range(len(rounds) + 1)]
     table = _text_table(["layer", *heads], [[str(n), *(cells[n].get(c, "") for c in columns)] for n in sorted(cells)])
     lines = [
         f"round {e['round']} {e['name']}: {e['level']}, ratio {e['ratio']:g}, seed {e['seed']}; reached "
@@ -100,8 +106,26 @@ def draws_table(run: RunDir) -> str:
         for e in rounds
     ]
     return "\n".join(
-        [*lines, "", "● updated   ○ frozen   one sign a round", "", table, "", *(f"{s}  {n}" for n, s in outside)]
+        [
+            *lines,
+            "",
+            "● updated   ○ frozen   one sign a round",
+            "",
+            table,
+            "",
+            *(f"{sign}  {name}" for name, sign in outside),
+            "",
+            "updated in "
+            + ", ".join(f"{n} rounds: {times[n]}" for n in range(len(times))).replace("1 rounds", "1 round"),
+            *(_never(signs) if len(rounds) > 1 else []),
+        ]
     )
+
+
+def _never(signs: Mapping[str, str]) -> list[str]:
+    never = sorted(name for name, sign in signs.items() if "●" not in sign)
+    more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+    return [f"never updated: {', '.join(never[:5])}{more}"] if never else []
 
 
 def report(places: Sequence[Path], out: Path) -> str:

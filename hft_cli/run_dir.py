@@ -172,6 +172,7 @@ class SealedStep:
     config: RunConfig
     number: int
     name: str
+    stage: str
     data: str
     model: str
     metrics: str

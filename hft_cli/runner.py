@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from hft_cli.data import content_hash, read_chats
 from hft_cli.layout import from_folder
-from hft_cli.methods import Step, steps
+from hft_cli.methods import Step, stage_config, steps
+from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, read_config, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, check, locate, places
 from hft_cli.selection import Draw, draw
@@ -182,9 +183,10 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
         SealedStep(
-            config=config,
+            config=stage_config(config, step.stage),
             number=step.number,
             name=step.name,
+            stage=step.stage,
             data=step.data,
             model=str(model),
             metrics=str(where.metrics),
@@ -353,7 +355,9 @@ def _finish(
             "selection": asdict(config.selection),
             "ratio": draws[0].matrices_reached,
             "seed": config.seed,
-            "learning_rate": None if plan[0].stage == "half_reset" else config.train.learning_rate,
+            "learning_rate": None
+            if plan[0].stage == "half_reset"
+            else stage_config(config, plan[0].stage).train.learning_rate,
             "rounds": [
                 {
                     "name": step.name,
@@ -452,6 +456,9 @@ def _data_hash(step: Step, config: RunConfig) -> str:
     if step.stage == "half_reset":
         return weights_hash(fetch(locate(step.data), "model.base"))
     data = config.data
+    if step.stage == "dpo":
+        read = read_preferences(locate(step.data), split=data.split, max_rows=data.max_rows, ties=config.dpo.ties)
+        return preferences_hash(read.rows)
     return content_hash(read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows))
 
 

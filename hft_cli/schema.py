@@ -67,7 +67,9 @@ class MethodConfig:
     """Group `method`: what a run does."""
 
     name: str = REQUIRED
-    """fft (updates every matrix), hft (what is drawn) or half_reset (puts what is drawn back to the base)."""
+    """fft and dpo (update every matrix), hft and hft_dpo (what is drawn), or half_reset (puts it back to the base)."""
+    stages: list[str] = field(default_factory=lambda: ["sft"])
+    """How the rounds train: sft or dpo, one for all or one for each training set."""
     shared_rows: bool = False
     """Half-Reset: where the tuned vocabulary is longer, put back the rows that both have, instead of refusing."""
     save_model: bool = True
@@ -91,7 +93,7 @@ class SelectionConfig:
     final_norm: str = "update"
     """update or freeze the norms outside the transformer layers."""
     redraw: str = "independent"
-    """Draws of later rounds: independent (the paper), complementary (what was frozen goes first, in pairs) or fixed."""
+    """Later draws: independent (the paper), fixed, complementary (frozen ones first, in pairs) or balanced."""
     seed: int | None = None
     """Seed of the draw; null takes `seed`."""
 
@@ -149,6 +151,26 @@ class TrainConfig:
 
 
 @dataclass
+class DpoConfig:
+    """DPO rounds (Rafailov et al. 2023); null: as in `train`. Learning rate, warmup and beta are Tulu 2's for DPO."""
+
+    beta: float = 0.1
+    """How strongly the model is held to the reference; above 0."""
+    reference: str = "precomputed"
+    """precomputed (no second model in memory), shared (frozen weights are the model's own; not ZeRO-3) or full."""
+    ties: str = "keep"
+    """keep or drop rows whose two answers have the same score."""
+    learning_rate: float | None = 5e-7
+    """Peak learning rate of DPO rounds; above 0."""
+    epochs: float | None = None
+    """Passes over the set in DPO rounds; above 0."""
+    max_steps: int | None = None
+    """Optimizer steps of DPO rounds; at least 1."""
+    warmup: float | None = 0.1
+    """Share of the steps of DPO rounds over which the learning rate rises, in [0, 1)."""
+
+
+@dataclass
 class SuiteConfig:
     """Group `suite`: what is scored before and after training."""
 
@@ -176,6 +198,7 @@ class RunConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
 
 
@@ -241,13 +264,14 @@ def check(config: RunConfig) -> None:
     choose("data.loss", data.loss, ("assistant", "all"))
     choose("selection.level", selection.level, ("all", "category", "layer", "model"))
     choose("selection.balance", selection.balance, ("matrices", "elements"))
-    choose("selection.redraw", selection.redraw, ("independent", "complementary", "fixed"))
+    choose("selection.redraw", selection.redraw, ("independent", "complementary", "balanced", "fixed"))
     choose("train.schedule", train.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
     for name in ("embeddings", "head", "final_norm"):
         choose(f"selection.{name}", getattr(selection, name), ("update", "freeze"))
 
     for path, value, low in (
         ("data.max_rows", data.max_rows, 1),
+        ("dpo.max_steps", config.dpo.max_steps, 1),
         ("engine.num_processes", engine.num_processes, 1),
         ("seed", config.seed, 0),
         ("selection.seed", selection.seed, 0),
@@ -267,14 +291,27 @@ def check(config: RunConfig) -> None:
     for path, value in (("seed", config.seed), ("selection.seed", selection.seed)):
         if value is not None and value >= 2**32:
             raise UserError(f"{path}={value} is too large: it must be below 2^32.")
-    for path, value in (("train.learning_rate", train.learning_rate), ("train.epochs", train.epochs)):
-        if not value > 0:
+    for path, value in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.epochs", train.epochs),
+        ("dpo.beta", config.dpo.beta),
+        ("dpo.learning_rate", config.dpo.learning_rate),
+        ("dpo.epochs", config.dpo.epochs),
+    ):
+        if value is not None and not value > 0:
             raise UserError(f"{path}={value} must be above 0.")
-    for path, value in (("train.warmup", train.warmup), ("train.beta1", train.beta1), ("train.beta2", train.beta2)):
-        if not 0 <= value < 1:
+    for path, value in (
+        ("train.warmup", train.warmup),
+        ("train.beta1", train.beta1),
+        ("train.beta2", train.beta2),
+        ("dpo.warmup", config.dpo.warmup),
+    ):
+        if value is not None and not 0 <= value < 1:
             raise UserError(f"{path}={value} must be in [0, 1).")
     if not 0 <= selection.ratio <= 1:
         raise UserError(f"selection.ratio={selection.ratio} is a share: it must be in [0, 1].")
+    if selection.redraw == "balanced" and selection.balance == "elements":
+        raise UserError("selection.redraw=balanced counts matrices, so it needs selection.balance=matrices.")
     if selection.level == "all" and selection.ratio not in (0.5, 1.0):
         raise UserError(
             f"selection.ratio={selection.ratio} has no meaning with selection=all, which updates every matrix. "
@@ -293,20 +330,37 @@ def check(config: RunConfig) -> None:
         raise UserError(f"method.save_model and method.shared_rows are not for method={config.method.name}.")
     if resets and engine.zero_stage is not None:
         raise UserError(f"method=half_reset copies files and needs no ranks: leave out engine={engine.name}.")
-    if config.method.name == "fft" and selection.level != "all":
+    every = config.method.name in ("fft", "dpo")
+    if every and selection.level != "all":
         raise UserError(
-            f"method=fft updates every matrix, so selection={selection.level} cannot hold. "
-            "Use method=hft, or leave selection out."
+            f"method={config.method.name} updates every matrix, so selection={selection.level} cannot hold. "
+            f"Use method={'hft' if config.method.name == 'fft' else 'hft_dpo'}, or leave selection out."
         )
     outside = {name: getattr(selection, name) for name in ("embeddings", "head", "final_norm")}
-    if config.method.name == "fft" and "freeze" in outside.values():
+    if every and "freeze" in outside.values():
         frozen = ", ".join(f"selection.{name}=freeze" for name, state in outside.items() if state == "freeze")
-        raise UserError(f"method=fft updates every matrix, so {frozen} cannot hold. Use method=hft selection=all.")
+        raise UserError(f"method={config.method.name} updates every matrix, so {frozen} cannot hold. Use method=hft.")
     if engine.zero_stage is None and engine.num_processes > 1:
         raise UserError(
             f"engine={engine.name} is one process, but engine.num_processes={engine.num_processes}. "
             "Use engine=zero1, zero2 or zero3."
         )
+    for stage in config.method.stages:
+        choose("stage in method.stages", stage, ("sft", "dpo"))
+    if not resets and len(config.method.stages) not in (1, len(places(data.path))):
+        raise UserError(
+            f"method.stages names {len(config.method.stages)} stages for {len(places(data.path))} training sets: give "
+            "one for all, or one for each."
+        )
+    choose("dpo.reference", config.dpo.reference, ("precomputed", "shared", "full"))
+    choose("dpo.ties", config.dpo.ties, ("keep", "drop"))
+    if "dpo" in config.method.stages and config.dpo.reference == "shared" and engine.zero_stage == 3:
+        raise UserError(
+            "dpo.reference=shared cannot be with engine=zero3, which shards every tensor for one model only. Use "
+            "dpo.reference=precomputed, which needs no second model in memory, or full."
+        )
+    if "dpo" in config.method.stages and train.packing:
+        raise UserError("train.packing=true is for SFT; DPO's pairs are not packed. Set train.packing=false.")
     if engine.zero_stage not in (None, 1, 2, 3):
         raise UserError(f"engine.zero_stage={engine.zero_stage} does not exist: choose 1, 2 or 3.")
     step_rows = train.micro_batch_size * engine.num_processes
@@ -327,7 +381,7 @@ def check(config: RunConfig) -> None:
         )
 
 
-METHODS = ("fft", "hft", "half_reset")
+METHODS = ("fft", "hft", "half_reset", "dpo", "hft_dpo")
 
 
 def _leaves(config: Any, where: str = "") -> Iterable[tuple[str, Any]]:

@@ -8,8 +8,9 @@ gives the same draw, and every subset of a group is equally likely.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import combinations
 from math import floor
@@ -96,17 +97,7 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
             "selection.head=freeze cannot hold with selection.embeddings=update: this model ties its head to its "
             "embeddings. Set both to the same."
         )
-    strategy = STRATEGIES[choose("selection.level", config.level, STRATEGIES)]
-    order = _Order(seed, round, config.redraw)
-    if order.second and config.balance == "elements":
-        # Reversing the order does not balance the other half, so the pair's second round is the complement itself.
-        if config.ratio != 0.5:
-            raise UserError("selection.redraw=complementary with selection.balance=elements needs selection.ratio=0.5.")
-        chosen = {u.name for u in inside} - {
-            u.name for u in strategy(inside, config, _Order(seed, round - 1, order.redraw))
-        }
-    else:
-        chosen = {u.name for u in strategy(inside, config, order)}
+    chosen = {u.name for u in _chosen(inside, config, round, seed)}
     chosen |= {u.name for u in everything if u.layer is None and _outside(u.kind, config) == "update"}
 
     updated = [u for u in everything if u.name in chosen]
@@ -127,6 +118,28 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     )
 
 
+def _chosen(inside: Sequence[Unit], config: SelectionConfig, round: int, seed: int) -> Iterable[Unit]:
+    """The units in the layers that a round updates."""
+    strategy = STRATEGIES[choose("selection.level", config.level, STRATEGIES)]
+    order = _Order(seed, round, config.redraw)
+    if order.second and config.balance == "elements":
+        # Reversing the order does not balance the other half, so the pair's second round is the complement itself.
+        if config.ratio != 0.5:
+            raise UserError("selection.redraw=complementary with selection.balance=elements needs selection.ratio=0.5.")
+        first = {u.name for u in strategy(inside, config, _Order(seed, round - 1, config.redraw))}
+        return [u for u in inside if u.name not in first]
+    if config.redraw == "balanced":
+        counts: Counter[str] = Counter()
+        for earlier in range(1, round):
+            # All of a draw before any of it is counted: the order reads the counts.
+            for unit in list(strategy(inside, config, _Order(seed, earlier, config.redraw, counts))):
+                counts[unit.name] += 1
+                counts[f"{unit.kind}\0{unit.layer}"] += 1
+                counts[f"layer\0{unit.layer}"] = counts[unit.name]  # of whole layers all units have the same
+        order = _Order(seed, round, config.redraw, counts)
+    return strategy(inside, config, order)
+
+
 def _outside(kind: str, config: SelectionConfig) -> str:
     return {"embedding": config.embeddings, "head": config.head}.get(kind, config.final_norm)
 
@@ -140,18 +153,22 @@ class _Order:
     """A random order of names for one round.
 
     With redraw=fixed every round has round 1's order. With redraw=complementary rounds go in pairs and the second has
-    the first's order reversed, so that "the first k" become the last k: what was frozen goes first.
+    the first's order reversed, so that "the first k" become the last k: what was frozen goes first. With
+    redraw=balanced what earlier rounds updated least (`counts`) goes first, and among equals the draw decides.
     """
 
     seed: int
     round: int
     redraw: str
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, names: Iterable[str]) -> list[str]:
         turn = {"fixed": 1, "complementary": self.round - self.second}.get(self.redraw, self.round)
 
-        def key(name: str) -> bytes:
-            return hashlib.blake2b(f"{self.seed}\0{turn}\0{name}".encode(), digest_size=16).digest()
+        def key(name: str) -> tuple[int, bytes]:
+            return self.counts.get(name, 0), hashlib.blake2b(
+                f"{self.seed}\0{turn}\0{name}".encode(), digest_size=16
+            ).digest()
 
         return sorted(names, key=key, reverse=self.second)
 

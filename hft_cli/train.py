@@ -19,18 +19,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.data import chat_template, content_hash, read_chats, tokenize
+from hft_cli import dpo
+from hft_cli.data import Tokenized, chat_template, content_hash, read_chats, tokenize
 from hft_cli.layout import Param, from_folder, to_stored
+from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, SealedStep, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, locate
 from hft_cli.selection import names_hash
-from hft_cli.weights import Writer, tensors
+from hft_cli.weights import Writer, tensors, weights_hash
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
 MARKER = "hft.json"  # written last into a checkpoint: without it the checkpoint is not whole
 
@@ -77,7 +79,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
     if rank == 0:
         write_text(folder.template, tokenizer.chat_template)
-    dataset, counts = _tokens(step, folder, tokenizer, rank, world)
+    dataset, counts = _rows(step, folder, tokenizer, rank, world)
 
     set_seed(config.seed)
     model = load_model(step.model, config)
@@ -91,7 +93,12 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
     watch = _watch(step, folder, params, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen"))
-    trainer = _trainer(model, arguments, dataset, tokenizer, watch)
+    if step.stage == "dpo":
+        kind = config.dpo.reference
+        other = dpo.reference(kind, model, lambda: load_model(step.model, config))
+        trainer = dpo.dpo_trainer(model, other, arguments, dataset, tokenizer, [watch])
+    else:
+        trainer = _sft_trainer(model, arguments, dataset, tokenizer, watch)
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     _write_delta(model, step, params, folder.delta, rank)
@@ -104,6 +111,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
                 "train_seconds": round(watch.seconds(), 3),
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
+                **watch.last,
                 **counts,
             },
         )
@@ -147,9 +155,9 @@ def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]
         parameter.requires_grad_(wanted[name])
 
 
-def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
+def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
     import torch
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     config, train, engine = step.config, step.config.train, step.config.engine
     gpu = torch.cuda.is_available()
@@ -165,7 +173,14 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
             "zero_optimization": {"stage": engine.zero_stage}
             | ({"stage3_gather_16bit_weights_on_model_save": True} if engine.zero_stage == 3 else {}),
         }
-    return SFTConfig(
+    if step.stage == "dpo":
+        make, own = DPOConfig, dpo.settings(config.dpo.reference, config.dpo.beta)
+    else:
+        make, own = SFTConfig, {"packing": train.packing}
+        if not train.packing:
+            own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and cut already
+    return make(
+        **own,
         output_dir=str(folder.checkpoints),
         seed=config.seed,
         learning_rate=train.learning_rate,
@@ -174,8 +189,6 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.num_processes),
         max_length=train.max_length,
-        packing=train.packing,
-        dataset_kwargs=None if train.packing else {"skip_prepare_dataset": True},  # it is tokenized and cut already
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
         optim="adamw_torch_fused" if gpu else "adamw_torch",
@@ -200,32 +213,49 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig:
     )
 
 
-def _tokens(
+def _rows(
     step: SealedStep, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The tokenized rows, made once by rank 0 and read by all, with their counts and hash."""
+    """The rows as the trainer takes them, made once by rank 0 and read by all, with their counts and hash."""
     from datasets import load_from_disk
 
-    data, counts_file = step.config.data, folder.tokens / "counts.json"
+    counts_file = folder.tokens / "counts.json"
     if rank == 0 and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
-        chats = read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows)
-        longest = step.config.train.max_length or sys.maxsize  # the runner has filled it in
-        made = tokenize(chats, tokenizer, max_length=longest, loss=data.loss, where=step.data)
-        made.dataset.save_to_disk(str(folder.tokens))
-        write_json(
-            counts_file,
-            {
-                "rows": made.rows,
-                "rows_dropped": made.dropped,
-                "rows_truncated": made.truncated,
-                "tokens": made.total_tokens,
-                "tokens_trained_on": made.trained_tokens,
-                "sha256": content_hash(chats),
-            },
-        )
+        dataset, counts = (_pairs if step.stage == "dpo" else _chats)(step, tokenizer)
+        dataset.save_to_disk(str(folder.tokens))
+        write_json(counts_file, counts)
     _barrier(world)
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def _chats(step: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+    data = step.config.data
+    longest = step.config.train.max_length or sys.maxsize  # the runner has filled it in
+    chats = read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows)
+    made = tokenize(chats, tokenizer, max_length=longest, loss=data.loss, where=step.data)
+    return made.dataset, _counts(made) | {"sha256": content_hash(chats)}
+
+
+def _pairs(step: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+    data = step.config.data
+    longest = step.config.train.max_length or sys.maxsize
+    read = read_preferences(locate(step.data), split=data.split, max_rows=data.max_rows, ties=step.config.dpo.ties)
+    start = weights_hash(Path(step.model))
+    made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=step.data)
+    left_out = read.left_out | {"prompt fills max_length": made.dropped, "alike when cut": made.alike}
+    counts = _counts(made) | {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
+    return made.dataset, counts | {"sha256": preferences_hash(read.rows)}
+
+
+def _counts(made: Tokenized | dpo.Prepared) -> dict[str, Any]:
+    return {
+        "rows": made.rows,
+        "rows_dropped": made.dropped,
+        "rows_truncated": made.truncated,
+        "tokens": made.total_tokens,
+        "tokens_trained_on": made.trained_tokens,
+    }
 
 
 def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int) -> tuple[str | None, dict[str, Any]]:
@@ -273,6 +303,7 @@ def _watch(
             self.start = self.end = 0.0
             self.tokens = self.tokens_at_start = 0
             self.loss: float | None = None
+            self.last: dict[str, float] = {}  # what DPO logged last
             self.checksums: list[int] = []
 
         def seconds(self) -> float:
@@ -312,8 +343,10 @@ def _watch(
                 )
             if rank == 0 and "loss" in logs:
                 self.loss = logs["loss"]
+                self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
                 line = {"round": step.number, "step": state.global_step, "tokens_per_second": self.tokens_per_second()}
-                line |= {k: logs[k] for k in ("loss", "learning_rate", "grad_norm", "epoch") if k in logs}
+                keys = ("loss", "learning_rate", "grad_norm", "epoch", *dpo.METRICS)
+                line |= {key: logs[key] for key in keys if key in logs}
                 with metrics.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
@@ -344,7 +377,7 @@ def frozen_checksum(model: Any) -> int:
     return int.from_bytes(digest.digest()[:6], "big")
 
 
-def _trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: Any, watch: Any) -> Any:
+def _sft_trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: Any, watch: Any) -> Any:
     from trl import SFTTrainer
 
     return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])

@@ -39,8 +39,8 @@ def options(group: str) -> list[str]:
 
 # ruff: noqa: E501
 MISTAKES = {
-    "no method": ((), r"No method: .* Available: fft, half_reset, hft\. For instance: hft train \+method=hft"),
-    "unknown method": (("+method=htf",), r"Unknown method 'htf'\. Did you mean 'hft'\? Available: fft, half_reset, hft\."),
+    "no method": ((), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo\. For instance: hft train \+method=hft"),
+    "unknown method": (("+method=htf",), r"Unknown method 'htf'\. Did you mean 'hft'\? Available: dpo, fft, half_reset, hft, hft_dpo\."),
     "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'"),
     "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
     "added key": (("+method=hft", "+train.bogus=1"), r"Unknown key 'train\.bogus'"),
@@ -67,7 +67,7 @@ MISTAKES = {
     ),
     "resume nothing": (("+method=hft", "resume=true"), r"no unfinished run of this configuration"),
     "resume elsewhere": (("+method=hft", "resume=true", "output_dir=there"), r"resume=true, but there is no run in there"),
-    "sweep without method": (("-m", "train.learning_rate=1,2"), r"No method: give one of \+method=fft\|hft\|half_reset"),
+    "sweep without method": (("-m", "train.learning_rate=1,2"), r"No method: give one of \+method=fft\|hft\|half_reset\|dpo\|hft_dpo"),
     "sweep and show": (("-m", "+method=hft,fft", "--cfg", "job"), r"--cfg shows one configuration"),
     "number for a path": (("+method=hft", "data.path=2024"), r"data\.path and data\.test_path are each a path or a list"),
     "accents": (("+method=hft", "data.path=données.jsonl"), r"No such file or folder: 'données\.jsonl'"),
@@ -146,6 +146,8 @@ def test_every_config_file_composes_and_is_accepted(group, option):
     rest = [f"{group}.path=of-your-own"] if option == "local" else []  # `local` has none by itself
     if option in ("none", "half_reset") and group in ("data", "method"):
         method, rest = ["+method=half_reset"], ["model.path=tuned", "model.base=base"]
+    if option == "pocket_sft_then_dpo":
+        rest = ["method.stages=[sft,dpo]"]
     given = [] if group == "method" and method else [f"{GROUPS[group]}={option}"]
     check(composed(*method, *given, *rest))
 

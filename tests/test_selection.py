@@ -219,6 +219,27 @@ def test_a_complementary_pair_of_rounds_updates_every_matrix_once_and_the_next_p
         assert third != first or level == "layer"
 
 
+@given(architectures, ratios, seeds, st.sampled_from(["category", "layer", "model"]), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_balanced_rounds_update_the_matrices_of_a_group_equally_often_to_within_one(params, ratio, seed, level, rounds):
+    config = SelectionConfig(level=level, ratio=ratio, redraw="balanced")
+    updated = [set(draw(params, config, round, seed).updated) for round in range(1, rounds + 1)]
+    counts = defaultdict(set)
+    for unit in units(params):
+        if unit.layer is not None:
+            group = (unit.kind, unit.layer) if level == "category" else level
+            counts[group].add(sum(unit.params[0] in names for names in updated))
+    assert all(max(group) - min(group) <= 1 for group in counts.values())
+
+
+def test_balanced_halves_of_llama_differ_by_at_most_one_over_the_whole_model_and_begin_as_independent_ones():
+    params, config = model(4, LLAMA), SelectionConfig(redraw="balanced")
+    updated = [set(draw(params, config, round, 3).updated) for round in range(1, 8)]
+    counts = {sum(u.params[0] in names for names in updated) for u in units(params) if u.layer is not None}
+    assert counts == {3, 4}
+    assert updated[0] == set(draw(params, SelectionConfig(), 1, 3).updated)
+
+
 def test_fixed_repeats_the_first_round_and_independent_does_not():
     params = model(8, LLAMA)
     fixed, free = SelectionConfig(redraw="fixed"), SelectionConfig()
