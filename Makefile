@@ -6,7 +6,7 @@ DEMO := runs/demo
 .PHONY: help demo test check lint types wheel-test clean
 
 help:
-	@echo "make demo        full against half fine-tuning of the embedded model: a table and a figure, in minutes"
+	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
 	@echo "make test        the tests"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
@@ -19,6 +19,8 @@ help:
 
 demo: .venv/installed
 	$(BIN)/hft train -m +experiment=demo output_dir=$(DEMO)
+	$(BIN)/hft train +method=half_reset model.tuned=$(DEMO)/2/model model.base=pocket:model data=pocket_capitals \
+		output_dir=$(DEMO)/half_reset
 	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
 
 test: .venv/installed

@@ -15,7 +15,7 @@ from hft_cli.run_dir import RunDir, read_json, write_json, write_text
 from hft_cli.schema import UserError
 
 # Okabe and Ito's colours, which people who do not see colours well can tell apart; each method has a marker too.
-STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s")}
+STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s"), "half_reset": ("#CC79A7", "D")}
 OTHER_STYLE = ("#009E73", "^")
 
 
@@ -249,12 +249,21 @@ def _tradeoff(rows: Sequence[Row], out: Path) -> None:
         for method in sorted({row.method for row in scored}):
             colour, marker = STYLES.get(method, OTHER_STYLE)
             own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
+            if across == rate:
+                own = [row for row in own if row.learning_rate is not None]
             values = {
                 rate: [row.learning_rate for row in own],
                 skill: [100 * (row.skill or 0) for row in own],
                 retained: [100 * (row.retained or 0) for row in own],
             }
-            axes.plot(values[across], values[up], color=colour, marker=marker, linewidth=1.2, label=method.upper())
+            axes.plot(
+                values[across],
+                values[up],
+                color=colour,
+                marker=marker,
+                linewidth=1.2,
+                label=method.upper().replace("_", "-"),
+            )
         axes.set(xlabel=across, ylabel=up, ylim=(-3, 103), xscale="log" if across == rate else "linear")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -263,7 +272,7 @@ def _tradeoff(rows: Sequence[Row], out: Path) -> None:
         axes.set_xticks(rates, [f"{value:.0e}".replace("e-0", "e-") for value in rates])
         axes.minorticks_off()
     panels[2].set_xlim(-3, 103)
-    panels[0].legend(frameon=False, loc="lower right")
+    panels[2].legend(frameon=False, loc="lower left")
     for suffix in ("png", "svg"):
         figure.savefig(out / f"tradeoff.{suffix}", dpi=150)
     plt.close(figure)

@@ -152,7 +152,7 @@ class TrainConfig:
 
 @dataclass
 class DpoConfig:
-    """DPO rounds (Rafailov et al. 2023); null: as in `train`. Learning rate, warmup and beta are Tulu 2's for DPO."""
+    """DPO rounds (Rafailov et al. 2023); null: as in `train`. Rate, epochs, warmup and beta are Tulu 2's for DPO."""
 
     beta: float = 0.1
     """How strongly the model is held to the reference; above 0."""
@@ -162,7 +162,7 @@ class DpoConfig:
     """keep or drop rows whose two answers have the same score."""
     learning_rate: float | None = 5e-7
     """Peak learning rate of DPO rounds; above 0."""
-    epochs: float | None = None
+    epochs: float | None = 3.0
     """Passes over the set in DPO rounds; above 0."""
     max_steps: int | None = None
     """Optimizer steps of DPO rounds; at least 1."""
