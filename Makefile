@@ -3,10 +3,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test check lint types wheel-test clean
+.PHONY: help demo demo-continual test check lint types wheel-test clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
+	@echo "make demo-continual  four skills one after the other, full against half fine-tuning: R, OP and BWT"
 	@echo "make test        the tests"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
@@ -22,6 +23,10 @@ demo: .venv/installed
 	$(BIN)/hft train +method=half_reset model.tuned=$(DEMO)/2/model model.base=pocket:model data=pocket_capitals \
 		output_dir=$(DEMO)/half_reset
 	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
+
+demo-continual: .venv/installed
+	$(BIN)/hft train -m +experiment=demo_continual output_dir=$(DEMO)-continual
+	$(BIN)/hft report $(DEMO)-continual --out $(DEMO)-continual/report
 
 test: .venv/installed
 	$(BIN)/python -m pytest

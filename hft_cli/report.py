@@ -34,6 +34,8 @@ class Row:
     retained: float | None = None
     train_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    op: float | None = None  # of a sequence of tasks: overall performance and backward transfer
+    bwt: float | None = None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> before, after
 
 
@@ -61,6 +63,8 @@ def summary(run: RunDir) -> str:
             )
         )
     unmoved = [name for entry in results["rounds"] for name in entry.get("unmoved", ())]
+    if "continual" in results:
+        parts.append(_matrix(results["continual"]))
     for entry in results["rounds"]:
         if "rewards/margins" in entry:
             accuracy = entry["rewards/accuracies"]
@@ -75,6 +79,14 @@ def summary(run: RunDir) -> str:
     if run.model.exists():
         parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
     return "\n\n".join(parts)
+
+
+def _matrix(continual: dict[str, Any]) -> str:
+    """R as a table: a row after each round, a column for each task, in %."""
+    tasks = continual["tasks"]
+    rows = [[f"after {task}", *map(_percent, row)] for task, row in zip(tasks, continual["R"], strict=True)]
+    measures = f"OP {100 * continual['OP']:.1f}   BWT {100 * continual['BWT']:+.1f} (absolute points)"
+    return f"{_text_table([continual['metric'].replace('_', ' '), *tasks], rows)}\n{measures}"
 
 
 def draws_table(run: RunDir) -> str:
@@ -186,6 +198,8 @@ def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
         retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
         train_seconds=sum(entry["train_seconds"] for entry in rounds),
         peak_memory_bytes=max((entry.get("peak_memory_bytes", 0) for entry in rounds), default=0) or None,
+        op=results.get("continual", {}).get("OP"),
+        bwt=results.get("continual", {}).get("BWT"),
         scores=scores,
     )
 
@@ -219,11 +233,22 @@ def markdown(rows: Sequence[Row]) -> str:
             "" if row.peak_memory_bytes is None else _mebibytes(row.peak_memory_bytes),
             row.status,
         ]
-        for row in sorted(rows, key=lambda r: (r.method, r.selection, r.learning_rate or 0, r.seed or 0))
+        for row in sorted(rows, key=_order)
     ]
+    if any(row.op is not None for row in rows):
+        heads = [*heads[:-1], "OP", "BWT", heads[-1]]
+        ordered = sorted(rows, key=_order)
+        body = [
+            [*line[:-1], _percent(row.op), "" if row.bwt is None else f"{100 * row.bwt:+.1f}", line[-1]]
+            for line, row in zip(body, ordered, strict=True)
+        ]
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
     lines = [heads, ["-" * width for width in widths], *body]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return row.method, row.selection, row.learning_rate or 0, row.seed or 0
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from hft_cli.continual import backward_transfer, overall_performance
 from hft_cli.data import content_hash, read_chats
 from hft_cli.layout import from_folder
 from hft_cli.methods import Step, stage_config, steps
@@ -32,6 +33,9 @@ from hft_cli.selection import Draw, draw
 from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 
+MOST_TOKENS = 2048  # of a row, unless train.max_length says more
+# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
+PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
 FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
 
 
@@ -120,13 +124,6 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
-PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
-
-
-MOST_TOKENS = 2048  # of a row, unless train.max_length says more
-
-
 def _settled(config: RunConfig, base: Path) -> RunConfig:
     """The config with what hangs on the model filled in.
 
@@ -154,17 +151,31 @@ def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], draws: Sequenc
     """Score, train round by round, score again; what is done already is not done again."""
     before = _score(where, "before", base, config)
     model = base
-    outcomes = []
+    outcomes, scores = [], []
     for step, chosen in zip(plan, draws, strict=True):
         model = _round(where, step, chosen, model, config)
         outcomes.append(read_json(where.round(step.number, step.name).outcome))
-    if config.method.save_model:
-        if not where.model.exists():
-            model.rename(where.model)
+        if len(plan) > 1:
+            scores.append(_score(where, f"round-{step.number:02d}", model, config))
+    if config.method.save_model and not where.model.exists():
+        model.rename(where.model)
+    if scores:
+        after = scores[-1]
+    elif config.method.save_model:
         after = _score(where, "after", where.model, config)
     else:
         after = _score(where, "after", base, config, reset=draws[0])
-    return _finish(where, config, plan, draws, outcomes, before, after)
+    return _finish(where, config, plan, draws, outcomes, {"before": before, "after": after}, _continual(plan, scores))
+
+
+def _continual(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """R with its overall performance and backward transfer, where there are rounds and each has its own test set."""
+    tasks = [step.task for step in plan]
+    if len(tasks) < 2 or len({step.test for step in plan} - {None}) < len(tasks):
+        return {}
+    matrix = [[row["data"][task]["exact_match"] for task in tasks] for row in scores]
+    measures = {"R": matrix, "OP": overall_performance(matrix), "BWT": backward_transfer(matrix)}
+    return {"continual": {"tasks": tasks, "metric": "exact_match", **measures}}
 
 
 def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig) -> Path:
@@ -339,8 +350,8 @@ def _finish(
     plan: Sequence[Step],
     draws: Sequence[Draw],
     outcomes: Sequence[dict[str, Any]],
-    before: dict[str, Any],
-    after: dict[str, Any],
+    scores: dict[str, Any],
+    continual: dict[str, Any],
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.number}: {fault}" for p in proofs for fault in p.faults]
@@ -367,7 +378,8 @@ def _finish(
                 }
                 for step, chosen, proof, outcome in zip(plan, draws, proofs or [None], outcomes, strict=True)
             ],
-            "eval": {"before": before, "after": after},
+            "eval": scores,
+            **continual,
             "verification": {"passed": not faults if proofs else None, "faults": faults},
         },
     )
@@ -382,8 +394,11 @@ def _find(config: RunConfig) -> RunDir:
     root = Path(config.output_dir).parent.parent
     found = sorted(root.glob("*/*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for run in (RunDir(path.parent) for path in found):
-        if run.config.exists() and not run.done.exists() and not _differences(run, config):
-            return run
+        try:
+            if run.config.exists() and not run.done.exists() and not _differences(run, config):
+                return run
+        except UserError:  # something else's config.yaml
+            continue
     raise UserError(f"There is no unfinished run of this configuration in {root}. Give its directory: output_dir=…")
 
 

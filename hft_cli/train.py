@@ -64,15 +64,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     params = {p.name: p for p in from_folder(step.model, config.model.kinds)}
     arguments = _arguments(step, folder)
     if config.engine.zero_stage is not None:
-        # Before the model is loaded: otherwise ZeRO-3 on CPU sees a world of one.
-        import deepspeed
-
-        # DeepSpeed would compile an operator that only inference uses: a minute, a compiler, a lock that a kill leaves
-        # behind, and a link line that a path with a space breaks.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # The ranks wait while the first one tokenizes, which takes minutes for a large set.
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=2))
+        join_ranks()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     tokenizer = AutoTokenizer.from_pretrained(step.model)
@@ -116,6 +108,19 @@ def train(step: SealedStep, folder: RoundDir) -> None:
             },
         )
     _leave(world)
+
+
+def join_ranks() -> None:
+    """Start DeepSpeed's process group; before the model is loaded, or ZeRO-3 on the CPU sees a world of one."""
+    import deepspeed
+    import torch
+
+    # DeepSpeed would compile an operator that only inference uses: a minute, a compiler, a lock that a kill leaves
+    # behind, and a link line that a path with a space breaks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The ranks wait while the first one tokenizes, which takes minutes for a large set.
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=2))
 
 
 def load_model(path: str, config: RunConfig) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from conftest import environment
 
 from hft_cli import dpo
 from hft_cli.schema import UserError, locate
-from hft_cli.train import freeze, frozen_checksum
+from hft_cli.train import freeze, frozen_checksum, join_ranks
 from hft_cli.weights import weights_hash
 
 BASE = Path(locate("pocket:model"))
@@ -119,9 +119,7 @@ def train(
     }  # fmt: skip
     arguments = DPOConfig(**settings | options)
     if stage:
-        import deepspeed as engine
-
-        engine.init_distributed(dist_backend="gloo")
+        join_ranks()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if os.environ.get("RANK", "0") == "0" and not resume:
         dpo.prepare(ROWS, tokenizer, max_length=64, start=weights_hash(start)).dataset.save_to_disk(out / "tokens")

@@ -207,6 +207,23 @@ def test_two_rounds_start_from_one_another_and_complementary_draws_cover_the_mod
     assert hft("verify", two_rounds).out.endswith("verified: 2 rounds\n")
 
 
+def test_a_sequence_of_tasks_gives_r_op_and_bwt_and_keeps_every_cell(tmp_path):
+    tasks = ["capitals", "order"]
+    path, test_path = (",".join(f"pocket:skills/{task}/{part}.jsonl" for task in tasks) for part in ("train", "test"))
+    run = train(
+        tmp_path / "run", "+method=hft", f"data.path=[{path}]", f"data.test_path=[{test_path}]", "train.max_steps=60"
+    )
+    found = results(run)["continual"]
+    cells = [
+        [json.loads((run / f"eval/round-0{i}/scores.json").read_text())["data"][task]["exact_match"] for task in tasks]
+        for i in (1, 2)
+    ]
+    assert found["R"] == cells
+    assert found["R"][0][0] > 0
+    assert found["OP"] == pytest.approx((cells[1][0] + cells[1][1]) / 2)
+    assert found["BWT"] == pytest.approx(cells[1][0] - cells[0][0])
+
+
 def test_weight_decay_and_bfloat16_leave_frozen_float32_weights_alone(runs):
     run = train(runs / "bf16", "+method=hft", "model.dtype=bfloat16", "train.weight_decay=0.5")
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
@@ -433,6 +450,7 @@ def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(t
 
     (tmp_path / "runs/other/project").mkdir(parents=True)
     (tmp_path / "runs/other/project/plan.json").write_text("[1, 2]")  # not ours
+    (tmp_path / "runs/other/project/config.yaml").write_text("a: 1")
     found = hft("train", *QUICK, *long, "resume=true", cwd=tmp_path)
     assert found.status == 0, found.err
     assert "Continuing the run in runs/today/run" in found.err
