@@ -88,7 +88,10 @@ def _train(argv: list[str]) -> int:
     # A path of the user's own goes with `local`, not with the embedded model's or data's settings.
     for group in ("model", "data"):
         if f"{group}.path" in keys and group not in keys:
-            argv = [f"{group}=local", *argv]
+            place = next(i for i, argument in enumerate(argv) if argument.lstrip("+").startswith(f"{group}.path="))
+            argv.insert(place, f"{group}=local")
+    # Hydra's parser takes overrides on one side of a flag only; -m may stand anywhere.
+    argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
     argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
@@ -288,7 +291,7 @@ def _verify(argv: list[str]) -> int:
         proofs = verify(finished(given.run), given.model, lambda name: bar.update() and None)
     for proof in proofs:
         print(
-            f"round {proof.number} {proof.name}: {proof.updated} tensors updated, {proof.frozen} frozen: "
+            f"round {proof.round} {proof.name}: {proof.updated} tensors updated, {proof.frozen} frozen: "
             f"{'FAILED' if proof.faults else 'frozen ones bit-identical'}"
         )
         if proof.unmoved:

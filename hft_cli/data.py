@@ -2,7 +2,7 @@
 
 Reading needs the standard library only, except for parquet files and hub names. A shape is one function and one row of
 `READERS` at the foot of this file. Every mistake in the data is a `UserError` which names the file, the row and the
-reason; nothing is left out or cut without being counted in `Tokenized`.
+reason; nothing is left out or cut without being counted in `Tokenized` or `Prompts`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ Span = tuple[int, int]  # start and end, in characters of the rendered text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 LOSSES = ("assistant", "all")
+LONG_PROMPTS = ("drop", "cut")
 TEMPLATES = Path(__file__).parent / "templates"
+BATCH = 1000  # rows tokenised at once: enough for the tokenizer's threads, little enough to hold with offsets
 
 _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TURN_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **_TURN_ROLES}
-_BATCH = 1000  # rows tokenised at once: enough for the tokenizer's threads, little enough to hold with offsets
 
 
 # ---------------------------------------------------------------------------------------------------- rows -> chats
@@ -56,16 +58,16 @@ def read_chats(path: str, *, format: str = "auto", split: str = "train", max_row
     choose("data.format", format, ("auto", *SHAPES))
     shape = format
     chats: list[Chat] = []
-    for place, row in islice(_rows(path, split, stream=max_rows is not None), max_rows):
+    for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
         try:
             if not isinstance(row, dict):
-                raise UserError(f"not an object but {_kind(row)}.")
+                raise UserError(f"not an object but {kind_of(row)}.")
             if shape == "auto":
                 shape = _shape_of(row)
             keys, read = READERS[shape]
             if missing := [key for key in keys if key not in row]:
                 raise UserError(f"no '{missing[0]}', which the shape '{shape}' needs (keys found: {', '.join(row)}).")
-            chats.append(_checked(read(row)))
+            chats.append(checked(read(row)))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not chats:
@@ -77,13 +79,24 @@ def content_hash(chats: Iterable[Chat]) -> str:
     """The sha256 (hex) of the examples in their order: the same data give the same hash, from whatever file."""
     digest = hashlib.sha256()
     for chat in chats:
-        turns = [(turn["role"], turn["content"]) for turn in chat]
-        digest.update(json.dumps(turns).encode() + b"\n")
+        digest.update(_line(chat))
     return digest.hexdigest()
 
 
-def _rows(path: str, split: str, *, stream: bool) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each row, where the place is what an error message begins with."""
+def repeats(train: Sequence[Chat], test: Sequence[Chat]) -> tuple[int, int]:
+    """How many rows of `train` repeat an earlier one exactly, and how many are in `test` as well."""
+    own, tested = ([hashlib.sha256(_line(chat)).digest() for chat in chats] for chats in (train, test))
+    others = set(tested)
+    return len(own) - len(set(own)), sum(row in others for row in own)
+
+
+def _line(chat: Chat) -> bytes:
+    """The turns as a line: two chats have the same one if roles and texts are the same."""
+    return json.dumps([(turn["role"], turn["content"]) for turn in chat]).encode() + b"\n"
+
+
+def read_rows(path: str, split: str, *, stream: bool) -> Iterator[tuple[str, Any]]:
+    """(place, row) for each row at `path` (see `read_chats`); an error message begins with the place."""
     local = Path(path).expanduser()
     if local.is_dir():
         for file in _files_of_split(local, split):
@@ -115,7 +128,7 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
         if file.name.endswith(".parquet"):
             import pyarrow.parquet
 
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_BATCH)
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH)
             rows: Iterable[Any] = (row for batch in batches for row in batch.to_pylist())
         elif not file.name.endswith(SUFFIXES):
             raise UserError(f"{file} is none of {', '.join(SUFFIXES)}.")
@@ -163,7 +176,9 @@ def _list_in(document: Any, file: Path) -> list[Any]:
         return document
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
     if len(lists) != 1:
-        raise UserError(f"{file}: neither a list of objects nor an object with one list in it, but {_kind(document)}.")
+        raise UserError(
+            f"{file}: neither a list of objects nor an object with one list in it, but {kind_of(document)}."
+        )
     return lists[0]
 
 
@@ -175,7 +190,8 @@ def _shape_of(row: Row) -> str:
     raise UserError(f"unknown shape (keys found: {', '.join(row) or 'none'}). Known: {known}.")
 
 
-def _checked(chat: Chat) -> Chat:
+def checked(chat: Chat) -> Chat:
+    """The chat itself; UserError unless it can be learnt from: it ends with an answer, and no answer is empty."""
     for number, turn in enumerate(chat, 1):
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise UserError(f"turn {number}: the assistant's answer is empty.")
@@ -194,24 +210,25 @@ def _checked(chat: Chat) -> Chat:
     return chat
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a parsed JSON value is, as an error message says it."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
     return names.get(type(value), "a number")
 
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} is {_kind(value)}, not a string.")
+        raise UserError(f"{what} is {kind_of(value)}, not a string.")
     return value
 
 
 def _turns(value: Any, column: str, role: str, content: str, roles: dict[str, str]) -> Chat:
     if not isinstance(value, list) or not value:
-        raise UserError(f"'{column}' is {'empty' if value == [] else _kind(value)}, not a list of turns.")
+        raise UserError(f"'{column}' is {'empty' if value == [] else kind_of(value)}, not a list of turns.")
     chat = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
-            raise UserError(f"turn {number} of '{column}' is {_kind(turn)}, not an object.")
+            raise UserError(f"turn {number} of '{column}' is {kind_of(turn)}, not an object.")
         for key in (role, content):
             if key not in turn:
                 raise UserError(f"turn {number} of '{column}' has no '{key}' (keys found: {', '.join(turn)}).")
@@ -220,7 +237,8 @@ def _turns(value: Any, column: str, role: str, content: str, roles: dict[str, st
     return chat
 
 
-def _one_or_more(value: Any, column: str, role: str) -> Chat:
+def turns_or_text(value: Any, column: str, role: str) -> Chat:
+    """A list of turns as a chat, or a string as one turn of `role`; UserError naming the column otherwise."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return _turns(value, column, "role", "content", _TURN_ROLES)
@@ -238,6 +256,7 @@ class Tokenized:
         rows: rows in `dataset`.
         dropped: rows left out because truncation would have cut off all that is trained on.
         truncated: rows in `dataset` which lost tokens at their end.
+        cut: rows in `dataset` whose prompt lost tokens at its start; a row may have lost some at its end, too.
         trained_tokens: tokens with a loss. A row's first token has none: nothing comes before it to predict it from.
         total_tokens: tokens in `dataset`.
     """
@@ -246,79 +265,245 @@ class Tokenized:
     rows: int
     dropped: int
     truncated: int
+    cut: int
     trained_tokens: int
     total_tokens: int
 
 
 def tokenize(
-    chats: Sequence[Chat], tokenizer: Any, *, max_length: int, loss: str = "assistant", where: str = "the data"
+    chats: Sequence[Chat],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    loss: str = "assistant",
+    long_prompts: str = "drop",
+    where: str = "the data",
 ) -> Tokenized:
-    """Render the chats with the tokenizer's chat template, tokenise, mask what is not trained on, and truncate.
+    """Render the chats with the tokenizer's chat template, tokenise, mask what is not trained on, and shorten.
 
     Args:
         chats: as `read_chats` gives them.
-        tokenizer: a fast one (any, with loss "all"), whose `chat_template` is set.
-        max_length: tokens kept of a row, from its start.
+        tokenizer: a fast one (any, with loss "all" and long_prompts "drop"), whose `chat_template` is set.
+        max_length: tokens of a row at most; of a longer one the end is cut off.
         loss: "assistant" trains on the assistant's turns with their end-of-turn token; "all" on every token.
+        long_prompts: what happens to a row longer than max_length before its end is cut off. "drop": nothing, so that
+            it is dropped if its prompt alone fills max_length. "cut": it loses as many tokens as needed at the start of
+            what the user says first. What the template writes before that (BOS, a system turn) stays.
         where: what errors call the data.
 
     Raises:
         UserError: the template fails on a row, leaves answers out or without an end, or does not show which text is
-            the assistant's; a slow tokenizer; every row would be dropped.
+            the assistant's, or the user's first where that is to be cut; a slow tokenizer; every row would be dropped.
     """
     import datasets
 
     choose("data.loss", loss, LOSSES)
-    if loss == "assistant" and not tokenizer.is_fast:
-        raise UserError(
-            "Loss on the assistant's turns needs a fast tokenizer, which gives each token's place in the text, and "
-            f"{type(tokenizer).__name__} is not one. Convert it to tokenizer.json, or set data.loss=all."
-        )
+    choose("data.long_prompts", long_prompts, LONG_PROMPTS)
+    if loss == "assistant":
+        _check_fast(tokenizer, "Loss on the assistant's turns", ", or set data.loss=all")
+    if long_prompts == "cut":
+        _check_fast(tokenizer, "Cutting long prompts", ", or set data.long_prompts=drop")
     if not chats:
         raise UserError(f"No rows in {where}.")
     template = chat_template(None, tokenizer)
-    _check_template(chats[0], f"{where}, example 1", tokenizer, template)
+    check_template(chats[0], f"{where}, example 1", tokenizer)
     column = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"input_ids": column, "labels": column})
     parts: list[Any] = []
-    prompts: list[int] = []  # tokens before the answer, of each dropped row
-    truncated = trained = total = 0
-    for start in range(0, len(chats), _BATCH):
-        batch = chats[start : start + _BATCH]
-        places = [f"{where}, example {start + number}" for number in range(1, len(batch) + 1)]
+    lengths: list[int] = []  # tokens before the answer, of each dropped row
+    truncated = cut = trained = total = 0
+    for batch, places in _batches(chats, where):
         rendered = [_rendered(*pair, tokenizer, template, loss) for pair in zip(batch, places, strict=True)]
-        encoded = tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,  # the template has written them already: another BOS would be one too many
-            return_offsets_mapping=loss == "assistant",
-            return_attention_mask=False,
-            verbose=False,
-        )
+        texts = [text for text, _ in rendered]
+        encoded = _encoded(texts, tokenizer, offsets=loss == "assistant" or long_prompts == "cut")
         rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         for number, ids in enumerate(encoded["input_ids"]):
             labels = list(ids)
             if loss == "assistant":
                 labels = _labels(ids, encoded["offset_mapping"][number], rendered[number][1])
+            surplus = slice(0, 0)
+            if long_prompts == "cut" and len(ids) > max_length:
+                question = _question(batch[number], texts[number], places[number], tokenizer)
+                surplus = _surplus(texts[number], encoded["offset_mapping"][number], question, len(ids) - max_length)
+            del ids[surplus], labels[surplus]
             labels[:1] = [-100]  # the first token: see Tokenized.trained_tokens
             first = next((place for place, label in enumerate(labels) if label != -100), None)
             if first is None:
                 raise UserError(f"{places[number]}: the chat template leaves no token to train on.")
             if first >= max_length:
-                prompts.append(first)
+                lengths.append(first)
                 continue
             truncated += len(ids) > max_length
+            cut += surplus.start < surplus.stop
             rows["input_ids"].append(ids[:max_length])
             rows["labels"].append(labels[:max_length])
             total += len(rows["input_ids"][-1])
             trained += sum(label != -100 for label in rows["labels"][-1])
         parts.append(datasets.Dataset.from_dict(rows, features=features))
-    if len(prompts) == len(chats):
+    if len(lengths) == len(chats):
+        what = "prompts" if long_prompts == "drop" else "prompts, without what the user says first,"
         raise UserError(
             f"All {len(chats)} rows of {where} would lose their whole answer at train.max_length={max_length}: their "
-            f"prompts are {min(prompts)} to {max(prompts)} tokens long. Raise train.max_length above {max(prompts)}."
+            f"{what} are {min(lengths)} to {max(lengths)} tokens long. Raise train.max_length above {max(lengths)}."
         )
     dataset = datasets.concatenate_datasets(parts)
-    return Tokenized(dataset, len(dataset), len(prompts), truncated, trained, total)
+    return Tokenized(dataset, len(dataset), len(lengths), truncated, cut, trained, total)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to ask a model, as it was trained to be asked, and how to know that its answer is over.
+
+    Attributes:
+        ids: tokens of each chat up to its last answer.
+        texts: what the user says last before it ("" if nothing), whole, also where `ids` have been cut.
+        answers: the last answers.
+        cut: how many of `ids` have lost tokens at their start.
+        ends: tokens that end an answer, in ascending order: the EOS token, and the special one that the template writes
+            after an answer. None, where the tokenizer has no EOS token and the template writes text.
+        stop: the text that ends an answer where the template writes no special token after it, white space around it
+            taken off unless it is all there is; else None.
+    """
+
+    ids: list[list[int]]
+    texts: list[str]
+    answers: list[str]
+    cut: int
+    ends: tuple[int, ...]
+    stop: str | None
+
+
+def prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, where: str) -> Prompts:
+    """What comes before each chat's last answer, up to where `tokenize` begins to train on it.
+
+    So a token across the border is the model's to write, such as the blank that many tokenizers join with the word
+    after it. The tokens are taken from the whole row, as those of a text that breaks off after the prompt may differ:
+    GPT-2's has one token for two newlines at the end, and two tokens where a word follows. Of the answer itself
+    nothing is in them.
+
+    Args:
+        chats: as `read_chats` gives them.
+        tokenizer: a fast one, whose `chat_template` is set.
+        max_length: tokens of a prompt at most. Longer ones are cut, by the rule of long_prompts "cut" in `tokenize`.
+        where: what errors call the data.
+
+    Raises:
+        UserError: no chats; the template fails, leaves answers out or without an end, or does not show where they
+            begin; a slow tokenizer; a prompt that is too long without what the user says first.
+    """
+    _check_fast(tokenizer, "Asking for answers", "")
+    if not chats:
+        raise UserError(f"No rows in {where}.")
+    template = chat_template(None, tokenizer)
+    ends, stop = _ends(check_template(chats[0], f"{where}, example 1", tokenizer), tokenizer)
+    made: list[list[int]] = []
+    cut = 0
+    for batch, places in _batches(chats, where):
+        asked = [_asked(*pair, tokenizer, template) for pair in zip(batch, places, strict=True)]
+        encoded = _encoded([text for text, _ in asked], tokenizer, offsets=True)
+        each = zip(batch, places, asked, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for chat, place, (text, begin), tokens, offsets in each:
+            ids = tokens[: bisect_right([end for _, end in offsets], begin)]
+            if len(ids) > max_length:
+                surplus = _surplus(text, offsets, _question(chat, text, place, tokenizer), len(ids) - max_length)
+                del ids[surplus]
+                cut += 1
+            if not ids:
+                raise UserError(f"{place}: the chat template writes nothing before the answer.")
+            if len(ids) > max_length:
+                raise UserError(
+                    f"{place}: the prompt is {len(ids)} tokens long even without what the user says first, which is "
+                    f"more than the {max_length} that there is room for."
+                )
+            made.append(ids)
+    questions = [[turn["content"] for turn in chat[:-1] if turn["role"] == "user"] for chat in chats]
+    texts = [contents[-1] if contents else "" for contents in questions]
+    return Prompts(made, texts, [chat[-1]["content"] for chat in chats], cut, ends, stop)
+
+
+def _asked(chat: Chat, place: str, tokenizer: Any, template: str) -> tuple[str, int]:
+    """The chat as text, and where in it the last answer begins."""
+    marked = bool(_MARKS.search(template))
+    text, spans = _rendered(chat, place, tokenizer, template, "assistant" if marked else "all")
+    prompt = as_text(chat[:-1], place, tokenizer, add_generation_prompt=True)
+    begins = [len(prompt)] if text.startswith(prompt) else []
+    if len(spans) == sum(turn["role"] == "assistant" for turn in chat):
+        # Of a template without a generation prompt, marks show the place. Some (SmolLM3's) begin before the answer's
+        # header, and there the generation prompt goes further.
+        begins.append(spans[-1][0])
+    if not begins:
+        raise UserError(
+            f"{place}: the chat template writes the prompt for an answer differently than in the whole chat, so the "
+            "model would be asked as it has not been trained. Put {% generation %} marks into the template, or choose "
+            "another (model.chat_template=tulu|plain|PATH)."
+        )
+    return text, max(begins)
+
+
+def _ends(tail: str, tokenizer: Any) -> tuple[tuple[int, ...], str | None]:
+    """The tokens that end an answer, or the text: see `Prompts`."""
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    places = {tail.find(token): token for token in sorted(special, key=len) if token in tail}  # the longest at a place
+    text = tail[: min(places)] if places else tail
+    if places and not text.strip():
+        return tuple(sorted(ends | {special[places[min(places)]]})), None
+    return tuple(sorted(ends)), text.strip() or text
+
+
+def _question(chat: Chat, text: str, place: str, tokenizer: Any) -> Span:
+    """Where in the rendered chat the content of the user's first turn is; an empty place if the user has none."""
+    number = next((number for number, turn in enumerate(chat) if turn["role"] == "user"), None)
+    if number is None:
+        return 0, 0
+    # A search for the content itself could find it in a system turn or in the header, and not where it is stripped.
+    other = next(other for n in count() if (other := f"[question {n}]") not in text)
+    changed = [*chat[:number], {**chat[number], "content": other}, *chat[number + 1 :]]
+    before, found, after = as_text(changed, place, tokenizer).partition(other)
+    start, end = len(before), len(text) - len(after)
+    if not (found and start <= end and text.startswith(before) and text.endswith(after)):
+        raise UserError(
+            f"{place}: too long, and the chat template does not write what the user says first once and unchanged, so "
+            "it cannot be cut. Choose another template (model.chat_template=tulu|plain|PATH), or a longer max_length."
+        )
+    return start, end
+
+
+def _surplus(text: str, offsets: list[Span], question: Span, number: int) -> slice:
+    """The first `number` tokens of the question (all, if it has no more), to be taken out of the row."""
+    start, end = question
+    ends = [last for _, last in offsets]
+    first, last = bisect_right(ends, start), bisect_right(ends, end)
+    if first < last:
+        # A token across the border is the question's if it holds no more of the header than the blank before a word,
+        # as it is anyway where a tokenizer trims blanks off the offsets (see _labels).
+        first += bool(text[offsets[first][0] : start].strip(" "))
+    return slice(first, min(last, first + number))
+
+
+def _check_fast(tokenizer: Any, what: str, instead: str) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{what} needs a fast tokenizer, which gives each token's place in the text, and "
+            f"{type(tokenizer).__name__} is not one. Convert it to tokenizer.json{instead}."
+        )
+
+
+def _batches(chats: Sequence[Chat], where: str) -> Iterator[tuple[Sequence[Chat], list[str]]]:
+    """(chats, what errors call each) for each `BATCH` of them."""
+    for start in range(0, len(chats), BATCH):
+        batch = chats[start : start + BATCH]
+        yield batch, [f"{where}, example {start + number}" for number in range(1, len(batch) + 1)]
+
+
+def _encoded(texts: list[str], tokenizer: Any, *, offsets: bool) -> Any:
+    return tokenizer(
+        texts,
+        add_special_tokens=False,  # the template has written them already: another BOS would be one too many
+        return_offsets_mapping=offsets,
+        return_attention_mask=False,
+        verbose=False,
+    )
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> list[int]:
@@ -334,44 +519,56 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -
     return labels
 
 
-def _rendered(chat: Chat, place: str, tokenizer: Any, template: str, loss: str) -> tuple[str, list[Span]]:
-    """The chat as text, and the assistant's spans of it: the answers with what ends each."""
+@contextmanager
+def _failing_at(place: str) -> Iterator[None]:
+    """What a template raises, as a UserError with the place."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def render(turns: Chat, **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
     try:
-        if loss == "all":
-            return render(chat), []
-        if _MARKS.search(template):
-            texts, spans = render_jinja_template(
-                conversations=[chat],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
-            )
-            return texts[0], _with_ends(chat, texts[0], spans[0])
-        return _rendered_by_prefixes(chat, render)
+        yield
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{place}: the chat template fails: {error}") from error
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
 
 
-def _check_template(chat: Chat, place: str, tokenizer: Any, template: str) -> None:
-    """Refuse what would train without a sign of it: answers which are not in the text, or which nothing ends."""
+def as_text(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
+    """The chat as its template writes it, with `options` of apply_chat_template; UserError at `place` if that fails."""
+    with _failing_at(place):
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+
+
+def _rendered(chat: Chat, place: str, tokenizer: Any, template: str, loss: str) -> tuple[str, list[Span]]:
+    """The chat as text, and the assistant's spans of it: the answers with what ends each."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if loss == "all":
+        return as_text(chat, place, tokenizer), []
+    if not _MARKS.search(template):
+        return _rendered_by_prefixes(chat, place, tokenizer)
+    with _failing_at(place):
+        texts, spans = render_jinja_template(
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return texts[0], _with_ends(chat, texts[0], spans[0])
+
+
+def check_template(chat: Chat, place: str, tokenizer: Any) -> str:
+    """What is written after an answer; UserError if that is nothing, or the answer is left out: neither would show."""
+    chat_template(None, tokenizer)  # a tokenizer without one is refused here
     answer = "An answer to look for."
-    text, _ = _rendered([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer, template, "all")
+    text = as_text([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer)
+    _, found, tail = text.rpartition(answer)
     other = "choose another (model.chat_template=tulu|plain|PATH)"
-    if answer not in text:
+    if not found:
         raise UserError(f"The chat template leaves out what the assistant says (is it for images?): {other}.")
-    if text.endswith(answer):
+    if not tail:
         raise UserError(
             "The chat template writes nothing after an answer, so the model would not learn to stop: let it write "
             f"eos_token there, or {other}."
         )
+    return tail
 
 
 def _with_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
@@ -382,20 +579,21 @@ def _with_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
     return [(start, end + len(tail) if text.startswith(tail, end) else end) for start, end in spans]
 
 
-def _rendered_by_prefixes(chat: Chat, render: Callable[..., str]) -> tuple[str, list[Span]]:
+def _rendered_by_prefixes(chat: Chat, place: str, tokenizer: Any) -> tuple[str, list[Span]]:
     """Without marks: a turn is what the text has grown by since the prompt for it was written."""
-    text = render(chat)
+    text = as_text(chat, place, tokenizer)
     spans = []
     for number, turn in enumerate(chat):
         if turn["role"] != "assistant":
             continue
-        prompt = render(chat[:number], add_generation_prompt=True)
-        upto = text if number + 1 == len(chat) else render(chat[: number + 1])
+        prompt = as_text(chat[:number], place, tokenizer, add_generation_prompt=True)
+        upto = text if number + 1 == len(chat) else as_text(chat[: number + 1], place, tokenizer)
         if not (text.startswith(upto) and upto.startswith(prompt)):
             raise UserError(
-                f"the chat template writes turn {number + 1} differently in the whole chat than on its own (templates "
-                "that leave out earlier reasoning do), so the assistant's tokens cannot be told. Put {% generation %} "
-                "marks into the template, choose another (model.chat_template=tulu), or set data.loss=all."
+                f"{place}: the chat template writes turn {number + 1} differently in the whole chat than on its own "
+                "(templates that leave out earlier reasoning do), so the assistant's tokens cannot be told. Put "
+                "{% generation %} marks into the template, choose another (model.chat_template=tulu), or set "
+                "data.loss=all."
             )
         answer = upto[len(prompt) :]
         # A newline after an end-of-turn token is never generated; but where nothing else ends the turn, it does.
@@ -443,8 +641,8 @@ def _messages(row: Row) -> Chat:
 
 
 def _prompt_completion(row: Row) -> Chat:
-    prompt = _one_or_more(row["prompt"], "prompt", "user")
-    return prompt + _one_or_more(row["completion"], "completion", "assistant")
+    prompt = turns_or_text(row["prompt"], "prompt", "user")
+    return prompt + turns_or_text(row["completion"], "completion", "assistant")
 
 
 def _alpaca(row: Row) -> Chat:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.data import _BATCH, Chat, _check_template, _rendered, chat_template
+from hft_cli.data import BATCH, Chat, as_text, check_template
 from hft_cli.preferences import ANSWERS, Preference, preferences_hash
 from hft_cli.schema import UserError
 
@@ -90,12 +90,11 @@ def prepare(
     """
     import datasets
 
-    template = chat_template(None, tokenizer)
-    _check_template(rows[0]["prompt"] + rows[0]["chosen"], f"{where}, example 1", tokenizer, template)
+    check_template(rows[0]["prompt"] + rows[0]["chosen"], f"{where}, example 1", tokenizer)
 
     def ids(chats: list[Chat], first: int, **options: Any) -> list[list[int]]:
         texts = [
-            _render(chat, f"{where}, example {first + number}", tokenizer, **options)
+            as_text(chat, f"{where}, example {first + number}", tokenizer, **options)
             for number, chat in enumerate(chats)
         ]
         encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -103,8 +102,8 @@ def prepare(
 
     kept: list[Preference] = []
     dropped = alike = truncated = trained = total = 0
-    for begin in range(0, len(rows), _BATCH):
-        batch = rows[begin : begin + _BATCH]
+    for begin in range(0, len(rows), BATCH):
+        batch = rows[begin : begin + BATCH]
         prompts = ids([row["prompt"] for row in batch], begin + 1, add_generation_prompt=True)
         both = (ids([row["prompt"] + row[key] for row in batch], begin + 1) for key in ANSWERS)
         for row, prompt, chosen, rejected in zip(batch, prompts, *both, strict=True):
@@ -129,17 +128,6 @@ def prepare(
     salted = hashlib.sha256(f"{preferences_hash(kept)} {start}".encode()).hexdigest()
     dataset = dataset.select(range(len(kept)), new_fingerprint=salted)
     return Prepared(dataset, len(kept), dropped, alike, truncated, trained, total)
-
-
-def _render(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
-    import jinja2
-
-    if not options:
-        return _rendered(chat, place, tokenizer, "", "all")[0]
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: the chat template fails: {error}") from error
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -1,21 +1,30 @@
 """Worker: one checkpoint -> scores. Started by the runner as `python -m hft_cli.evaluate JOB.json`.
 
-A row counts when greedy decoding would give its answer, end of turn included, token for token. That needs no decoding:
-the answer comes out greedily exactly if, with the right tokens before it, each of its tokens is the likeliest one. So a
-set is scored in one forward pass.
+By `exact_match` a row counts when greedy decoding would give its answer, end of turn included, token for token. That
+needs no decoding: the answer comes out greedily exactly if, with the right tokens before it, each of its tokens is the
+likeliest one. So a set is scored in one forward pass. Every other metric is of an answer that is generated.
+
+What is known of each row is kept in eval/WHEN/SUITE/TASK.jsonl, and a task that was scored is not scored again.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from hft_cli.data import chat_template, read_chats, tokenize
-from hft_cli.run_dir import Job, write_json, write_text
+from hft_cli.data import Chat, chat_template, prompts, read_chats, tokenize
+from hft_cli.metrics import score
+from hft_cli.run_dir import Job, RoundDir, Task, read_json, write_json, write_text
 from hft_cli.schema import UserError, locate
+
+Scores = dict[str, float]
+Item = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
@@ -30,11 +39,49 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def evaluate(job: Job) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores as suite -> task -> metric -> value: `exact_match` in [0, 1], its standard error, `items` and `nll`.
+@dataclass(frozen=True)
+class _Model:
+    """A model ready to be scored."""
 
-    `nll` is the mean negative log-likelihood of an answer's token, in nats.
+    model: Any
+    tokenizer: Any
+    device: str
+    longest: int  # positions
+
+
+def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
+    """Scores as suite -> task -> metric -> value: first the task's own in [0, 1], then its standard error and counts.
+
+    With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
     """
+    folder = RoundDir(Path(job.out).parent)
+    todo = {
+        (suite, name): (task, read_chats(locate(task.path), split="test"))
+        for suite, tasks in job.tasks.items()
+        for name, task in tasks.items()
+        if not _kept(folder, suite, name).exists()
+    }
+    loaded = _load(job) if todo else None
+    tick = _progress(folder, sum(len(chats) for _, chats in todo.values()))
+    for (suite, name), (task, chats) in todo.items():
+        assert loaded is not None
+        one = _teacher_forced if task.metric == "exact_match" else _generated
+        scores, items = one(loaded, chats, task, job, tick)
+        kept = _kept(folder, suite, name)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        write_text(kept.with_suffix(".jsonl"), "".join(lines))
+        write_json(kept, scores)  # last: a task with it is done
+    return {
+        suite: {name: read_json(_kept(folder, suite, name)) for name in tasks} for suite, tasks in job.tasks.items()
+    }
+
+
+def _kept(folder: RoundDir, suite: str, name: str) -> Path:
+    return folder.folder / suite / f"{name.replace('/', '_')}.json"
+
+
+def _load(job: Job) -> _Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,41 +103,123 @@ def evaluate(job: Job) -> dict[str, dict[str, dict[str, float]]]:
             for name in job.reset:
                 own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
     model.to(device).eval()
-    return {
-        suite: {name: _score(model, tokenizer, where, job, device) for name, where in tasks.items()}
-        for suite, tasks in job.tasks.items()
-    }
+    return _Model(model, tokenizer, device, model.config.get_text_config().max_position_embeddings)
 
 
-def _score(model: Any, tokenizer: Any, where: str, job: Job, device: str) -> dict[str, float]:
+def _teacher_forced(
+    loaded: _Model, chats: Sequence[Chat], task: Task, job: Job, tick: Callable[[int, int], None]
+) -> tuple[Scores, list[Item]]:
     import torch
 
-    longest = model.config.get_text_config().max_position_embeddings
-    made = tokenize(read_chats(locate(where), split="test"), tokenizer, max_length=longest, where=where)
-    right: list[bool] = []
+    made = tokenize(chats, loaded.tokenizer, max_length=loaded.longest, where=task.path)
+    items: dict[int, Item] = {}
     nll, tokens = 0.0, 0
-    rows: Sequence[dict[str, list[int]]] = sorted(made.dataset, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(rows), job.batch_size):
-        batch = rows[start : start + job.batch_size]
-        width = max(len(row["input_ids"]) for row in batch)
-        # Right padding needs no attention mask under causal attention: no real token sees a later one.
-        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in batch], device=device)
-        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in batch], device=device)
+    rows = list(made.dataset)
+    for batch in _batches([len(row["input_ids"]) for row in rows], job.batch_size):
+        width = max(len(rows[i]["input_ids"]) for i in batch)
+
+        def padded(key: str, filler: int, batch: Sequence[int] = batch, width: int = width) -> Any:
+            # Right padding needs no attention mask under causal attention: no real token sees a later one.
+            own = [rows[i][key] + [filler] * (width - len(rows[i][key])) for i in batch]
+            return torch.tensor(own, device=loaded.device)
+
+        labels = padded("labels", -100)
         with torch.inference_mode():
-            logits = model(ids).logits[:, :-1].float()
+            logits = loaded.model(padded("input_ids", 0)).logits[:, :-1].float()
         targets = labels[:, 1:]
         counted = targets != -100
-        right += ((logits.argmax(-1) == targets) | ~counted).all(dim=1).tolist()
-        nll += torch.nn.functional.cross_entropy(logits[counted], targets[counted], reduction="sum").item()
-        tokens += int(counted.sum())
-    share = sum(right) / len(right)
-    return {
-        "exact_match": share,
-        "exact_match_stderr": sqrt(share * (1 - share) / max(len(right) - 1, 1)),
-        "nll": nll / tokens,
-        "items": len(right),
-        "items_too_long": made.dropped,
-    }
+        right = ((logits.argmax(-1) == targets) | ~counted).all(dim=1).tolist()
+        losses = torch.zeros(targets.shape, dtype=torch.float64, device=loaded.device)
+        of_token = torch.nn.functional.cross_entropy(logits[counted], targets[counted], reduction="none")
+        losses[counted] = of_token.double()
+        of_row = losses.sum(dim=1).tolist()
+        in_row = counted.sum(dim=1).tolist()
+        for place, index in enumerate(batch):
+            items[index] = {"exact_match": float(right[place]), "nll": of_row[place], "tokens": in_row[place]}
+        nll += sum(of_row)
+        tokens += sum(in_row)
+        tick(len(batch), sum(in_row))
+    tick(made.dropped, 0)
+    ordered = [{"row": index, **items[index]} for index in sorted(items)]
+    share = _mean_and_error("exact_match", [item["exact_match"] for item in ordered])
+    return {**share, "nll": nll / tokens, "items": len(rows), "items_too_long": made.dropped}, ordered
+
+
+def _generated(
+    loaded: _Model, chats: Sequence[Chat], task: Task, job: Job, tick: Callable[[int, int], None]
+) -> tuple[Scores, list[Item]]:
+    import torch
+    from transformers import GenerationConfig, set_seed
+
+    set_seed(job.seed)
+    tokenizer, most = loaded.tokenizer, job.generation.max_new_tokens
+    made = prompts(chats, tokenizer, max_length=loaded.longest - most, where=task.path)
+    filler = made.ends[0] if made.ends else 0  # its tokens are masked
+    settings = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=job.generation.temperature > 0,
+        **({"temperature": job.generation.temperature, "top_k": 0} if job.generation.temperature > 0 else {}),
+        eos_token_id=list(made.ends) or None,
+        stop_strings=[made.stop] if made.stop else None,
+        pad_token_id=filler,
+    )
+    loaded.model.generation_config = settings  # a checkpoint's own would fill in what is not set here
+    answers: dict[int, str] = {}
+    for batch in _batches([len(ids) for ids in made.ids], job.batch_size):
+        width = max(len(made.ids[i]) for i in batch)
+        ids = [[filler] * (width - len(made.ids[i])) + made.ids[i] for i in batch]
+        mask = [[0] * (width - len(made.ids[i])) + [1] * len(made.ids[i]) for i in batch]
+        with torch.inference_mode():
+            out = loaded.model.generate(
+                torch.tensor(ids, device=loaded.device),
+                attention_mask=torch.tensor(mask, device=loaded.device),
+                generation_config=settings,
+                tokenizer=tokenizer if made.stop else None,
+            )[:, width:].tolist()
+        generated = 0
+        for index, tokens in zip(batch, out, strict=True):
+            end = next((place for place, token in enumerate(tokens) if token in made.ends), len(tokens))
+            generated += end
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            answers[index] = text.split(made.stop)[0] if made.stop else text
+        tick(len(batch), generated)
+    predictions = [answers[index] for index in range(len(answers))]
+    values = score(task.metric, made.texts, predictions, made.answers)
+    items = [
+        {"row": index, "prompt": prompt, "prediction": prediction, "answer": answer, task.metric: value}
+        for index, (prompt, prediction, answer, value) in enumerate(
+            zip(made.texts, predictions, made.answers, values, strict=True)
+        )
+    ]
+    return {**_mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of rows of about the same length, the longest first: what does not fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _mean_and_error(metric: str, values: Sequence[float]) -> Scores:
+    """The mean and its standard error over the items."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {metric: mean, f"{metric}_stderr": sqrt(spread / len(values))}
+
+
+def _progress(folder: RoundDir, total: int) -> Callable[[int, int], None]:
+    """Count rows and tokens into the file that the runner shows."""
+    start, done = time.perf_counter(), [0, 0]
+
+    def tick(rows: int, tokens: int) -> None:
+        done[0] += rows
+        done[1] += tokens
+        rate = done[1] / max(time.perf_counter() - start, 1e-9)
+        at = {"step": done[0], "of": total, "loss": None, "tokens_per_second": rate}
+        folder.progress.write_text(json.dumps(at))
+
+    return tick
 
 
 if __name__ == "__main__":

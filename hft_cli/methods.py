@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from hft_cli.schema import RunConfig, choose, places
+from hft_cli.layout import Param
+from hft_cli.schema import RunConfig, choose, of_task, places, test_sets, training_sets
+from hft_cli.selection import Draw, adapted, draw
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows at `path`: all of them, a share in (0, 1], or a number of them, drawn under the run's seed."""
+
+    path: str
+    share: float = 1.0
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One round: `number` counts from 1, `stage` is how it trains, `data` and `test` say on which rows."""
+    """One training, or one Half-Reset. `number` counts from 1; `round` is that of the draw, which a replay shares.
+
+    `stage` is how it trains, on the rows of `sources` (of a Half-Reset: the base), for so many `epochs` unless
+    train.max_steps is set. `test` holds the rows that the round is scored on, by `metric`. `memories` are GEM's past
+    tasks.
+    """
 
     number: int
+    round: int
     name: str
     stage: str
-    data: str
-    test: str | None
+    sources: tuple[Source, ...]
+    test: str | None = None
+    metric: str = "exact_match"
+    epochs: float | None = None
+    memories: tuple[Source, ...] = ()
+    replays: bool = False
+
+    @property
+    def data(self) -> str:
+        return ", ".join(source.path for source in self.sources)
 
     @property
     def task(self) -> str:
@@ -28,25 +53,70 @@ class Step:
 
 
 def steps(config: RunConfig) -> tuple[Step, ...]:
-    """The rounds of a run, in order."""
+    """The steps of a run, in order."""
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
 
+def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
+    """What each step updates. LoRA adapts the same matrices in each round.
+
+    Raises:
+        UserError: if the selection cannot be met on this model.
+    """
+    seed = config.seed if config.selection.seed is None else config.selection.seed
+    if config.continual.name == "lora":
+        return tuple(adapted(params, config.selection, step.round, seed) for step in steps(config))
+    return tuple(draw(params, config.selection, step.round, seed) for step in steps(config))
+
+
 def _train(config: RunConfig) -> tuple[Step, ...]:
-    data = places(config.data.path)
-    stages = config.method.stages * (len(data) if len(config.method.stages) == 1 else 1)
-    given = places(config.data.test_path)
-    tests = given if len(given) > 1 else (given[0] if given else None,) * len(data)
-    return tuple(
-        Step(number, name, stage, path, test)
-        for number, (name, stage, path, test) in enumerate(zip(_names(data), stages, data, tests, strict=True), start=1)
-    )
+    data, continual = config.data, config.continual
+    sets, tests = training_sets(data), test_sets(data)
+    stages = config.method.stages * (len(sets) if len(config.method.stages) == 1 else 1)
+    tests = tests if len(tests) > 1 else (tests * len(sets))
+    names = _names(sets)
+    made: list[Step] = []
+    for index, (name, stage, path) in enumerate(zip(names, stages, sets, strict=True)):
+        task = data.tasks[index] if data.tasks else name
+        number = len(made) + 1
+        made.append(
+            Step(
+                number=number,
+                round=index + 1,
+                name=name,
+                stage=stage,
+                sources=(Source(path),),
+                test=tests[index] if tests else None,
+                metric=of_task("data.metric", data.metric, task),
+                epochs=None if stage == "dpo" else of_task("train.epochs", config.train.epochs, task),
+                memories=tuple(Source(past, rows=continual.gem_memory) for past in sets[:index])
+                if continual.name == "gem"
+                else (),
+            )
+        )
+        replayed = tuple(Source(past, share=continual.replay_ratio) for past in sets[:index])
+        if continual.replay_general is not None:
+            replayed += (Source(continual.replay_general),)
+        if continual.name == "replay" and replayed:
+            first = made[-1]
+            made.append(
+                replace(
+                    first,
+                    number=number + 1,
+                    name=f"{name}-replay",
+                    sources=replayed,
+                    epochs=continual.replay_epochs,
+                    replays=True,
+                )
+            )
+    return tuple(made)
 
 
 def _half_reset(config: RunConfig) -> tuple[Step, ...]:
     """One step without training; its data are only those it is scored on."""
     test = next(iter(places(config.data.test_path)), None)
-    return (Step(1, "half_reset", "half_reset", str(config.model.base), test),)
+    metric = of_task("data.metric", config.data.metric, _label(str(test)))
+    return (Step(1, 1, "half_reset", "half_reset", (Source(str(config.model.base)),), test, metric),)
 
 
 def _names(data: tuple[str, ...]) -> list[str]:
@@ -63,18 +133,18 @@ def _label(path: str) -> str:
     return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
-def stage_config(config: RunConfig, stage: str) -> RunConfig:
-    """The config of one round: what a DPO round sets for itself stands in `train`."""
-    if stage != "dpo":
-        return config
-    own: dict[str, Any] = {
-        "learning_rate": config.dpo.learning_rate,
-        "epochs": config.dpo.epochs,
-        "max_steps": config.dpo.max_steps,
-        "warmup": config.dpo.warmup,
-    }
+def step_config(config: RunConfig, step: Step) -> RunConfig:
+    """The config of one step: what a DPO round, a task or a replay sets for itself stands in `train`."""
+    own: dict[str, Any] = {"epochs": step.epochs}
+    if step.stage == "dpo":
+        own = {
+            "learning_rate": config.dpo.learning_rate,
+            "epochs": config.dpo.epochs,
+            "max_steps": config.dpo.max_steps,
+            "warmup": config.dpo.warmup,
+        }
     train = replace(config.train, **{name: value for name, value in own.items() if value is not None})
-    return replace(config, train=train)
+    return replace(config, train=replace(train, max_steps=None) if step.replays else train)
 
 
 # FFT and HFT run the same steps, and so do their DPO: what differs is the selection, which fft and dpo set to `all`.

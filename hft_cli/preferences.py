@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hft_cli.data import Chat, Row, _checked, _kind, _one_or_more, _rows, content_hash
+from hft_cli.data import Chat, Row, checked, content_hash, kind_of, read_rows, turns_or_text
 from hft_cli.schema import UserError, choose
 
 Preference = dict[str, Chat]  # {"prompt": turns, "chosen": the assistant's answer, "rejected": the other answer}
@@ -52,10 +52,10 @@ def read_preferences(
     choose("ties", ties, TIES)
     rows: list[Preference] = []
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
-    for place, row in islice(_rows(path, split, stream=max_rows is not None), max_rows):
+    for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
         try:
             if not isinstance(row, dict):
-                raise UserError(f"not an object but {_kind(row)}.")
+                raise UserError(f"not an object but {kind_of(row)}.")
             preference = _preference(row)
             reason = _reason(preference) or ("tied scores" if ties == "drop" and _tied(row) else None)
         except UserError as error:
@@ -83,7 +83,7 @@ def _preference(row: Row) -> Preference:
             f"no '{missing[0]}': preferences are rows of 'chosen' and 'rejected', which are whole chats or the answers "
             f"to a 'prompt' (keys found: {', '.join(row) or 'none'})."
         )
-    given = _one_or_more(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
+    given = turns_or_text(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
     chosen, rejected = (_chat(row[key], key, given) for key in ANSWERS)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("'chosen' and 'rejected' differ before their last turn: they must answer the same prompt.")
@@ -92,7 +92,7 @@ def _preference(row: Row) -> Preference:
 
 def _chat(value: Any, column: str, given: Chat) -> Chat:
     """The prompt with the answer: an answer alone is one turn of the assistant's, anything else is the whole chat."""
-    turns = _one_or_more(value, column, "assistant")
+    turns = turns_or_text(value, column, "assistant")
     if len(turns) == 1 and turns[0]["role"] == "assistant":
         if not given:
             raise UserError(f"no 'prompt', and '{column}' is only an answer.")
@@ -105,7 +105,7 @@ def _chat(value: Any, column: str, given: Chat) -> Chat:
     try:
         # An empty answer is no mistake here: such rows are counted and left out.
         last = chat[-1] if chat[-1]["content"].strip() else {**chat[-1], "content": "-"}
-        _checked([*chat[:-1], last])
+        checked([*chat[:-1], last])
     except UserError as error:
         raise UserError(f"'{column}': {error}") from None
     return chat

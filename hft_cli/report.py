@@ -29,6 +29,7 @@ class Row:
     selection: str = ""
     learning_rate: float | None = None
     seed: int | None = None
+    draw_seed: int | None = None  # where it is not the seed
     updated: float | None = None
     skill: float | None = None
     retained: float | None = None
@@ -58,12 +59,15 @@ def summary(run: RunDir) -> str:
     if scores := _scores(results["eval"]):
         parts.append(
             _text_table(
-                ["exact match", "before", "after"],
-                [[task, _percent(pair["before"]), _percent(pair["after"])] for task, pair in scores.items()],
+                ["score", "metric", "before", "after"],
+                [
+                    [task, _metric(results, task), _percent(pair["before"]), _percent(pair["after"])]
+                    for task, pair in scores.items()
+                ],
             )
         )
     unmoved = [name for entry in results["rounds"] for name in entry.get("unmoved", ())]
-    if "continual" in results:
+    if "R" in results["continual"]:
         parts.append(_matrix(results["continual"]))
     for entry in results["rounds"]:
         if "rewards/margins" in entry:
@@ -82,16 +86,16 @@ def summary(run: RunDir) -> str:
 
 
 def _matrix(continual: dict[str, Any]) -> str:
-    """R as a table: a row after each round, a column for each task, in %."""
+    """R as a table: a row after each round, a column for each task, in %; empty where it was not scored."""
     tasks = continual["tasks"]
     rows = [[f"after {task}", *map(_percent, row)] for task, row in zip(tasks, continual["R"], strict=True)]
     measures = f"OP {100 * continual['OP']:.1f}   BWT {100 * continual['BWT']:+.1f} (absolute points)"
-    return f"{_text_table([continual['metric'].replace('_', ' '), *tasks], rows)}\n{measures}"
+    return f"{_text_table(['R', *tasks], rows)}\n{measures}"
 
 
 def draws_table(run: RunDir) -> str:
     """The ledger as layers by matrices: a sign for each round, ● updated, ○ frozen."""
-    rounds = read_json(run.draws)["rounds"]
+    rounds = list({entry["round"]: entry for entry in reversed(read_json(run.draws)["rounds"])}.values())[::-1]
     signs: dict[str, str] = {}
     for entry in rounds:
         for sign, names in (("●", entry["updated"]), ("○", entry["frozen"])):
@@ -193,6 +197,7 @@ def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
         selection=level if level == "all" else f"{level} {selection['ratio']:g}",
         learning_rate=results["learning_rate"],
         seed=results["seed"],
+        draw_seed=selection["seed"],
         updated=_mean(entry["updated_fraction"] for entry in rounds),
         skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
         retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
@@ -205,15 +210,22 @@ def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """SUITE/TASK -> exact match before and after; `data` is the suite of what was trained."""
+    """SUITE/TASK -> the task's own metric before and after; `data` is the suite of what was trained."""
     return {
-        f"{suite}/{task}": {
-            "before": metrics["exact_match"],
-            "after": evaluation["after"][suite][task]["exact_match"],
-        }
+        f"{suite}/{task}": {"before": _first(metrics), "after": _first(evaluation["after"][suite][task])}
         for suite, tasks in evaluation["before"].items()
         for task, metrics in tasks.items()
     }
+
+
+def _first(metrics: Mapping[str, float]) -> float:
+    """A task's own metric is the first; what follows is its error and counts."""
+    return next(iter(metrics.values()))
+
+
+def _metric(results: Mapping[str, Any], task: str) -> str:
+    suite, _, name = task.partition("/")
+    return str(next(iter(results["eval"]["after"][suite][name]))).replace("_", " ")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -225,7 +237,7 @@ def markdown(rows: Sequence[Row]) -> str:
             row.method or row.run,
             row.selection,
             "" if row.learning_rate is None else f"{row.learning_rate:g}",
-            "" if row.seed is None else str(row.seed),
+            ("" if row.seed is None else str(row.seed)) + ("" if row.draw_seed is None else f", draw {row.draw_seed}"),
             _percent(row.skill),
             _percent(row.retained),
             _percent(row.updated),
@@ -248,7 +260,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row.method, row.selection, row.learning_rate or 0, row.seed or 0
+    return row.method, row.selection, row.learning_rate or 0, row.seed or 0, row.draw_seed or 0
 
 
 def _csv(rows: Sequence[Row]) -> str:

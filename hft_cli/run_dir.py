@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_cli.schema import ModelConfig, RunConfig, UserError, from_dict
+from hft_cli.methods import Source, Step
+from hft_cli.schema import GenerationConfig, ModelConfig, RunConfig, UserError, from_dict
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,6 +99,11 @@ class RoundDir:
         return self.folder / "chat_template.jinja"
 
     @property
+    def adapter(self) -> Path:
+        """LoRA: the adapters after the round, in PEFT's layout."""
+        return self.folder / "adapter"
+
+    @property
     def log(self) -> Path:
         """All that the ranks print."""
         return self.folder / "worker.log"
@@ -167,17 +173,18 @@ class RunDir:
 
 @dataclass(frozen=True)
 class SealedStep:
-    """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log."""
+    """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
+
+    `adapter` is the folder of the LoRA adapters to go on from.
+    """
 
     config: RunConfig
-    number: int
-    name: str
-    stage: str
-    data: str
+    step: Step
     model: str
     metrics: str
     updated: tuple[str, ...]
     frozen: tuple[str, ...]
+    adapter: str | None = None
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -185,22 +192,34 @@ class SealedStep:
     @classmethod
     def read(cls, path: Path) -> SealedStep:
         values = read_json(path)
-        config = from_dict(RunConfig, values.pop("config"))
+        config, step = from_dict(RunConfig, values.pop("config")), values.pop("step")
+        for key in ("sources", "memories"):
+            step[key] = tuple(Source(**source) for source in step[key])
         updated, frozen = (tuple(values.pop(key)) for key in ("updated", "frozen"))
-        return cls(config=config, updated=updated, frozen=frozen, **values)
+        return cls(config=config, step=Step(**step), updated=updated, frozen=frozen, **values)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of rows that a model is scored on, and how."""
+
+    path: str
+    metric: str = "exact_match"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What an evaluation worker is told. `tasks`: suite -> task -> where the rows are; `out`: file for the scores.
+    """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric; `out`: file for the scores.
 
     `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
     """
 
     model: ModelConfig
     path: str
-    tasks: dict[str, dict[str, str]]
+    tasks: dict[str, dict[str, Task]]
     batch_size: int
+    generation: GenerationConfig
+    seed: int
     out: str
     base: str | None = None
     reset: tuple[str, ...] = ()
@@ -211,7 +230,12 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         values = read_json(path)
-        return cls(model=from_dict(ModelConfig, values.pop("model")), **values)
+        model = from_dict(ModelConfig, values.pop("model"))
+        generation = from_dict(GenerationConfig, values.pop("generation"))
+        tasks = {
+            suite: {name: Task(**task) for name, task in own.items()} for suite, own in values.pop("tasks").items()
+        }
+        return cls(model=model, generation=generation, tasks=tasks, **values)
 
 
 def finished(path: str | Path) -> RunDir:

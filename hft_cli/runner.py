@@ -22,14 +22,14 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from hft_cli.continual import backward_transfer, overall_performance
-from hft_cli.data import content_hash, read_chats
+from hft_cli.continual import backward_transfer, overall_performance, read_sources
+from hft_cli.data import content_hash, read_chats, repeats
 from hft_cli.layout import from_folder
-from hft_cli.methods import Step, stage_config, steps
+from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
-from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, read_config, read_json, write_json, write_text
-from hft_cli.schema import RunConfig, UserError, check, locate, places
-from hft_cli.selection import Draw, draw
+from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
+from hft_cli.schema import RunConfig, UserError, check, locate
+from hft_cli.selection import Draw
 from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 
@@ -60,20 +60,17 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         return where
 
     params = from_folder(base, config.model.kinds)
-    plan = steps(config)
-    seed = config.seed if config.selection.seed is None else config.selection.seed
-    draws = [draw(params, config.selection, step.number, seed) for step in plan]
-    if not draws[0].updated and plan[0].stage != "half_reset":
+    plan, drawn = steps(config), draws(config, params)
+    if not drawn[0].updated and plan[0].stage != "half_reset":
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    for step, chosen in zip(plan, draws, strict=True):
-        if step.stage == "half_reset":
-            _reset_pieces(step, chosen, base, config)  # whether the two models fit
-    for place in (*config.suite.tasks.values(), *places(config.data.test_path)):
+    if plan[0].stage == "half_reset":
+        _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
+    for place in config.suite.tasks.values():
         read_chats(locate(place), split="test")
     inputs = {
         "base": str(base.resolve()),
         "base_sha256": weights_hash(base),
-        "rounds": [asdict(step) | {"data_sha256": _data_hash(step, config)} for step in plan],
+        "rounds": [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan],
     }
 
     new = not where.config.exists()
@@ -82,13 +79,13 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         where.folder.mkdir(parents=True, exist_ok=True)
     with _lock(where):
         if new:
-            _seal(where, config, overrides, draws, inputs)
+            _seal(where, config, overrides, drawn, inputs)
         else:
             _same_config(where, config)
             _same_inputs(where, inputs)
             _say(f"Continuing the run in {where.folder}.")
         try:
-            return _walk(where, config, plan, draws, base)
+            return _walk(where, config, plan, drawn, base)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
@@ -144,74 +141,89 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
             f"train.packing=true is not known to keep rows apart for model type {model.get('model_type')!r}; it is for "
             f"{', '.join(PACKABLE)}. Set train.packing=false."
         )
+    answers = config.generation.max_new_tokens
+    if longest and answers >= longest - 1 and any(step.test and step.metric != "exact_match" for step in steps(config)):
+        raise UserError(
+            f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
+            f"{base.name}. Set generation.max_new_tokens={longest // 2} or less."
+        )
     return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
-def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], draws: Sequence[Draw], base: Path) -> RunDir:
+def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again."""
-    before = _score(where, "before", base, config)
-    model = base
+    tests = {step.task: Task(step.test, step.metric) for step in plan if step.test is not None and not step.replays}
+    before = _score(where, "before", base, config, tests)
+    model, adapter = base, None
     outcomes, scores = [], []
-    for step, chosen in zip(plan, draws, strict=True):
-        model = _round(where, step, chosen, model, config)
-        outcomes.append(read_json(where.round(step.number, step.name).outcome))
-        if len(plan) > 1:
-            scores.append(_score(where, f"round-{step.number:02d}", model, config))
+    for step, chosen in zip(plan, drawn, strict=True):
+        model = _round(where, step, chosen, model, config, adapter)
+        folder = where.round(step.number, step.name)
+        adapter = folder.adapter if config.continual.name == "lora" else None
+        outcomes.append(read_json(folder.outcome))
+        if plan[-1].round > 1 and step.number == max(other.number for other in plan if other.round == step.round):
+            seen = {other.task for other in plan if other.round <= step.round}
+            asked = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
+            scores.append(_score(where, f"round-{step.round:02d}", model, config, asked))
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
         after = scores[-1]
     elif config.method.save_model:
-        after = _score(where, "after", where.model, config)
+        after = _score(where, "after", where.model, config, tests)
     else:
-        after = _score(where, "after", base, config, reset=draws[0])
-    return _finish(where, config, plan, draws, outcomes, {"before": before, "after": after}, _continual(plan, scores))
+        after = _score(where, "after", base, config, tests, reset=drawn[0])
+    continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
+    return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual)
 
 
-def _continual(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """R with its overall performance and backward transfer, where there are rounds and each has its own test set."""
-    tasks = [step.task for step in plan]
-    if len(tasks) < 2 or len({step.test for step in plan} - {None}) < len(tasks):
+    rounds = [step for step in plan if not step.replays]
+    tasks = [step.task for step in rounds]
+    if len(tasks) < 2 or len({step.test for step in rounds} - {None}) < len(tasks):
         return {}
-    matrix = [[row["data"][task]["exact_match"] for task in tasks] for row in scores]
+    matrix = [[row["data"].get(step.task, {}).get(step.metric) for step in rounds] for row in scores]
     measures = {"R": matrix, "OP": overall_performance(matrix), "BWT": backward_transfer(matrix)}
-    return {"continual": {"tasks": tasks, "metric": "exact_match", **measures}}
+    return {"tasks": tasks, "metrics": [step.metric for step in rounds], **measures}
 
 
-def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig) -> Path:
-    """Train one round from the model at `model`, unless it is done, and return the folder of the model after it."""
+def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig, adapter: Path | None) -> Path:
+    """Train one round from the model at `model`, unless it is done, and return the folder of the model after it.
+
+    LoRA goes on from the adapters of the round before, beside the base: merged into it, they are the model at `model`.
+    """
+    start = fetch(locate(config.model.path)) if adapter else model
     folder = where.round(step.number, step.name)
     out = where.model if where.model.exists() else folder.model
     if not folder.outcome.exists() and step.stage == "half_reset":
         folder.folder.mkdir(parents=True, exist_ok=True)
         _say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
-        start = time.perf_counter()
+        begun = time.perf_counter()
         if config.method.save_model:
             write_pieces(_reset_pieces(step, chosen, model, config), folder.delta)
-        write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - start, 3)})
+        write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - begun, 3)})
     if not config.method.save_model:
         return model
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
         SealedStep(
-            config=stage_config(config, step.stage),
-            number=step.number,
-            name=step.name,
-            stage=step.stage,
-            data=step.data,
-            model=str(model),
+            config=step_config(config, step),
+            step=step,
+            model=str(start),
             metrics=str(where.metrics),
             updated=chosen.updated,
             frozen=chosen.frozen,
+            adapter=str(adapter) if adapter else None,
         ).write(folder.step)
-        _say(f"Round {step.number}, {step.name}: {_size(chosen)} updated")
-        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.number}")
+        _say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
+        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.round}, {step.name}")
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
         own = config.model.chat_template is None
         extra = {folder.template.name: folder.template.read_text()} if folder.template.exists() and not own else {}
-        lay_over(model, folder.delta, out, extra)
+        lay_over(start, folder.delta, out, extra)
     if model.is_relative_to(where.folder) and model != out:
         shutil.rmtree(model, ignore_errors=True)  # the last round's model has served
     return out
@@ -318,15 +330,16 @@ def _show(bar: Any, progress: Path, label: str) -> None:
     bar.update(at["step"] - bar.n)
 
 
-def _score(where: RunDir, when: str, model: Path, config: RunConfig, reset: Draw | None = None) -> dict[str, Any]:
+def _score(
+    where: RunDir, when: str, model: Path, config: RunConfig, tests: dict[str, Task], reset: Draw | None = None
+) -> dict[str, Any]:
     """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked.
 
     With `reset` the model is scored as Half-Reset would leave it, without writing that.
     """
-    tasks: dict[str, dict[str, str]] = {}
+    tasks: dict[str, dict[str, Task]] = {}
     if config.suite.tasks:
-        tasks[config.suite.name] = dict(config.suite.tasks)
-    tests = {step.task: step.test for step in steps(config) if step.test is not None}
+        tasks[config.suite.name] = {name: Task(place) for name, place in config.suite.tasks.items()}
     if tests:
         tasks["data"] = tests
     if not tasks:
@@ -338,7 +351,17 @@ def _score(where: RunDir, when: str, model: Path, config: RunConfig, reset: Draw
         job = folder.folder / "job.json"
         base = str(fetch(locate(str(config.model.base)))) if reset else None
         names = reset.updated if reset else ()
-        Job(config.model, str(model), tasks, config.suite.batch_size, str(out), base, names).write(job)
+        Job(
+            model=config.model,
+            path=str(model),
+            tasks=tasks,
+            batch_size=config.suite.batch_size,
+            generation=config.generation,
+            seed=config.seed,
+            out=str(out),
+            base=base,
+            reset=names,
+        ).write(job)
         _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
     scores: dict[str, Any] = read_json(out)
     return scores
@@ -348,13 +371,13 @@ def _finish(
     where: RunDir,
     config: RunConfig,
     plan: Sequence[Step],
-    draws: Sequence[Draw],
+    drawn: Sequence[Draw],
     outcomes: Sequence[dict[str, Any]],
     scores: dict[str, Any],
     continual: dict[str, Any],
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
-    faults = [f"round {p.number}: {fault}" for p in proofs for fault in p.faults]
+    faults = [f"round {p.round} {p.name}: {fault}" for p in proofs for fault in p.faults]
     write_json(
         where.results,
         {
@@ -364,19 +387,23 @@ def _finish(
             "data": config.data.name,
             "engine": config.engine.name,
             "selection": asdict(config.selection),
-            "ratio": draws[0].matrices_reached,
+            "ratio": drawn[0].matrices_reached,
             "seed": config.seed,
             "learning_rate": None
             if plan[0].stage == "half_reset"
-            else stage_config(config, plan[0].stage).train.learning_rate,
+            else step_config(config, plan[0]).train.learning_rate,
             "rounds": [
                 {
                     "name": step.name,
+                    "round": step.round,
                     "updated_fraction": chosen.updated_fraction,
                     **({"frozen_bit_identical": proof.frozen_bit_identical, "unmoved": proof.unmoved} if proof else {}),
                     **outcome,
+                    **{key: planned[key] for key in ("rows_repeated", "rows_in_test") if key in planned},
                 }
-                for step, chosen, proof, outcome in zip(plan, draws, proofs or [None], outcomes, strict=True)
+                for step, chosen, proof, outcome, planned in zip(
+                    plan, drawn, proofs or [None], outcomes, read_json(where.plan)["rounds"], strict=True
+                )
             ],
             "eval": scores,
             **continual,
@@ -415,14 +442,14 @@ def _refuse_other_files(where: RunDir) -> None:
 
 
 def _seal(
-    where: RunDir, config: RunConfig, overrides: Sequence[str], draws: Sequence[Draw], inputs: dict[str, Any]
+    where: RunDir, config: RunConfig, overrides: Sequence[str], drawn: Sequence[Draw], inputs: dict[str, Any]
 ) -> None:
     """Write what the run is, config.yaml last: a directory with it has all the rest."""
     write_text(where.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
     write_json(where.environment, _environment())
     write_json(where.plan, inputs)
     names = [entry["name"] for entry in inputs["rounds"]]
-    entries = [{"name": name, **chosen.as_dict()} for name, chosen in zip(names, draws, strict=True)]
+    entries = [{"name": name, **chosen.as_dict()} for name, chosen in zip(names, drawn, strict=True)]
     write_json(where.draws, {"rounds": entries})
     write_text(where.config, yaml.safe_dump(asdict(config), sort_keys=False))
 
@@ -459,22 +486,43 @@ def _same_inputs(where: RunDir, inputs: dict[str, Any]) -> None:
             "Restore them, or start anew in another output_dir."
         )
     for old, new in zip(sealed["rounds"], inputs["rounds"], strict=True):
-        if old["data_sha256"] != new["data_sha256"]:
-            raise UserError(
-                f"The data of round {old['name']} ({old['data']}) has changed since {where.folder} was begun. "
-                "Restore it, or start anew in another output_dir."
-            )
+        for key, what in (("data_sha256", "data"), ("test_sha256", "test")):
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"The {'test ' * (what == 'test')}data of round {old['name']} ({old[what]}) has changed since "
+                    f"{where.folder} was begun. Restore it, or start anew in another output_dir."
+                )
 
 
-def _data_hash(step: Step, config: RunConfig) -> str:
-    """Of the rows that a round trains on, or of the weights that a Half-Reset puts back."""
-    if step.stage == "half_reset":
-        return weights_hash(fetch(locate(step.data), "model.base"))
+def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
+    """What is known of a step's rows: the hash of what it trains on (or of the weights that a Half-Reset puts back),
+    that of its test set, and how many rows are repeated or in the test set too.
+
+    Raises:
+        UserError: for a bad row of either.
+    """
     data = config.data
-    if step.stage == "dpo":
+    if step.stage == "half_reset":
+        known: dict[str, Any] = {"data_sha256": weights_hash(fetch(locate(step.data), "model.base"))}
+    elif step.stage == "dpo":
         read = read_preferences(locate(step.data), split=data.split, max_rows=data.max_rows, ties=config.dpo.ties)
-        return preferences_hash(read.rows)
-    return content_hash(read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows))
+        known = {"data_sha256": preferences_hash(read.rows)}
+    else:
+        chats = read_sources(step.sources, data, config.seed)
+        known = {"data_sha256": content_hash(chats), "rows": len(chats)}
+    if step.test is None:
+        return known
+    test = read_chats(locate(step.test), split="test")
+    known["test_sha256"] = content_hash(test)
+    if "rows" in known and not step.replays:
+        repeated, shared = repeats(chats, test)
+        known |= {"rows_repeated": repeated, "rows_in_test": shared}
+        if repeated or shared:
+            _say(
+                f"{step.name}: of {known['rows']:,} rows {repeated:,} repeat an earlier one and {shared:,} are in the "
+                "test set too."
+            )
+    return known
 
 
 def _environment() -> dict[str, Any]:

@@ -51,7 +51,11 @@ class DataConfig:
     path: Any = REQUIRED
     """File (JSON, JSONL, .gz, Parquet), folder or hub name of the training rows; of a list, each is a round."""
     test_path: Any = None
-    """Rows scored by exact match before and after training: nothing, one place, or one for each training set."""
+    """Rows scored before and after training: nothing, one place, or one for each training set."""
+    tasks: list[str] = field(default_factory=list)
+    """Folders below `path`, in order, each with train and test files: each task is a round, scored after it."""
+    metric: Any = "exact_match"
+    """exact_match (teacher-forced); of generated answers accuracy, rouge_l, sari, …: one, or a map from task to it."""
     format: str = "auto"
     """Shape of the rows: auto (from the first row), messages, prompt_completion, alpaca, sharegpt or trace."""
     split: str = "train"
@@ -60,6 +64,8 @@ class DataConfig:
     """Use only the first rows of each training set, to try things; at least 1."""
     loss: str = "assistant"
     """Tokens that are trained on: assistant (its turns only) or all."""
+    long_prompts: str = "drop"
+    """Rows over max_length: drop those that would lose their answer, or cut the prompt's start first (TRACE)."""
 
 
 @dataclass
@@ -116,8 +122,8 @@ class TrainConfig:
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW; above 0."""
-    epochs: float = 2.0
-    """Passes over each training set; above 0. Ignored when max_steps is set."""
+    epochs: Any = 2.0
+    """Passes over each training set, above 0; one for all, or a map from task to passes. max_steps goes before it."""
     max_steps: int | None = None
     """Optimizer steps of each round; at least 1. null: by epochs."""
     batch_size: int = 128
@@ -171,6 +177,44 @@ class DpoConfig:
 
 
 @dataclass
+class ContinualConfig:
+    """Group `continual`: what a sequence of tasks does against forgetting, besides the selection."""
+
+    name: str = "seqft"
+    """seqft (nothing), replay, gem (Lopez-Paz & Ranzato 2017; not ZeRO-3) or lora (Hu et al. 2021; not ZeRO-3)."""
+    score_unseen: bool = False
+    """After each round, score the tasks to come as well as those seen so far."""
+    replay_ratio: float = 0.1
+    """Replay: share of each past task's rows that is trained on again after a task, in (0, 1]."""
+    replay_epochs: float = 1.0
+    """Replay: passes over those rows; above 0."""
+    replay_general: str | None = None
+    """Replay: rows of general instructions (TRACE: LIMA), as in data.path, trained on whole beside them."""
+    replay_shuffle: bool = True
+    """Replay: mix the rows of all past tasks; false goes through them task by task, in the order of the files."""
+    gem_memory: int = 64
+    """GEM: rows of each past task whose gradients no step may go against; at least 1."""
+    gem_margin: float = 0.0
+    """GEM: memory strength, the least weight of a past task's gradient in a step that is corrected; at least 0."""
+    lora_rank: int = 8
+    """LoRA: rank of the adapters; at least 1."""
+    lora_alpha: float = 16.0
+    """LoRA: the adapters' product is scaled by alpha / rank; above 0."""
+    lora_dropout: float = 0.0
+    """LoRA: dropout before the adapters, in [0, 1)."""
+
+
+@dataclass
+class GenerationConfig:
+    """How answers are generated, for the metrics that need them."""
+
+    max_new_tokens: int = 512
+    """Tokens of an answer; at least 1. A prompt is cut at its start if it does not leave room for them."""
+    temperature: float = 0.0
+    """0: greedy decoding. Above 0: sampling, under `seed`."""
+
+
+@dataclass
 class SuiteConfig:
     """Group `suite`: what is scored before and after training."""
 
@@ -199,6 +243,8 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
 
 
@@ -224,6 +270,29 @@ def locate(path: str) -> str:
 def places(value: Any) -> tuple[str, ...]:
     """data.path or data.test_path as a tuple: nothing, one place or several."""
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def training_sets(data: DataConfig) -> tuple[str, ...]:
+    """Where the rows of each round are."""
+    return tuple(f"{data.path}/{task}" for task in data.tasks) if data.tasks else places(data.path)
+
+
+def test_sets(data: DataConfig) -> tuple[str, ...]:
+    """Where the test rows are: of none, of all rounds together, or of each round."""
+    return training_sets(data) if data.tasks else places(data.test_path)
+
+
+def of_task(key: str, value: Any, task: str) -> Any:
+    """A task's own value of a key that holds one for all tasks or a map from task to value.
+
+    Raises:
+        UserError: if the map lacks the task.
+    """
+    if not isinstance(value, dict):
+        return value
+    if task not in value:
+        raise UserError(f"{key} has nothing for {task} (it has: {', '.join(value) or 'nothing'}). Add {key}.{task}=…")
+    return value[task]
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
@@ -265,14 +334,23 @@ def check(config: RunConfig) -> None:
     choose("selection.level", selection.level, ("all", "category", "layer", "model"))
     choose("selection.balance", selection.balance, ("matrices", "elements"))
     choose("selection.redraw", selection.redraw, ("independent", "complementary", "balanced", "fixed"))
+    choose("data.long_prompts", data.long_prompts, ("drop", "cut"))
+    choose("continual", config.continual.name, ("seqft", "replay", "gem", "lora"))
+    for metric in data.metric.values() if isinstance(data.metric, dict) else [data.metric]:
+        choose("data.metric", metric, METRICS)
     choose("train.schedule", train.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
     for name in ("embeddings", "head", "final_norm"):
         choose(f"selection.{name}", getattr(selection, name), ("update", "freeze"))
 
     for path, value, low in (
+        ("continual.gem_margin", config.continual.gem_margin, 0),
+        ("continual.gem_memory", config.continual.gem_memory, 1),
+        ("continual.lora_rank", config.continual.lora_rank, 1),
         ("data.max_rows", data.max_rows, 1),
         ("dpo.max_steps", config.dpo.max_steps, 1),
         ("engine.num_processes", engine.num_processes, 1),
+        ("generation.max_new_tokens", config.generation.max_new_tokens, 1),
+        ("generation.temperature", config.generation.temperature, 0),
         ("seed", config.seed, 0),
         ("selection.seed", selection.seed, 0),
         ("suite.batch_size", config.suite.batch_size, 1),
@@ -293,21 +371,27 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{path}={value} is too large: it must be below 2^32.")
     for path, value in (
         ("train.learning_rate", train.learning_rate),
-        ("train.epochs", train.epochs),
+        *_each("train.epochs", train.epochs),
+        ("continual.replay_ratio", config.continual.replay_ratio),
+        ("continual.replay_epochs", config.continual.replay_epochs),
+        ("continual.lora_alpha", config.continual.lora_alpha),
         ("dpo.beta", config.dpo.beta),
         ("dpo.learning_rate", config.dpo.learning_rate),
         ("dpo.epochs", config.dpo.epochs),
     ):
-        if value is not None and not value > 0:
+        if isinstance(value, str | bool) or (value is not None and not value > 0):
             raise UserError(f"{path}={value} must be above 0.")
     for path, value in (
         ("train.warmup", train.warmup),
         ("train.beta1", train.beta1),
         ("train.beta2", train.beta2),
         ("dpo.warmup", config.dpo.warmup),
+        ("continual.lora_dropout", config.continual.lora_dropout),
     ):
         if value is not None and not 0 <= value < 1:
             raise UserError(f"{path}={value} must be in [0, 1).")
+    if config.continual.replay_ratio > 1:
+        raise UserError(f"continual.replay_ratio={config.continual.replay_ratio} is a share: it must be in (0, 1].")
     if not 0 <= selection.ratio <= 1:
         raise UserError(f"selection.ratio={selection.ratio} is a share: it must be in [0, 1].")
     if selection.redraw == "balanced" and selection.balance == "elements":
@@ -347,11 +431,13 @@ def check(config: RunConfig) -> None:
         )
     for stage in config.method.stages:
         choose("stage in method.stages", stage, ("sft", "dpo"))
-    if not resets and len(config.method.stages) not in (1, len(places(data.path))):
+    rounds = training_sets(data)
+    if not resets and len(config.method.stages) not in (1, len(rounds)):
         raise UserError(
-            f"method.stages names {len(config.method.stages)} stages for {len(places(data.path))} training sets: give "
+            f"method.stages names {len(config.method.stages)} stages for {len(rounds)} training sets: give "
             "one for all, or one for each."
         )
+    _check_continual(config)
     choose("dpo.reference", config.dpo.reference, ("precomputed", "shared", "full"))
     choose("dpo.ties", config.dpo.ties, ("keep", "drop"))
     if "dpo" in config.method.stages and config.dpo.reference == "shared" and engine.zero_stage == 3:
@@ -372,15 +458,58 @@ def check(config: RunConfig) -> None:
         )
     if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
         raise UserError("data.path and data.test_path are each a path or a list of paths.")
-    if not places(data.path) and not resets:
-        raise UserError("data.path is empty: give a file, a folder, a hub name, or a list of them.")
-    if len(places(data.test_path)) not in (0, 1, len(places(data.path)) * (not resets)):
+    if data.tasks and (not isinstance(data.path, str) or data.test_path is not None):
         raise UserError(
-            f"data.test_path names {len(places(data.test_path))} sets for {len(places(data.path))} training sets: "
+            "data.tasks names folders below data.path, which hold their test rows too: give one data.path, and no "
+            "data.test_path."
+        )
+    if data.tasks and resets:
+        raise UserError("method=half_reset trains on nothing: leave out data.tasks; data.test_path can be scored.")
+    if not rounds and not resets:
+        raise UserError("data.path is empty: give a file, a folder, a hub name, or a list of them.")
+    if len(test_sets(data)) not in (0, 1, len(rounds) * (not resets)):
+        raise UserError(
+            f"data.test_path names {len(test_sets(data))} sets for {len(rounds)} training sets: "
             "give none, one, or one for each."
         )
 
 
+def _check_continual(config: RunConfig) -> None:
+    """Refuse strategies of continual learning where they cannot do what they are for."""
+    name, rounds = config.continual.name, training_sets(config.data)
+    if name == "seqft":
+        return
+    if config.method.name not in ("fft", "hft") or set(config.method.stages) != {"sft"}:
+        raise UserError(f"continual={name} is for SFT by method=fft or hft, not for DPO or Half-Reset.")
+    if name in ("replay", "gem") and len(rounds) < 2:
+        raise UserError(
+            f"continual={name} needs a sequence of tasks, and there is {len(rounds)} round. Give several training sets "
+            "(data.path=[…]) or data=trace."
+        )
+    if name == "lora" and config.method.name != "fft":
+        raise UserError(
+            "continual=lora trains adapters beside all matrices, so there is no half to draw: use method=fft."
+        )
+    if name in ("gem", "lora") and config.engine.zero_stage == 3:
+        raise UserError(f"continual={name} cannot be with engine=zero3: use engine=single, zero1 or zero2.")
+    if config.train.packing and name == "gem":
+        raise UserError("continual=gem takes gradients of single rows: set train.packing=false.")
+
+
+def _each(key: str, value: Any) -> list[tuple[str, Any]]:
+    """A key's value, or those of its map from task to value, each under its own name."""
+    return [(f"{key}.{task}", own) for task, own in value.items()] if isinstance(value, dict) else [(key, value)]
+
+
+METRICS = (
+    "exact_match",
+    "accuracy",
+    "first_character",
+    "rouge_l",
+    "edit_similarity",
+    "code_edit_similarity",
+    "sari",
+)
 METHODS = ("fft", "hft", "half_reset", "dpo", "hft_dpo")
 
 

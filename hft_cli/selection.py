@@ -118,6 +118,34 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     )
 
 
+def adapted(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
+    """What LoRA changes: the weight matrices of attention and feed-forward, without biases, norms and experts.
+
+    Raises:
+        UserError: if there are none.
+    """
+    chosen = [p for p in params if p.kind in ("attention", "feed_forward") and len(p.shape) == 2]
+    if not chosen:
+        raise UserError("continual=lora finds no matrices of attention or feed-forward in this model.")
+    names = {p.name for p in chosen}
+    inside = [p for p in params if p.layer is not None]
+    elements = sum(p.elements for p in chosen)
+    matrices = {p.unit for p in inside}
+    return Draw(
+        round=round,
+        seed=seed,
+        level="lora",
+        ratio=config.ratio,
+        updated=tuple(sorted(names)),
+        frozen=tuple(sorted(p.name for p in params if p.name not in names)),
+        matrices_reached=len({p.unit for p in chosen}) / len(matrices),
+        elements_reached=elements / sum(p.elements for p in inside),
+        updated_elements=elements,
+        total_elements=sum(p.elements for p in params),
+        sha256=names_hash(names),
+    )
+
+
 def _chosen(inside: Sequence[Unit], config: SelectionConfig, round: int, seed: int) -> Iterable[Unit]:
     """The units in the layers that a round updates."""
     strategy = STRATEGIES[choose("selection.level", config.level, STRATEGIES)]

@@ -14,19 +14,20 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli import dpo
-from hft_cli.data import Tokenized, chat_template, content_hash, read_chats, tokenize
+from hft_cli import dpo, gem, lora
+from hft_cli.continual import read_sources
+from hft_cli.data import Tokenized, chat_template, content_hash, tokenize
 from hft_cli.layout import Param, from_folder, to_stored
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, SealedStep, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, locate
 from hft_cli.selection import names_hash
-from hft_cli.weights import Writer, tensors, weights_hash
+from hft_cli.weights import Place, Writer, tensors, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def train(step: SealedStep, folder: RoundDir) -> None:
+def train(sealed: SealedStep, folder: RoundDir) -> None:
     """Train one round and write delta.safetensors and, last, outcome.json.
 
     Raises:
@@ -57,43 +58,73 @@ def train(step: SealedStep, folder: RoundDir) -> None:
     import torch
     from transformers import AutoTokenizer, set_seed
 
-    config = step.config
+    config = sealed.config
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Before DeepSpeed's settings exist: under ZeRO-3 they would reach for the weightless model that this may build.
-    params = {p.name: p for p in from_folder(step.model, config.model.kinds)}
-    arguments = _arguments(step, folder)
+    params = {p.name: p for p in from_folder(sealed.model, config.model.kinds)}
+    arguments = _arguments(sealed, folder)
     if config.engine.zero_stage is not None:
         join_ranks()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    tokenizer = AutoTokenizer.from_pretrained(step.model)
+    tokenizer = AutoTokenizer.from_pretrained(sealed.model)
     tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
     if rank == 0:
         write_text(folder.template, tokenizer.chat_template)
-    dataset, counts = _rows(step, folder, tokenizer, rank, world)
+    dataset, counts = _rows(sealed, folder, tokenizer, rank, world)
 
     set_seed(config.seed)
-    model = load_model(step.model, config)
-    freeze(model, step.updated, step.frozen)
+    model = load_model(sealed.model, config)
+    if config.continual.name == "lora":
+        model = lora.adapt(model, sealed.updated, config.continual, sealed.adapter)
+    else:
+        freeze(model, sealed.updated, sealed.frozen)
 
     identity = {
-        "draw": names_hash(step.updated),
+        "draw": names_hash(sealed.updated),
         "data": counts["sha256"],
         "ranks": world,
         "zero_stage": config.engine.zero_stage,
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
-    watch = _watch(step, folder, params, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen"))
-    if step.stage == "dpo":
+    watch = _watch(
+        sealed, folder, params, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen")
+    )
+    if sealed.step.stage == "dpo":
         kind = config.dpo.reference
-        other = dpo.reference(kind, model, lambda: load_model(step.model, config))
+        other = dpo.reference(kind, model, lambda: load_model(sealed.model, config))
         trainer = dpo.dpo_trainer(model, other, arguments, dataset, tokenizer, [watch])
     else:
         trainer = _sft_trainer(model, arguments, dataset, tokenizer, watch)
+    projections = None
+    if sealed.step.memories:
+        projections = gem.attach(
+            trainer,
+            _memories(sealed, tokenizer),
+            micro_batch_size=config.train.micro_batch_size,
+            margin=config.continual.gem_margin,
+        )
+        projections.projected = before.get("projected", 0)
+        watch.projections = projections
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
-    _write_delta(model, step, params, folder.delta, rank)
+    own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if config.continual.name == "lora":
+        whole = {name: full_value(value) for name, value in own.items()}  # a collective, as below
+        if rank == 0:
+            lora.save(model, whole, folder.adapter)
+            files = tensors(Path(sealed.model))
+
+            def value(name: str) -> torch.Tensor:
+                return lora.merged(model, name, whole, held(params[name], files))
+
+            _write_delta(model.get_base_model(), sealed, params, folder.delta, value)
+    elif rank == 0:
+        _write_delta(model, sealed, params, folder.delta, lambda name: full_value(own[name]))
+    else:
+        for name in sealed.updated:
+            full_value(own[name])  # a collective: every rank takes part
     if rank == 0:
         write_json(
             folder.outcome,
@@ -104,6 +135,7 @@ def train(step: SealedStep, folder: RoundDir) -> None:
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
                 **watch.last,
+                **({"steps_projected": projections.projected} if projections else {}),
                 **counts,
             },
         )
@@ -160,11 +192,11 @@ def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]
         parameter.requires_grad_(wanted[name])
 
 
-def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
+def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
     import torch
     from trl import DPOConfig, SFTConfig
 
-    config, train, engine = step.config, step.config.train, step.config.engine
+    config, train, engine = sealed.config, sealed.config.train, sealed.config.engine
     gpu = torch.cuda.is_available()
     deepspeed = None
     if engine.zero_stage is not None:
@@ -178,12 +210,14 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
             "zero_optimization": {"stage": engine.zero_stage}
             | ({"stage3_gather_16bit_weights_on_model_save": True} if engine.zero_stage == 3 else {}),
         }
-    if step.stage == "dpo":
+    if sealed.step.stage == "dpo":
         make, own = DPOConfig, dpo.settings(config.dpo.reference, config.dpo.beta)
     else:
         make, own = SFTConfig, {"packing": train.packing}
         if not train.packing:
             own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and cut already
+    if sealed.step.replays and not config.continual.replay_shuffle:
+        own["train_sampling_strategy"] = "sequential"
     return make(
         **own,
         output_dir=str(folder.checkpoints),
@@ -219,7 +253,7 @@ def _arguments(step: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
 
 
 def _rows(
-    step: SealedStep, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
+    sealed: SealedStep, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
 ) -> tuple[Dataset, dict[str, Any]]:
     """The rows as the trainer takes them, made once by rank 0 and read by all, with their counts and hash."""
     from datasets import load_from_disk
@@ -227,27 +261,53 @@ def _rows(
     counts_file = folder.tokens / "counts.json"
     if rank == 0 and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
-        dataset, counts = (_pairs if step.stage == "dpo" else _chats)(step, tokenizer)
+        dataset, counts = (_pairs if sealed.step.stage == "dpo" else _chats)(sealed, tokenizer)
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
     _barrier(world)
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
 
 
-def _chats(step: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
-    data = step.config.data
-    longest = step.config.train.max_length or sys.maxsize  # the runner has filled it in
-    chats = read_chats(locate(step.data), format=data.format, split=data.split, max_rows=data.max_rows)
-    made = tokenize(chats, tokenizer, max_length=longest, loss=data.loss, where=step.data)
-    return made.dataset, _counts(made) | {"sha256": content_hash(chats)}
+def _chats(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+    data = sealed.config.data
+    longest = sealed.config.train.max_length or sys.maxsize  # the runner has filled it in
+    chats = read_sources(sealed.step.sources, data, sealed.config.seed)
+    made = tokenize(
+        chats,
+        tokenizer,
+        max_length=longest,
+        loss=data.loss,
+        long_prompts=data.long_prompts,
+        where=sealed.step.data,
+    )
+    return made.dataset, _counts(made) | {"rows_prompt_cut": made.cut, "sha256": content_hash(chats)}
 
 
-def _pairs(step: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
-    data = step.config.data
-    longest = step.config.train.max_length or sys.maxsize
-    read = read_preferences(locate(step.data), split=data.split, max_rows=data.max_rows, ties=step.config.dpo.ties)
-    start = weights_hash(Path(step.model))
-    made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=step.data)
+def _memories(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+    """GEM: the kept rows of each past task."""
+    data = sealed.config.data
+    longest = sealed.config.train.max_length or sys.maxsize
+    return [
+        tokenize(
+            read_sources([source], data, sealed.config.seed),
+            tokenizer,
+            max_length=longest,
+            loss=data.loss,
+            long_prompts=data.long_prompts,
+            where=source.path,
+        ).dataset
+        for source in sealed.step.memories
+    ]
+
+
+def _pairs(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+    data = sealed.config.data
+    longest = sealed.config.train.max_length or sys.maxsize
+    read = read_preferences(
+        locate(sealed.step.data), split=data.split, max_rows=data.max_rows, ties=sealed.config.dpo.ties
+    )
+    start = weights_hash(Path(sealed.model))
+    made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=sealed.step.data)
     left_out = read.left_out | {"prompt fills max_length": made.dropped, "alike when cut": made.alike}
     counts = _counts(made) | {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
     return made.dataset, counts | {"sha256": preferences_hash(read.rows)}
@@ -288,7 +348,7 @@ def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int
 
 
 def _watch(
-    step: SealedStep,
+    sealed: SealedStep,
     folder: RoundDir,
     params: Mapping[str, Param],
     identity: Mapping[str, Any],
@@ -301,7 +361,7 @@ def _watch(
     import torch
     from transformers import TrainerCallback
 
-    metrics = Path(step.metrics)
+    metrics = Path(sealed.metrics)
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -310,6 +370,7 @@ def _watch(
             self.loss: float | None = None
             self.last: dict[str, float] = {}  # what DPO logged last
             self.checksums: list[int] = []
+            self.projections: gem.Steps | None = None
 
         def seconds(self) -> float:
             """Training time in all, over resumed sessions."""
@@ -320,8 +381,12 @@ def _watch(
             return (self.tokens - self.tokens_at_start) / max((self.end or time.perf_counter()) - self.start, 1e-9)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step == 0 and step.config.engine.zero_stage and step.config.model.dtype == "bfloat16":
-                restore_masters(getattr(model, "module", model), params, Path(step.model))
+            if state.global_step == 0 and sealed.config.engine.zero_stage and sealed.config.model.dtype == "bfloat16":
+                plain = getattr(model, "module", model)
+                if sealed.adapter is not None:
+                    lora.restore_masters(plain, sealed.adapter)
+                elif sealed.config.continual.name != "lora":
+                    restore_masters(plain, params, Path(sealed.model))
             self.checksums = _gather(frozen_checksum(model), world)
             if frozen_before is not None and self.checksums != frozen_before:
                 raise RuntimeError(
@@ -329,7 +394,7 @@ def _watch(
                 )
             self.tokens = self.tokens_at_start = state.num_input_tokens_seen
             if rank == 0:
-                _forget_after(metrics, step.number, state.global_step)
+                _forget_after(metrics, sealed.step.name, state.global_step)
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
             self.start = time.perf_counter()
@@ -344,12 +409,17 @@ def _watch(
             if "loss" in logs and not math.isfinite(logs["loss"]):
                 raise UserError(
                     f"The loss is {logs['loss']} at step {state.global_step}: training has diverged. "
-                    f"Lower train.learning_rate={step.config.train.learning_rate:g}, or raise train.warmup."
+                    f"Lower train.learning_rate={sealed.config.train.learning_rate:g}, or raise train.warmup."
                 )
             if rank == 0 and "loss" in logs:
                 self.loss = logs["loss"]
                 self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
-                line = {"round": step.number, "step": state.global_step, "tokens_per_second": self.tokens_per_second()}
+                line = {
+                    "round": sealed.step.round,
+                    "name": sealed.step.name,
+                    "step": state.global_step,
+                    "tokens_per_second": self.tokens_per_second(),
+                }
                 keys = ("loss", "learning_rate", "grad_norm", "epoch", *dpo.METRICS)
                 line |= {key: logs[key] for key in keys if key in logs}
                 with metrics.open("a") as file:
@@ -359,6 +429,7 @@ def _watch(
             _barrier(world)  # every rank has written its part
             if rank == 0:
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums}
+                marker |= {"projected": self.projections.projected} if self.projections else {}
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -388,19 +459,16 @@ def _sft_trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: 
     return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])
 
 
-def _write_delta(model: Any, step: SealedStep, params: Mapping[str, Param], path: Path, rank: int) -> None:
+def _write_delta(
+    model: Any, sealed: SealedStep, params: Mapping[str, Param], path: Path, value: Callable[[str], torch.Tensor]
+) -> None:
     """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
-    base = tensors(Path(step.model))
-    trained = [(params[name], value) for name, value in model.named_parameters() if value.requires_grad]
-    if rank != 0:
-        for _, value in trained:
-            full_value(value)  # a collective: every rank takes part
-        return
-    announced = {stored: base[stored][1] for param, _ in trained for stored in param.stored}
-    with Writer(path, announced, {"format": "pt", "round": str(step.number)}) as writer:
-        for param, value in trained:
-            parts = to_stored(model, {param.name: full_value(value)}, [param])
-            for stored in param.stored:
+    base = tensors(Path(sealed.model))
+    announced = {stored: base[stored][1] for name in sealed.updated for stored in params[name].stored}
+    with Writer(path, announced, {"format": "pt", "round": str(sealed.step.round)}) as writer:
+        for name in sealed.updated:
+            parts = to_stored(model, {name: value(name)}, [params[name]])
+            for stored in params[name].stored:
                 writer.add(stored, [_bytes(parts[stored], announced[stored].dtype)])
 
 
@@ -411,21 +479,30 @@ def restore_masters(model: Any, params: Mapping[str, Param], folder: Path) -> No
         UserError: for a parameter that the files hold in parts (experts) and in more than bfloat16.
     """
     from deepspeed.utils import safe_set_full_fp32_param
+
+    files = tensors(folder)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and files[params[name].stored[0]][1].dtype != "BF16":
+            safe_set_full_fp32_param(parameter, held(params[name], files).to(parameter.device))
+
+
+def held(param: Param, files: Mapping[str, Place]) -> torch.Tensor:
+    """The float32 value that the files hold of a parameter.
+
+    Raises:
+        UserError: if they hold it in parts (experts).
+    """
     from safetensors import safe_open
 
-    where = tensors(folder)
-    for name, parameter in model.named_parameters():
-        file, info = where[params[name].stored[0]]
-        if not parameter.requires_grad or info.dtype == "BF16":
-            continue
-        if info.shape != params[name].shape:
-            raise UserError(
-                f"{name} lies in the files in parts and as {info.dtype}, which bfloat16 under DeepSpeed would round. "
-                "Convert the model to bfloat16 first, or set model.dtype=float32."
-            )
-        with safe_open(file, "pt") as held:
-            value = held.get_tensor(params[name].stored[0]).float()
-        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+    file, info = files[param.stored[0]]
+    if info.shape != param.shape:
+        raise UserError(
+            f"{param.name} lies in the files in parts and as {info.dtype}, which bfloat16 under DeepSpeed would round. "
+            "Convert the model to bfloat16 first, or set model.dtype=float32."
+        )
+    with safe_open(file, "pt") as opened:
+        value: torch.Tensor = opened.get_tensor(param.stored[0])
+    return value.float()
 
 
 def full_value(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -458,7 +535,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _forget_after(metrics: Path, number: int, last: int) -> None:
+def _forget_after(metrics: Path, name: str, last: int) -> None:
     """Drop the lines that a stopped session wrote after the checkpoint that this one resumes from."""
     if metrics.exists():
         kept = []
@@ -467,7 +544,7 @@ def _forget_after(metrics: Path, number: int, last: int) -> None:
                 line = json.loads(text)
             except json.JSONDecodeError:  # cut off by what stopped the session
                 continue
-            if (line["round"], line["step"]) <= (number, last):
+            if line["name"] != name or line["step"] <= last:
                 kept.append(text + "\n")
         write_text(metrics, "".join(kept))
 

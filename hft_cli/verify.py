@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.layout import Param, TensorInfo, from_folder, read_header
-from hft_cli.methods import steps
+from hft_cli.methods import draws, steps
 from hft_cli.run_dir import RunDir, read_config, read_json
 from hft_cli.schema import RunConfig, UserError, locate
-from hft_cli.selection import draw
 from hft_cli.weights import Place, fetch, same_bytes, tensors, weights_hash
 
 MOST_NAMES = 5  # named in a fault
@@ -28,6 +27,7 @@ class RoundProof:
     """What the files say of a round: proven when `faults` is empty. `unmoved`: updated, yet equal to before."""
 
     number: int
+    round: int
     name: str
     updated: int
     frozen: int
@@ -56,15 +56,13 @@ def verify(
         raise UserError(f"The weights in {base} are not those that the run started from, so it cannot be verified.")
     params = from_folder(base, config.model.kinds)
     stored = {p.name: p.stored for p in params}
-    seed = config.seed if config.selection.seed is None else config.selection.seed
 
     now: dict[str, Place] = tensors(base)  # where each tensor's value stands after the rounds so far
     last: dict[str, int] = {}  # the round that wrote it
     proofs: list[RoundProof] = []
     plan_steps = steps(config)
     entries = _entries(run)
-    for step in plan_steps:
-        made = draw(params, config.selection, step.number, seed)
+    for step, made in zip(plan_steps, draws(config, params), strict=True):
         entry = {"name": step.name, **made.as_dict()}
         # Through JSON, where tuples are lists: the ledger must say what the seed and the selection give, word for word.
         agrees = len(entries) == len(plan_steps) and entries[step.number - 1] == json.loads(json.dumps(entry))
@@ -89,7 +87,15 @@ def verify(
                 unmoved.append(tensor)
             now[tensor], last[tensor] = (delta, info), step.number
         proofs.append(
-            RoundProof(step.number, step.name, len(made.updated), len(made.frozen), tuple(unmoved), tuple(faults))
+            RoundProof(
+                number=step.number,
+                round=step.round,
+                name=step.name,
+                updated=len(made.updated),
+                frozen=len(made.frozen),
+                unmoved=tuple(unmoved),
+                faults=tuple(faults),
+            )
         )
 
     try:

@@ -23,7 +23,7 @@ from hft_cli.schema import RunConfig, UserError, check, choose, from_dict
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 GROUPS = {"model": "model", "data": "data", "method": "+method", "selection": "selection", "engine": "engine",
-          "suite": "suite", "experiment": "+experiment"}  # fmt: skip
+          "suite": "suite", "continual": "continual", "experiment": "+experiment"}  # fmt: skip
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -143,8 +143,10 @@ def test_method_is_spelled_with_or_without_a_plus(spelling):
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_config_file_composes_and_is_accepted(group, option):
     method = [] if group == "method" else ["+method=fft" if option == "all" else "+method=hft"]
-    rest = [f"{group}.path=of-your-own"] if option == "local" else []  # `local` has none by itself
-    if option in ("none", "half_reset") and group in ("data", "method"):
+    rest = [f"{group}.path=of-your-own"] if option in ("local", "trace") else []  # they have none by themselves
+    if group == "continual":
+        method, rest = [f"+method={'fft' if option == 'lora' else 'hft'}"], ["data=pocket_sequence"]
+    if option in ("none", "half_reset", "half_reset_explorer") and group in ("data", "method", "experiment"):
         method, rest = ["+method=half_reset"], ["model.path=tuned", "model.base=base"]
     if option == "pocket_sft_then_dpo":
         rest = ["method.stages=[sft,dpo]"]

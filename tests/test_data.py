@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli.data import SHAPES, Chat, chat_template, content_hash, read_chats, tokenize
-from hft_cli.schema import UserError
+from hft_cli.data import SHAPES, Chat, chat_template, content_hash, prompts, read_chats, repeats, tokenize
+from hft_cli.schema import UserError, locate
 
 
 def chat(*contents: str, system: str = "") -> Chat:
@@ -103,6 +103,22 @@ def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> No
 def test_the_hash_tells_order_roles_and_text_apart() -> None:
     others = [[ONE, TWO], [TWO, ONE], [ONE], [ONE, ONE], [chat("Why?Because.", "")], [chat("é", "Because.")]]
     assert len({content_hash(chats) for chats in others}) == len(others)
+
+
+def test_rows_that_repeat_an_earlier_one_and_rows_of_the_test_set_are_counted() -> None:
+    others = [[turn("user", "Why?"), turn("system", "x"), ONE[1]], chat("Why?", "Because. "), chat("Why?Because.", "x")]
+    assert repeats([ONE, *others], []) == (0, 0)
+    assert repeats([ONE, TWO, [dict(turn) for turn in ONE], ONE], [TWO]) == (2, 1)
+    assert repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
+    assert repeats([], [ONE]) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
+def test_repeats_are_what_a_search_finds(train: list[int], test: list[int]) -> None:
+    earlier = sum(number in train[:place] for place, number in enumerate(train))
+    both = sum(number in test for number in train)
+    rows = [[chat("q", str(number)) for number in numbers] for numbers in (train, test)]
+    assert repeats(*rows) == (earlier, both)
 
 
 @pytest.mark.parametrize(
@@ -365,14 +381,18 @@ def backend(kind: str) -> Any:
         show_progress=False,
     )
     text = [turn["content"] for turn in TWO] + ["the cat sat on the mat  and it was so, because it was so\n"] * 9
+    text += ["\n\n"] * 9  # one token, as in GPT-2: but at the end of a text only, as a word takes its newline away
     tokenizer.train_from_iterator(text, trainer)
     return tokenizer
 
 
 def tokenizer_of(kind: str = "bytes", template: str | None = None) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend(kind), bos_token="<s>", eos_token="</s>")
+    if kind == "pocket":
+        tokenizer = AutoTokenizer.from_pretrained(locate("pocket:model"))
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend(kind), bos_token="<s>", eos_token="</s>")
     if template is not None:
         tokenizer.chat_template = chat_template(template, tokenizer) if template in ("tulu", "plain") else template
     return tokenizer
@@ -449,7 +469,7 @@ def test_truncation_cuts_from_the_right_drops_lost_answers_and_counts_both() -> 
     long_prompt = chat("the cat " * 50, "no")
     long_answer = chat("cat", "the mat " * 50)
     result = tokenize([ONE, long_prompt, long_answer, ONE], tokenizer, max_length=40)
-    assert (result.rows, result.dropped, result.truncated) == (3, 1, 1)
+    assert (result.rows, result.dropped, result.truncated, result.cut) == (3, 1, 1, 0)
     assert max(len(row) for row in result.dataset["input_ids"]) == 40
     cut = trained_text(tokenizer, result.dataset[1]["labels"])
     assert cut
@@ -603,6 +623,355 @@ def test_a_built_in_template_needs_an_end_token() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="'tulu' ends answers with the EOS token; the tokenizer has none"):
         chat_template("tulu", tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- cutting the prompt
+
+KINDS = ("bytes", "trimming", "bos", "pieces")
+MAT = "the mat " * 50
+COLONS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+TWICE = "{% for m in messages %}{{ m.content + '|' + m.content + eos_token }}{% endfor %}"
+STRIPPED = CHATML.replace("m.content", "m.content | trim")
+EVERY = {**{name: template for name, (template, _) in TEMPLATES.items()}, "stripped": STRIPPED}
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def around(tokenizer: Any, each: Chat) -> tuple[str, str]:
+    """What is written before and after the user's first content, which must be there once."""
+    content = next(turn["content"] for turn in each if turn["role"] == "user").strip()
+    before, found, after = rendered(tokenizer, each).partition(content)
+    assert found
+    assert content not in before + after
+    return before, after
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_cut_prompt_keeps_header_and_tail_and_the_whole_answer(name: str, kind: str, loss: str) -> None:
+    tokenizer = tokenizer_of(kind, EVERY[name])
+    each = chat(MAT + "?", "Because.", "Why so?", "So.", system="Be brief.")
+    whole = tokenize([each], tokenizer, max_length=1000, loss=loss).dataset[0]
+    most = len(whole["input_ids"]) - 30
+    result = tokenize([each], tokenizer, max_length=most, loss=loss, long_prompts="cut")
+    assert (result.rows, result.dropped, result.truncated, result.cut) == (1, 0, 0, 1)
+    row = result.dataset[0]
+    assert len(row["input_ids"]) == result.total_tokens == most
+    before, after = around(tokenizer, each)
+    text = text_of(tokenizer, row["input_ids"]).lstrip(" ")  # "pieces" puts a blank before all
+    assert text.startswith(before.rstrip(" "))
+    assert text.endswith(after)
+    assert MAT.strip().endswith(text.removeprefix(before.rstrip(" ")).removesuffix(after).removesuffix("?").strip())
+    assert row["labels"][0] == -100
+    if loss == "assistant":
+        assert [x for x in row["labels"] if x != -100] == [x for x in whole["labels"] if x != -100]
+    else:
+        assert row["labels"][1:] == row["input_ids"][1:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([*"aé🙂\n  :>|", "the", "user", " mat", "Be", "\n\n"]), max_size=40).map("".join),
+    st.sampled_from(["", "same", "user"]),
+    st.sampled_from(sorted(EVERY)),
+    st.sampled_from(KINDS),
+    st.integers(3, 30),
+)
+def test_whatever_the_user_says_tokens_are_lost_there_only_and_just_enough(
+    content: str, system: str, name: str, kind: str, room: int
+) -> None:
+    tokenizer = tokenizer_of(kind, EVERY[name])
+    system = content if system == "same" else system
+    each, empty = (chat(text, "Because.", system=system) for text in (content, ""))
+    most = room + len(tokenizer.apply_chat_template(empty)["input_ids"])
+    whole = tokenize([each], tokenizer, max_length=1000).dataset[0]
+    result = tokenize([each], tokenizer, max_length=most, long_prompts="cut")
+    row, ids = result.dataset[0], whole["input_ids"]
+    surplus = max(len(ids) - most, 0)
+    assert (result.rows, result.truncated, result.cut) == (1, 0, surplus > 0)
+    assert len(row["input_ids"]) == len(ids) - surplus
+    ways = [
+        start for start in range(len(row["labels"]) + 1) if row["input_ids"] == ids[:start] + ids[start + surplus :]
+    ]
+    assert ways
+    assert any(row["labels"] == whole["labels"][:start] + whole["labels"][start + surplus :] for start in ways)
+    text = text_of(tokenizer, row["input_ids"])
+    before, after = rendered(tokenizer, chat("(?)", "Because.", system=system)).split("(?)")
+    assert text.lstrip(" ").startswith(before.strip(" "))
+    assert text.endswith(after)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(" \nab7é🙂", max_size=20), st.text("ab 7", max_size=9), st.integers(1, 40))
+def test_prompt_first_then_the_end_of_the_answer_then_the_row(content: str, answer: str, most: int) -> None:
+    tokenizer = tokenizer_of("pocket")
+    user, assistant, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|end|>"])
+    question, reply = tokenizer([content, "x" + answer], add_special_tokens=False)["input_ids"]
+    lost = min(max(len(question) + len(reply) + 3 - most, 0), len(question))
+    expected = [user, *question[lost:], assistant, *reply, end]
+    row = chat(content, "x" + answer)
+    if most <= 2:
+        with pytest.raises(UserError, match=r"prompts, without what the user says first, are 2 to 2 tokens long"):
+            tokenize([row], tokenizer, max_length=most, long_prompts="cut")
+        return
+    result = tokenize([row], tokenizer, max_length=most, long_prompts="cut")
+    assert result.dataset[0]["input_ids"] == expected[:most]
+    assert (result.truncated, result.cut) == (len(expected) > most, lost > 0)
+
+
+def test_cut_and_dropped_rows_are_counted_apart_and_without_cutting_nothing_is_cut() -> None:
+    tokenizer = tokenizer_of(template="tulu")
+    system = chat("Why?", "Because.", system=MAT)
+    rows = [ONE, chat(MAT, "no"), chat("cat", MAT), chat(MAT, MAT), system, ONE]
+    result = tokenize(rows, tokenizer, max_length=40, long_prompts="cut")
+    assert (result.rows, result.dropped, result.truncated, result.cut) == (5, 1, 2, 3)
+    assert max(len(row) for row in result.dataset["input_ids"]) == 40
+    assert result.total_tokens == sum(len(row) for row in result.dataset["input_ids"])
+    assert result.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
+    dropping, default = (tokenize(rows, tokenizer, max_length=40, **o) for o in ({"long_prompts": "drop"}, {}))
+    assert (dropping.rows, dropping.dropped, dropping.truncated, dropping.cut) == (3, 3, 1, 0)
+    assert dropping.dataset[:] == default.dataset[:]
+
+
+def test_rows_that_fit_are_the_same_whether_long_prompts_are_cut_or_dropped() -> None:
+    tokenizer = tokenizer_of(template=TWICE)
+    one, other = (tokenize([ONE], tokenizer, max_length=100, loss="all", long_prompts=long) for long in ("cut", "drop"))
+    assert one.dataset[:] == other.dataset[:]
+    assert one.cut == other.cut == 0
+
+
+@pytest.mark.parametrize("content", ["s", "user", "<|user|>", "Be brief.", "mat"])
+def test_the_same_text_in_the_header_or_the_system_turn_is_left_alone(content: str) -> None:
+    tokenizer = tokenizer_of(template="tulu")
+    each = chat(content * 9, "Because.", system=content * 9)
+    header, after = f"<|system|>\n{content * 9}\n<|user|>\n", "\n<|assistant|>\nBecause.</s>\n"
+    longest = len(tokenizer.apply_chat_template(each)["input_ids"])
+    result = tokenize([each], tokenizer, max_length=longest - 5, long_prompts="cut")
+    text = text_of(tokenizer, result.dataset[0]["input_ids"])
+    assert text.startswith(header)
+    assert text.endswith(after)
+    assert (content * 9).endswith(text.removeprefix(header).removesuffix(after))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trimming"])
+def test_a_token_that_holds_more_of_the_header_than_a_blank_stays(kind: str) -> None:
+    tokenizer = tokenizer_of(kind, NEWLINE_ENDS)
+    each = chat("\n " + MAT, "Because.")
+    two = tokenizer.convert_tokens_to_ids("ĊĊ")
+    assert two in tokenizer.apply_chat_template(each)["input_ids"]  # one newline is the header's, the other the user's
+    result = tokenize([each], tokenizer, max_length=30, long_prompts="cut")
+    assert text_of(tokenizer, result.dataset[0]["input_ids"]).startswith("user:\n\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_word_goes_first_also_where_it_is_one_token_with_the_headers_blank(kind: str) -> None:
+    tokenizer = tokenizer_of(kind, LLAMA2)
+    result = tokenize([chat("cat " + MAT, "no")], tokenizer, max_length=60, long_prompts="cut")
+    text = text_of(tokenizer, result.dataset[0]["input_ids"])
+    assert "[INST]" in text
+    assert "cat" not in text
+
+
+def test_a_row_without_a_user_is_cut_at_its_end_only() -> None:
+    row = [turn("system", "Be brief."), turn("assistant", MAT)]
+    result = tokenize([row], tokenizer_of(template="tulu"), max_length=40, long_prompts="cut")
+    assert (result.truncated, result.cut) == (1, 0)
+
+
+def test_the_first_token_has_no_loss_where_the_prompt_begins_the_row() -> None:
+    result = tokenize([chat(MAT, "no")], tokenizer_of(template="plain"), max_length=9, loss="all", long_prompts="cut")
+    row = result.dataset[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert (result.trained_tokens, result.total_tokens) == (8, 9)
+
+
+def test_what_a_template_changes_or_repeats_cannot_be_cut() -> None:
+    for template in (
+        TWICE,
+        COLONS.replace("m.content", "m.content | upper if m.role == 'user' else m.content"),
+    ):
+        with pytest.raises(UserError, match=r"^the data, example 2: too long, and the chat template does not write"):
+            tokenize(
+                [ONE, chat(MAT, "no")], tokenizer_of(template=template), max_length=30, long_prompts="cut", loss="all"
+            )
+
+
+def test_cutting_needs_a_fast_tokenizer_and_a_known_word() -> None:
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer(chat_template=CHATML)
+    with pytest.raises(UserError, match=r"^Cutting long prompts needs a fast tokenizer, .* data\.long_prompts=drop\.$"):
+        tokenize([ONE], slow, max_length=100, loss="all", long_prompts="cut")
+    with pytest.raises(
+        UserError, match=r"^Asking for answers needs a fast tokenizer, .* Convert it to tokenizer\.json\.$"
+    ):
+        prompts([ONE], slow, max_length=100, where="the data")
+    with pytest.raises(UserError, match=r"Unknown data\.long_prompts 'cutt'\. Did you mean 'cut'\?"):
+        tokenize([ONE], slow, max_length=100, long_prompts="cutt")
+
+
+# ------------------------------------------------------------------------------------------------- asking for answers
+
+MARKED_HEADER = (  # as SmolLM3's
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ "
+    + BODY
+    + " + m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ "
+    + BODY
+    + " + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BLANK_ENDS_PROMPT = NEWLINE_ENDS.replace(":\n", ": ")
+ASKED = [
+    *((kind, template) for kind in KINDS for template in (*EVERY.values(), BLANK_ENDS_PROMPT)),
+    ("pocket", None),
+    *(("pocket", template) for template in ("tulu", "plain")),
+]
+
+
+def asked_as_trained(each: Chat, tokenizer: Any) -> None:
+    """The prompt is what the row begins with, and the loss on its last answer begins right after it."""
+    made = prompts([each], tokenizer, max_length=1000, where="the data")
+    row = tokenize([each], tokenizer, max_length=1000).dataset[0]
+    asked = made.ids[0]
+    assert row["input_ids"][: len(asked)] == asked
+    assert row["labels"][len(asked) - 1] == -100
+    assert -100 not in row["labels"][len(asked) : len(asked) + 2]
+    if len(each) == 2:
+        assert set(row["labels"][: len(asked)]) == {-100}
+    assert (made.texts, made.answers, made.cut) == ([each[-2]["content"]], [each[-1]["content"]], 0)
+
+
+@pytest.mark.parametrize(("kind", "template"), ASKED)
+def test_a_prompt_is_the_row_up_to_its_first_trained_token(kind: str, template: str | None) -> None:
+    for each in CHATS:
+        asked_as_trained(each, tokenizer_of(kind, template))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(" \nab7é🙂]", max_size=12),
+    st.text(" \nab7é🙂]", max_size=12),
+    st.sampled_from(ASKED),
+)
+def test_whatever_is_said_a_prompt_is_the_row_up_to_its_first_trained_token(
+    question: str, answer: str, made_of: tuple[str, str | None]
+) -> None:
+    asked_as_trained(chat("q" + question, answer + "x"), tokenizer_of(*made_of))
+
+
+def test_the_first_answers_of_a_chat_are_part_of_the_prompt() -> None:
+    tokenizer = tokenizer_of("bos", "tulu")
+    made = prompts([TWO], tokenizer, max_length=100, where="the data")
+    assert text_of(tokenizer, made.ids[0]) == rendered(tokenizer, TWO[:-1], add_generation_prompt=True)
+    assert (made.texts, made.answers) == (["Why so?"], ["  It is so.\n"])
+
+
+def test_two_newlines_before_an_answer_are_two_tokens_as_in_training() -> None:
+    tokenizer = tokenizer_of("bytes", "plain")
+    text = rendered(tokenizer, ONE[:1], add_generation_prompt=True)
+    alone = tokenizer(text)["input_ids"]
+    asked = prompts([ONE], tokenizer, max_length=100, where="the data").ids[0]
+    assert text_of(tokenizer, asked) == text_of(tokenizer, alone) == "Why?\n\n"
+    assert len(asked) == len(alone) + 1
+
+
+def test_where_the_answers_header_is_trained_on_too_the_prompt_has_it() -> None:
+    tokenizer = tokenizer_of("bytes", MARKED_HEADER)
+    made = prompts([ONE], tokenizer, max_length=100, where="the data")
+    assert text_of(tokenizer, made.ids[0]).endswith("<|im_start|>assistant\n")
+    assert tokenizer.apply_chat_template(ONE)["input_ids"][: len(made.ids[0])] == made.ids[0]
+
+
+def test_a_template_that_rewrites_earlier_turns_can_be_asked_with() -> None:
+    tokenizer = tokenizer_of("bytes", DROPS_REASONING)
+    made = prompts([TWO], tokenizer, max_length=100, where="the data")
+    assert text_of(tokenizer, made.ids[0]) == rendered(tokenizer, TWO[:-1], add_generation_prompt=True)
+
+
+def test_a_template_that_asks_otherwise_than_it_trains_is_refused() -> None:
+    template = NEWLINE_ENDS.replace("'assistant:\n'", "'assistant:\n<think>'")
+    with pytest.raises(
+        UserError, match=r"^x, example 1: the chat template writes the prompt for an answer differently"
+    ):
+        prompts([ONE], tokenizer_of(template=template), max_length=100, where="x")
+    wordless = "{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}"
+    with pytest.raises(UserError, match=r"^x, example 1: the chat template writes nothing before the answer\.$"):
+        prompts([ONE], tokenizer_of(template=wordless), max_length=100, where="x")
+    with pytest.raises(UserError, match=r"^No rows in x\.$"):
+        prompts([], tokenizer_of(template="tulu"), max_length=100, where="x")
+
+
+def test_a_chat_without_a_user_is_asked_without_a_text() -> None:
+    row = [turn("system", "Be brief."), turn("assistant", "Yes.")]
+    made = prompts([row], tokenizer_of(template="tulu"), max_length=100, where="x")
+    assert (made.texts, made.answers) == ([""], ["Yes."])
+
+
+@pytest.mark.parametrize(("kind", "template"), [("pocket", None), ("bos", "tulu"), ("trimming", LLAMA2)])
+def test_a_long_prompt_loses_its_start_and_is_counted(kind: str, template: str | None) -> None:
+    tokenizer = tokenizer_of(kind, template)
+    made = prompts([ONE, chat(MAT, MAT), ONE], tokenizer, max_length=30, where="x")
+    assert (made.cut, made.texts[1], made.answers[1]) == (1, MAT, MAT)
+    assert len(made.ids[1]) == 30
+    assert max(len(made.ids[0]), len(made.ids[2])) < 30
+    before, after = rendered(tokenizer, chat("(?)", "Because.")[:1], add_generation_prompt=True).split("(?)")
+    text = text_of(tokenizer, made.ids[1])
+    assert text.startswith(before.strip(" "))
+    assert text.endswith(after)
+    assert MAT.strip().endswith(text.removeprefix(before.strip(" ")).removesuffix(after).strip())
+    longest = len(tokenizer.apply_chat_template(chat(MAT, MAT))["input_ids"])
+    with pytest.raises(
+        UserError, match=r"^x, example 2: the prompt is \d+ tokens long even without what the user says"
+    ):
+        prompts([chat("", "b"), chat("a" + MAT, "b", MAT, "b")], tokenizer, max_length=longest // 2, where="x")
+
+
+def test_prompts_of_more_rows_than_a_batch_are_in_order() -> None:
+    tokenizer = tokenizer_of("pocket")
+    made = prompts([chat(f"q{n}", f"a{n}") for n in range(1100)], tokenizer, max_length=50, where="x")
+    assert [text_of(tokenizer, ids) for ids in made.ids] == [f"<|user|>q{n}<|assistant|>" for n in range(1100)]
+    assert (made.texts, made.answers) == ([f"q{n}" for n in range(1100)], [f"a{n}" for n in range(1100)])
+
+
+ENDS: dict[str, tuple[str, str | None, list[str], str | None]] = {
+    "pocket": ("pocket", None, ["<|end|>"], None),
+    "tulu": ("bytes", "tulu", ["</s>"], None),
+    "plain": ("pieces", "plain", ["</s>"], None),
+    "a blank before": ("bytes", LLAMA2, ["</s>"], None),
+    "not the EOS token": ("bytes", CHATML, ["</s>", "<|im_end|>"], None),
+    "no special token": ("pocket", CHATML, ["<|end|>"], "<|im_end|>"),
+    "text before it": ("bytes", CHATML.replace("<|im_end|>", "\n###<|im_end|>"), ["</s>"], "###"),
+    "newlines": ("bytes", NEWLINE_ENDS, ["</s>"], "\n"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_an_answer_is_known_from_the_template(name: str) -> None:
+    kind, template, ends, stop = ENDS[name]
+    tokenizer = tokenizer_of(kind, template)
+    made = prompts([ONE], tokenizer, max_length=100, where="x")
+    assert made.ends == tuple(sorted(tokenizer.convert_tokens_to_ids(ends)))
+    assert made.stop == stop
+
+
+def test_of_two_special_tokens_that_begin_alike_the_longer_ends_an_answer() -> None:
+    tokenizer = tokenizer_of(template=CHATML)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end"]})
+    ends = prompts([ONE], tokenizer, max_length=100, where="x").ends
+    assert ends == tuple(sorted(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])))
+
+
+def test_without_an_eos_token_the_templates_own_ends_an_answer() -> None:
+    tokenizer = tokenizer_of(template=CHATML)
+    tokenizer.eos_token = None
+    made = prompts([ONE], tokenizer, max_length=100, where="x")
+    assert (made.ends, made.stop) == ((tokenizer.convert_tokens_to_ids("<|im_end|>"),), None)
+    tokenizer.chat_template = NEWLINE_ENDS
+    made = prompts([ONE], tokenizer, max_length=100, where="x")
+    assert (made.ends, made.stop) == ((), "\n")
 
 
 # --------------------------------------------------------------------------------------------------- TRL's SFTTrainer
