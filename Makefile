@@ -29,7 +29,7 @@ demo-continual: .venv/installed
 	$(BIN)/hft report $(DEMO)-continual --out $(DEMO)-continual/report
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -211,8 +211,9 @@ def test_a_sequence_of_tasks_gives_r_op_and_bwt_and_keeps_every_cell(tmp_path):
     tasks = ["capitals", "order"]
     path, test_path = (",".join(f"pocket:skills/{task}/{part}.jsonl" for task in tasks) for part in ("train", "test"))
     run = train(
-        tmp_path / "run", "+method=hft", f"data.path=[{path}]", f"data.test_path=[{test_path}]", "train.max_steps=60"
-    )
+        tmp_path / "run", "+method=hft", f"data.path=[{path}]", f"data.test_path=[{test_path}]", "train.max_steps=60",
+        "continual.score_unseen=true",
+    )  # fmt: skip
     found = results(run)["continual"]
     cells = [
         [json.loads((run / f"eval/round-0{i}/scores.json").read_text())["data"][task]["exact_match"] for task in tasks]

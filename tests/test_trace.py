@@ -18,6 +18,7 @@ from hft_cli.continual import kept_rows, read_sources
 from hft_cli.methods import Source, Step, steps
 from hft_cli.schema import DataConfig, MethodConfig, ModelConfig, RunConfig, UserError, check
 
+pytestmark = pytest.mark.xdist_group("trace")  # on one worker: they share a run of a minute
 TASKS = ("C-STANCE", "Py150", "20Minuten")
 SMALL = (
     "train.max_length=96", "generation.max_new_tokens=8", "train.batch_size=8", "train.micro_batch_size=4",
