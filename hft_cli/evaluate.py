@@ -59,7 +59,7 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
         (suite, name): (task, read_chats(locate(task.path), split="test"))
         for suite, tasks in job.tasks.items()
         for name, task in tasks.items()
-        if not _kept(folder, suite, name).exists()
+        if not folder.score(suite, name).exists()
     }
     loaded = _load(job) if todo else None
     tick = _progress(folder, sum(len(chats) for _, chats in todo.values()))
@@ -67,18 +67,12 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
         assert loaded is not None
         one = _teacher_forced if task.metric == "exact_match" else _generated
         scores, items = one(loaded, chats, task, job, tick)
-        kept = _kept(folder, suite, name)
+        kept = folder.score(suite, name)
         kept.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         write_text(kept.with_suffix(".jsonl"), "".join(lines))
         write_json(kept, scores)  # last: a task with it is done
-    return {
-        suite: {name: read_json(_kept(folder, suite, name)) for name in tasks} for suite, tasks in job.tasks.items()
-    }
-
-
-def _kept(folder: RoundDir, suite: str, name: str) -> Path:
-    return folder.folder / suite / f"{name.replace('/', '_')}.json"
+    return {suite: {name: read_json(folder.score(suite, name)) for name in tasks} for suite, tasks in job.tasks.items()}
 
 
 def _load(job: Job) -> _Model:
