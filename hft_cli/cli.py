@@ -124,7 +124,16 @@ class Failure:
     status: int
 
 
-PATHS = ("model.path", "model.base", "model.tuned", "model.chat_template", "data.path", "data.test_path", "output_dir")
+PATHS = (
+    "model.path",
+    "model.base",
+    "model.tuned",
+    "model.chat_template",
+    "data.path",
+    "data.test_path",
+    "continual.replay_general",
+    "output_dir",
+)
 
 
 def _plain(argument: str, sweep: bool) -> str:

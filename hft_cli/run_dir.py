@@ -209,6 +209,7 @@ class Task:
 
     path: str
     metric: str = "exact_match"
+    format: str = "auto"
 
 
 @dataclass(frozen=True)

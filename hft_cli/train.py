@@ -97,11 +97,11 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         trainer = dpo.dpo_trainer(model, other, arguments, dataset, tokenizer, [watch])
     else:
         trainer = _sft_trainer(model, arguments, dataset, tokenizer, watch)
-    projections = None
-    if sealed.step.memories:
+    projections, memories = None, _memories(sealed, tokenizer)
+    if memories:
         projections = gem.attach(
             trainer,
-            _memories(sealed, tokenizer),
+            memories,
             micro_batch_size=config.train.micro_batch_size,
             margin=config.continual.gem_margin,
         )
@@ -136,6 +136,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
                 "peak_memory_bytes": peak_memory(),
                 **watch.last,
                 **({"steps_projected": projections.projected} if projections else {}),
+                **({"memory_rows": [len(memory) for memory in memories]} if memories else {}),
                 **counts,
             },
         )
@@ -284,7 +285,7 @@ def _chats(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
 
 
 def _memories(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
-    """GEM: the kept rows of each past task."""
+    """GEM: the kept rows of each past task that fit into train.max_length; none for a round without a past."""
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize
     return [
