@@ -147,7 +147,6 @@ def timeless(found: dict) -> dict:
     for entry in found["rounds"]:
         for key in ("train_seconds", "tokens_per_second", "peak_memory_bytes"):
             del entry[key]
-        entry.pop("loss")  # the mean over a session's steps
     return found
 
 
