@@ -20,7 +20,7 @@ help:
 
 demo: .venv/installed
 	$(BIN)/hft train -m +experiment=demo output_dir=$(DEMO)
-	$(BIN)/hft train +method=half_reset model.tuned="$(DEMO)/method=fft,train.learning_rate=1e-3/model" model.base=pocket:model data=pocket_capitals \
+	$(BIN)/hft train +method=half_reset model.tuned="$(DEMO)/method=fft,train.learning_rate=0.001/model" model.base=pocket:model data=pocket_capitals \
 		output_dir=$(DEMO)/half_reset
 	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
 
