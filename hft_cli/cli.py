@@ -320,12 +320,14 @@ def _report(argv: list[str]) -> int:
     from hft_cli.report import report
 
     options = _parser(
-        "report", "Compare finished runs: a table (printed, Markdown, CSV, JSON) and a figure (PNG, SVG)."
+        "report",
+        "Put runs and sweeps side by side: tables (Markdown, CSV, JSON), figures (PNG, SVG) and one HTML page.",
     )
-    options.add_argument("runs", nargs="+", help="directories of runs, or folders of such")
+    options.add_argument("runs", nargs="+", help="directories of runs, or folders of such, at any depth")
     options.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
+    options.add_argument("--norms", action="store_true", help="measure how far each matrix moved (reads the weights)")
     given = options.parse_args(argv)
-    print(report([Path(run) for run in given.runs], given.out))
+    print(report([Path(run) for run in given.runs], given.out, given.norms))
     return 0
 
 
