@@ -27,6 +27,7 @@ STYLES = {
     "FFT": ("#D55E00", "o", "-"), "HFT": ("#0072B2", "s", "--"), "Half-Reset": ("#CC79A7", "D", ":"),
     "LoRA": ("#009E73", "^", "-."), "DPO": ("#E69F00", "v", "-"), "HFT-DPO": ("#56B4E9", "P", "--"),
 }  # fmt: skip
+SEQUENCES = {"replay": ("^", "-."), "gem": ("X", ":")}  # marker and line of a method with it
 MORE = [
     (colour, marker, line)
     for line, markers in (("-.", "X<>*"), (":", "hpd8"), ("--", "v^Ps"))
@@ -95,11 +96,23 @@ def rendered(figure: Figure) -> tuple[bytes, bytes]:
 
 
 def looks(styles: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of each: FFT, HFT and so on always their own, the others in turn."""
+    """Colour, marker and line of each: FFT, HFT and so on always their own, with replay or GEM their own colour."""
     found = {style: STYLES[style] for style in styles if style in STYLES}
-    free = [look for look in MORE if look not in found.values()]
-    others = [style for style in dict.fromkeys(styles) if style not in STYLES]
+    for style in styles:
+        method, _, sequence = style.partition(" + ")
+        if method in STYLES and sequence in SEQUENCES:
+            found[style] = (STYLES[method][0], *SEQUENCES[sequence])
+    used = {colour for colour, _, _ in found.values()}
+    free = sorted(MORE, key=lambda look: look[0] in used)
+    others = [style for style in dict.fromkeys(styles) if style not in found]
     return found | {style: free[i % len(free)] for i, style in enumerate(others)}
+
+
+def _within(axes: Axes, label: str, side: str) -> None:
+    """Cut an axis at what its measure can be: an interval of two runs may leave it by far."""
+    low, high = axes.get_xlim() if side == "x" else axes.get_ylim()
+    ends = (-3, 103) if "(%)" in label else (-103, 103)
+    (axes.set_xlim if side == "x" else axes.set_ylim)(max(low, ends[0]), min(high, ends[1]))
 
 
 def curves(
@@ -125,6 +138,7 @@ def curves(
                 axes.set_xticks(list(ticks), list(ticks.values()))
                 axes.minorticks_off()
             axes.margins(x=0.08, y=0.12)
+            _within(axes, label, "y")
         _legend(figure, grid[: len(panels)])
     return figure
 
@@ -214,6 +228,7 @@ def forest(labels: Sequence[str], styles: Sequence[str], panels: Sequence[tuple[
                               linestyle="none", alpha=0.7)  # fmt: skip
                 axes.plot([dot.mean], [at], color=colour, marker=marker, markersize=5)
             axes.set(xlabel=label)
+            _within(axes, label, "x")
             axes.grid(axis="y", visible=False)
             if any(dot is not None and min(dot.mean, dot.low or 0) < 0 for dot in dots):
                 axes.axvline(0, color="#555555", linewidth=0.8)

@@ -411,10 +411,11 @@ def place(name: str) -> tuple[int, str] | None:
     return (int(found.group(1)), found.group(2)) if found else None
 
 
-def short(matrices: Iterable[str]) -> dict[str, str]:
-    """Matrix -> its last part, where no other has the same."""
+def called(matrices: Iterable[str]) -> dict[str, str]:
+    """Matrix -> a short name for a figure's edge, where no other has the same: q, gate, input_norm."""
     names = list(matrices)
-    ends = [name.rsplit(".", 1)[-1] for name in names]
+    ends = [name.rsplit(".", 1)[-1].removesuffix("_proj").replace("layernorm", "norm") for name in names]
+    ends = [end.replace("attention", "attn").replace("feedforward", "ffn") for end in ends]
     return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
 
 
@@ -457,7 +458,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         return len({tuple(part) for part in parts})
 
     keys = ["selection.level", "selection.ratio", "train.learning_rate", "model.name", "data.name", "continual.name"]
-    keys += ["engine.name", "suite.name", *sorted({key for own in made for key in own[0].setting} - set(keys))]
+    every = {key for own in made for key in own[0].setting} - set(keys)
+    # what only some versions write comes last
+    common = {key for key in every if all(key in own[0].setting for own in made)}
+    keys += ["engine.name", "suite.name", *sorted(common), *sorted(every - common)]
     shown = dict.fromkeys((key for key in keys if key.endswith(".name")), "{}")
     shown |= {"selection.level": "{}", "selection.ratio": "{}", "train.learning_rate": "lr {}"}
     for key in keys:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hft_cli import paper, stats
-from hft_cli.gather import Group, Matrix, Row, Run, category, groups, items, natural, order, place
-from hft_cli.gather import short as shortened
+from hft_cli.gather import Group, Matrix, Row, Run, called, category, groups, items, natural, order, place
 from hft_cli.norms import changes
 from hft_cli.run_dir import RunDir
 from hft_cli.schema import UserError
@@ -262,7 +261,8 @@ def _methods(lot: Lot) -> Section | None:
 
 def _forest_caption(found: Sequence[Group], shown: Sequence[Group]) -> str:
     more = f" The first {len(shown)} of {len(found)} settings; the table has all." if len(shown) < len(found) else ""
-    return f"Each setting's mean, its 95% interval (line) and its runs (strokes).{more} {_behind(shown)}"
+    shows = "Each setting's mean, its 95% interval (line, cut at the scale's ends) and its runs (strokes)."
+    return f"{shows}{more} {_behind(shown)}"
 
 
 def _forest(found: Sequence[Group], keys: Sequence[str]) -> Figure:
@@ -280,11 +280,12 @@ def _tradeoff(found: Sequence[Group]) -> Figure:
     for group in scored:
         families.setdefault(group.runs[0].without("train.learning_rate"), []).append(group)
     several = Counter(own[0].first.label for own in families.values())
-    series = []
-    for own in families.values():
+    series, taken = [], set()
+    for own in sorted(families.values(), key=lambda own: (order(own[0].first.label), -len(own))):
         row = own[0].first
         label = row.label if several[row.label] == 1 else _less_rate(own[0])
-        style = row.label if several[row.label] == 1 else label
+        style = label if row.label in taken else row.label  # a method's longest sweep has the method's own look
+        taken.add(row.label)
         pairs = [(group.first.learning_rate or 0, group) for group in own]
         series.append(_series(label, style, sorted(pairs, key=lambda p: p[0]), ("skill", "retained"), len(own) > 1))
     rates = sorted({group.first.learning_rate for group in scored if group.first.learning_rate})
@@ -296,14 +297,6 @@ def _less_rate(group: Group) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ ratios, levels
-
-
-def _families(found: Sequence[Group], *free: str) -> list[list[Group]]:
-    """Groups that differ in the keys that begin with one of `free` alone, FFT or DPO taken in as the whole of HFT."""
-    by: dict[tuple[tuple[str, str], ...], list[Group]] = {}
-    for group in found:
-        by.setdefault(group.runs[0].without("method.name", "selection.level", *free), []).append(group)
-    return list(by.values())
 
 
 def _ratios(lot: Lot) -> Section | None:
@@ -760,10 +753,12 @@ def layers_by_matrices(values: Mapping[str, float]) -> tuple[tuple[str, ...], tu
         where = place(name)
         if where is not None and (where not in at or name.endswith("weight")):  # a bias goes with its matrix
             at[where] = value
-    rank = {"attention": 0, "feed-forward": 1, "norm": 2, "other": 3}
     layers = sorted({layer for layer, _ in at})
-    matrices = sorted({matrix for _, matrix in at}, key=lambda matrix: (rank[category(matrix)], natural(matrix)))
-    names = shortened(matrices)
+    names = called(sorted({matrix for _, matrix in at}, key=natural))
+    kinds, usual = ("attention", "feed-forward", "norm", "other"), ("q", "k", "v", "o", "gate", "up", "down")
+    matrices = sorted(
+        names, key=lambda m: (kinds.index(category(m)), usual.index(names[m]) if names[m] in usual else 9)
+    )
     cells = tuple(tuple(at.get((layer, matrix)) for matrix in matrices) for layer in layers)
     return tuple(map(str, layers)), tuple(names[matrix] for matrix in matrices), cells
 
@@ -791,33 +786,37 @@ def _draws(runs: Sequence[Run]) -> Section | None:
                ("tensors updated", plain("updated")), ("frozen", plain("frozen")),
                ("of the layers' tensors (%)", percent("share"))]  # fmt: skip
     parts.append(Table("draws", f"Every different draw, as in draws.json: {len(lots)}.", columns, records))
-    for i, own in enumerate(lots[:MOST_PANELS]):
+    single = [own for own in lots if len(own[0].draws) == 1][:8]
+    if single:
+        runs_with = "; ".join(f"{own[0].row.run}, {_count(len(own), 'run')}" for own in single)
+        caption = f"What single rounds updated (dark, dotted) and froze (light), as in {runs_with}."
+        parts.append(Plot("draws", caption, partial(_draw_maps, [own[0] for own in single])))
+    several = [own for own in lots if len(own[0].draws) > 1][:4]
+    for i, own in enumerate(several):
         run = own[0]
-        parts.append(
-            Plot(
-                f"draws_{i + 1}",
-                f"What each round updated (dark, dotted) and froze (light): {run.row.label}, {run.row.selection}, draw "
-                f"seed {run.draw_seed}, as in {run.row.run}; {_count(len(own), 'run')} with this draw.",
-                partial(_draw_maps, run),
-            )
-        )
-    if len(lots) > 1:
         caption = (
-            f"How often each matrix was updated (% of rounds), over the {len(lots)} different draws"
-            f"{f'; the first {MOST_PANELS} are shown above one by one' if len(lots) > MOST_PANELS else ''}."
+            f"What each round updated (dark, dotted) and froze (light): {run.row.label}, {run.row.selection}, draw "
+            f"seed {run.draw_seed}, as in {run.row.run}; {_count(len(own), 'run')} with this draw."
         )
+        parts.append(Plot(f"draws_{i + 1}", caption, partial(_draw_maps, [run])))
+    if len(lots) > 1:
+        caption = f"How often each matrix was updated (% of rounds), over the {len(lots)} different draws."
         parts.append(Plot("draws_often", caption, lambda: _often([own[0] for own in lots])))
     return Section("What was updated", (), parts)
 
 
-def _draw_maps(run: Run) -> Figure:
+def _draw_maps(runs: Sequence[Run]) -> Figure:
     from hft_cli import figures
     from hft_cli.figures import Map
 
     panels = []
-    for drawn in run.draws:
-        values = {name: float(name in drawn.updated) for name in drawn.updated | drawn.frozen}
-        panels.append(Map(f"round {drawn.round}: {drawn.name}", *layers_by_matrices(values)))
+    for run in runs:
+        for drawn in run.draws:
+            values = {name: float(name in drawn.updated) for name in drawn.updated | drawn.frozen}
+            one = (
+                f"{run.row.selection}, draw {run.draw_seed}" if len(runs) > 1 else f"round {drawn.round}: {drawn.name}"
+            )
+            panels.append(Map(one, *layers_by_matrices(values)))
     return figures.signs(panels)
 
 
