@@ -292,6 +292,7 @@ def _setting(run: RunDir, row: Row, results: Mapping[str, Any]) -> dict[str, str
     idle = [r"continual\.score_unseen$"]
     idle += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name != row.continual]
     idle += [r"selection\.(ratio|balance|redraw)$"] if row.level == "all" else []
+    idle += [r"train\."] if row.method == "half_reset" else []
     idle += [r"dpo\."] if "dpo" not in flat.get("method.stages", "") else []
     return {k: v for k, v in flat.items() if k not in FREE and not any(re.match(pattern, k) for pattern in idle)}
 
@@ -466,6 +467,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     shown |= {"selection.level": "{}", "selection.ratio": "{}", "train.learning_rate": "lr {}"}
     for key in keys:
         values = [own[0].setting.get(key, "") for own in made]
+        if key == "selection.level":  # FFT says it already
+            values = ["" if own[0].row.method in ("fft", "dpo") else own[0].row.level for own in made]
         more = [
             [*text, shown.get(key, key.rsplit(".", 1)[-1] + " {}").format(value) if value not in ("", "None") else ""]
             for text, value in zip(texts, values, strict=True)

@@ -315,7 +315,7 @@ def _ratios(lot: Lot) -> Section | None:
         full = [g for g in whole if g.runs[0].without("method.name", "selection.") == rest]
         if own[0].first.method == "half_reset":
             full = []
-        lines.append(sorted([*own, *full], key=lambda group: group.first.ratio or 0))
+        lines.append(sorted([*own, *full[:1]], key=lambda group: group.first.ratio or 0))
     if not lines:
         return None
     shown = [group for line in lines for group in line]
