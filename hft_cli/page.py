@@ -61,6 +61,9 @@ def page(title: str, made: Sequence[Section], pictures: Mapping[str, bytes]) -> 
                     f"<figcaption><strong>Figure {figures}.</strong> {caption}</figcaption>\n</figure>"
                 )
                 continue
+            if part.data:
+                body.append(f"<p><code>{part.name}.csv</code>: {caption} {len(part.records)} rows.</p>")
+                continue
             tables += 1
             left = len(part.records) - MOST_ROWS
             more = f" The first {MOST_ROWS} of {len(part.records)} rows; {part.name}.csv has all." if left > 0 else ""
@@ -88,6 +91,9 @@ def markdown(title: str, made: Sequence[Section]) -> str:
         for part in section.parts:
             if isinstance(part, Plot):
                 parts += [f"![{part.name}]({part.name}.svg)", part.caption]
+                continue
+            if part.data:
+                parts.append(f"`{part.name}.csv`: {part.caption} {len(part.records)} rows.")
                 continue
             few = Table(part.name, part.caption, part.columns, part.records[:MOST_ROWS])
             left = len(part.records) - MOST_ROWS

@@ -167,7 +167,8 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     write_text(out / "report.html", page(title, made, pictures))
     write_text(out / "report.md", as_markdown(title, made))
     write_text(out / "report.json", as_json(made))
-    return f"{table}\n\nIn {out}: {', '.join(files)}"
+    main = [name for name in files if name.startswith(("report.", "runs.", "tradeoff."))]
+    return f"{table}\n\nIn {out}: {', '.join(main)} and {len(files) - len(main)} more. All on one page: {main[0]}"
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:

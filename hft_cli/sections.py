@@ -23,7 +23,20 @@ from hft_cli.norms import changes
 from hft_cli.run_dir import RunDir
 from hft_cli.schema import UserError
 from hft_cli.stats import Estimate, estimate
-from hft_cli.tables import Plot, Record, Section, Table, Value, estimated, interval, percent, plain, short, spread
+from hft_cli.tables import (
+    Plot,
+    Record,
+    Section,
+    Table,
+    Value,
+    chance,
+    estimated,
+    interval,
+    percent,
+    plain,
+    short,
+    spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +53,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 INTERVAL = (
     "Intervals are at 95%, by Student's t over the runs' means for each pair of seeds; where every data seed meets "
     "every draw seed, by the variances of the two (t with the smaller number less one), since such runs are not "
-    "independent."
+    "independent. Those of two or three seeds are wide, and may leave the scale."
 )
 MOST_PANELS = 6  # of maps in one figure
 
@@ -237,6 +250,17 @@ def _methods(lot: Lot) -> Section | None:
                ("interval", plain("interval"))]  # fmt: skip
     caption = f"Each setting over its seeds: mean ± standard deviation [95% interval of the mean]. {_behind(found)}"
     parts: list[Table | Plot] = [Table(lot.stem("methods"), f"{caption} {INTERVAL}", columns, records)]
+    differences, used = _differences(found, keys)
+    if differences:
+        columns = [("setting", plain("setting")), ("less", plain("against")),
+                   *((MEASURES[key][0].split(" (")[0] + " (points)", spread(key, signed=True)) for key in keys),
+                   ("seeds", plain(f"{keys[0]}_n"))]  # fmt: skip
+        caption = (
+            "Each setting less the one that updates everything and is else the same, in points, paired by data seed: "
+            "mean ± standard deviation [95% t interval]. At the same learning rate methods do not learn the same; see "
+            f"retention at equal skill. {_behind(used)}"
+        )
+        parts.append(Table(lot.stem("differences"), caption, columns, differences))
     shown = found[:40]
     parts.append(Plot(lot.stem("methods"), _forest_caption(found, shown), lambda: _forest(shown, keys)))
     if any(run.row.skill is not None and run.row.retained is not None for run in lot.runs):
@@ -296,6 +320,42 @@ def _less_rate(group: Group) -> str:
     return group.label.replace(f" lr {group.runs[0].setting.get('train.learning_rate')}", "")
 
 
+def _full(group: Group, found: Sequence[Group]) -> list[Group]:
+    """The group that updates every matrix and is else set as this one, FFT for HFT, if there is one."""
+    if group.first.method == "half_reset":
+        return []
+    rest = group.runs[0].without("method.name", "selection.")
+    return [
+        other
+        for other in found
+        if other.first.level == "all" and other.runs[0].without("method.name", "selection.") == rest
+    ][:1]
+
+
+def _differences(found: Sequence[Group], keys: Sequence[str]) -> tuple[list[Record], list[Group]]:
+    """Each group less the one that updates everything, paired by data seed, over the draws of which a mean is taken."""
+    records: list[Record] = []
+    used: list[Group] = []
+    for group in found:
+        if group.first.level == "all" or not (whole := _full(group, found)):
+            continue
+        record: dict[str, Value] = {"setting": group.label, "against": whole[0].label}
+        for key in keys:
+            own, other = (_by_data_seed(one, MEASURES[key][1]) for one in (group, whole[0]))
+            record |= estimated(key, estimate([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]))
+        if any(record[key] is not None for key in keys):
+            records.append(record)
+            used += [group, *([] if whole[0] in used else whole)]
+    return records, used
+
+
+def _by_data_seed(group: Group, of: Measure) -> dict[int, float]:
+    values: dict[int, list[float]] = {}
+    for (seed, _), value in _cells(group, of).items():
+        values.setdefault(seed, []).append(value)
+    return {seed: fmean(own) for seed, own in values.items()}
+
+
 # ------------------------------------------------------------------------------------------------------ ratios, levels
 
 
@@ -303,7 +363,6 @@ def _ratios(lot: Lot) -> Section | None:
     """Families by level and method that have two ratios or more, with the run that updates everything at ratio 1."""
     found = [group for group in groups(lot.runs) if group.first.continual != "lora"]
     parts_of = [group for group in found if group.first.level not in ("all", "lora")]
-    whole = [group for group in found if group.first.level == "all"]
     by: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in parts_of:
         by.setdefault(group.runs[0].without("selection.ratio"), []).append(group)
@@ -311,11 +370,7 @@ def _ratios(lot: Lot) -> Section | None:
     for own in by.values():
         if len({group.first.ratio for group in own}) < 2:
             continue
-        rest = own[0].runs[0].without("method.name", "selection.")
-        full = [g for g in whole if g.runs[0].without("method.name", "selection.") == rest]
-        if own[0].first.method == "half_reset":
-            full = []
-        lines.append(sorted([*own, *full[:1]], key=lambda group: group.first.ratio or 0))
+        lines.append(sorted([*own, *_full(own[0], found)], key=lambda group: group.first.ratio or 0))
     if not lines:
         return None
     shown = [group for line in lines for group in line]
@@ -360,18 +415,14 @@ LEVELS = ("all", "model", "layer", "category")
 def _levels(lot: Lot) -> Section | None:
     """Groups alike in all but the level, two levels or more besides all."""
     found = [group for group in groups(lot.runs) if group.first.level in LEVELS]
-    whole = [group for group in found if group.first.level == "all"]
     by: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in found:
         if group.first.level != "all":
             by.setdefault(group.runs[0].without("selection.level"), []).append(group)
     sets = []
     for own in by.values():
-        rest = own[0].runs[0].without("method.name", "selection.")
-        full = [g for g in whole if g.runs[0].without("method.name", "selection.") == rest]
-        full = [] if own[0].first.method == "half_reset" else full
         if len({group.first.level for group in own}) > 1:
-            sets.append(sorted([*full[:1], *own], key=lambda group: LEVELS.index(group.first.level)))
+            sets.append(sorted([*_full(own[0], found), *own], key=lambda group: LEVELS.index(group.first.level)))
     if not sets:
         return None
     shown = [group for own in sets for group in own]
@@ -523,7 +574,9 @@ def _matrices(lot: Lot) -> Section | None:
             record |= estimated(key, _over_seeds(group, MEASURES[key][1])[0])
         measures.append(record)
     columns = [("setting", plain("setting")), ("runs", plain("runs")), ("OP (%)", spread("op")),
-               ("BWT (points)", spread("bwt", signed=True)), ("retained (%)", spread("retained"))]  # fmt: skip
+               ("BWT (points)", spread("bwt", signed=True))]  # fmt: skip
+    if any(record["retained"] is not None for record in measures):
+        columns.append(("retained (%)", spread("retained")))
     caption = f"Overall performance and backward transfer (below 0 is forgetting). {_behind(found)} {INTERVAL}"
     parts: list[Table | Plot] = [Table(lot.stem("sequences"), caption, columns, measures)]
     for part, few in enumerate(_lots(found)):
@@ -536,7 +589,7 @@ def _matrices(lot: Lot) -> Section | None:
             )
         )
     long_columns = [(key, plain(key)) for key in ("setting", "seed", "after", "task")] + [("score", percent("score"))]
-    parts.append(Table(lot.stem("r"), "Every cell of R, run by run.", long_columns, cells))
+    parts.append(Table(lot.stem("r"), "Every cell of R, run by run.", long_columns, cells, data=True))
     parts.append(paper.trace())
     return Section(lot.title("Sequences of tasks"), (), parts)
 
@@ -592,8 +645,8 @@ def _variance(lot: Lot) -> Section | None:
     if shares:
         columns = [("setting", plain("setting")), ("measure", plain("measure")), ("draws x data", plain("grid")),
                    ("sd (points)", percent("sd")), ("draw (%)", percent("draw")), ("data (%)", percent("data")),
-                   ("rest (%)", percent("rest")), ("p draw", short("p_draw", ".3f")),
-                   ("p data", short("p_data", ".3f")),
+                   ("rest (%)", percent("rest")), ("p draw", chance("p_draw")),
+                   ("p data", chance("p_data")),
                    ("note", plain("note"))]  # fmt: skip
         caption = (
             "Shares of the variance between runs that come from the draw (selection.seed), from the data (seed: order, "
@@ -887,7 +940,7 @@ def _norms(runs: Sequence[Run]) -> Section | None:
               " together.", columns, summary),
         Table("norms", "Every tensor of every run: Frobenius norms of its start and its change.",
               [(key, plain(key)) for key in ("run", "tensor")]
-              + [(key, short(key, ".4g")) for key in ("norm_start", "norm_change", "relative")], records),
+              + [(key, short(key, ".4g")) for key in ("norm_start", "norm_change", "relative")], records, data=True),
     ]  # fmt: skip
     for part, lot in enumerate(_lots(shown)):
         caption = (

@@ -21,13 +21,16 @@ Column = tuple[str, Callable[[Record], str]]  # head, and a row's cell for peopl
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is its files' stem. `paper` marks figures that are the paper's and not of our runs."""
+    """`name` is its files' stem. `paper` marks figures that are the paper's and not of our runs; `data` a table that is
+    too long to read, of which a report has the CSV alone.
+    """
 
     name: str
     caption: str
     columns: Sequence[Column]
     records: Sequence[Record]
     paper: bool = False
+    data: bool = False
 
     @property
     def heads(self) -> list[str]:
@@ -106,6 +109,11 @@ def short(key: str, form: str = "g") -> Callable[[Record], str]:
 def percent(key: str) -> Callable[[Record], str]:
     """A share, as 71.3."""
     return lambda record: "" if not isinstance(value := record.get(key), int | float) else f"{100 * value:.1f}"
+
+
+def chance(key: str) -> Callable[[Record], str]:
+    """A p value."""
+    return lambda record: "" if not isinstance(p := record.get(key), float) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def spread(key: str, signed: bool = False, scale: float = 100) -> Callable[[Record], str]:

@@ -215,6 +215,18 @@ def test_the_table_of_methods_has_means_deviations_and_t_intervals(tmp_path):
     assert "60.0 ± 10.0 [35.2, 84.8]" in shown
 
 
+def test_differences_from_fft_are_paired_by_data_seed(tmp_path):
+    for seed, base in ((1, 0.2), (2, 0.6)):
+        make(tmp_path / f"f{seed}", "fft", seed=seed, retained=base)
+        for draw in (1, 2):
+            make(tmp_path / f"h{seed}{draw}", seed=seed, draw_seed=draw, retained=base + 0.1 * draw)
+    make(tmp_path / "h3", seed=3, draw_seed=1, retained=0.9)  # no FFT to compare with
+    make(tmp_path / "other", "fft", rate=7.0)
+    (record,) = part(sections.sections(gather([tmp_path]), False), "differences").records
+    assert (record["setting"], record["against"], record["retained_n"]) == ("HFT lr 0.001", "FFT lr 0.001", 2)
+    assert (record["retained"], record["retained_sd"]) == pytest.approx((0.15, 0))
+
+
 def test_crossed_seeds_are_not_taken_for_independent_runs(tmp_path):
     for draw in (1, 2, 3):
         for data in (1, 2, 3):
