@@ -90,6 +90,7 @@ def rendered(figure: Figure) -> tuple[bytes, bytes]:
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(PLAIN):
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+        figure.set_layout_engine("none")  # all is in its place, and need not be found again
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     plt.close(figure)
     return png.getvalue(), svg.getvalue()
@@ -252,17 +253,17 @@ def maps(panels: Sequence[Map], label: str, form: str, low: float | None = None,
         down = math.ceil(len(panels) / across)
         figure: Figure
         figure, grid = plt.subplots(
-            down, across, figsize=(WIDTH if across > 1 else min(WIDTH, 1.9 + 0.45 * wide), down * (1.1 + 0.2 * tall)),
-            squeeze=False,
+            down, across, squeeze=False,
+            figsize=(WIDTH if across > 1 else min(WIDTH, 1.9 + 0.45 * wide), down * (1.1 + _row(tall, 0.2) * tall)),
         )  # fmt: skip
         shown = list(grid.flat)
-        small = LETTERS - 2 if wide > 6 or across > 2 else LETTERS - 1
+        small = LETTERS - 1 if wide <= 6 and across <= 2 else LETTERS - 2 if tall <= 20 else LETTERS - 3
         for axes, panel in zip(shown, panels, strict=False):
             cells = [[float("nan") if value is None else value for value in row] for row in panel.cells]
             mesh = axes.pcolormesh(cells, cmap=colours, norm=scale, edgecolors="white", linewidth=0.6)
             for i, row in enumerate(panel.cells):
                 for j, value in enumerate(row):
-                    if value is not None:
+                    if value is not None and wide <= 24:  # more would not be read
                         dark = scale(value) < 0.55
                         axes.text(j + 0.5, i + 0.5, format(value, form), ha="center", va="center", fontsize=small,
                                   color="white" if dark else "black")  # fmt: skip
@@ -276,11 +277,11 @@ def maps(panels: Sequence[Map], label: str, form: str, low: float | None = None,
 def signs(panels: Sequence[Map]) -> Figure:
     """Maps of what was updated (dark, with a dot) and frozen (light); a blank cell is a matrix that is not there."""
     wide, tall = max(len(panel.columns) for panel in panels), max(len(panel.rows) for panel in panels)
-    across = min(len(panels), max(1, int(WIDTH / max(1.6, 0.5 + 0.19 * wide))), 4)
+    across = min(len(panels), max(1, int(WIDTH / max(1.6, 0.5 + (0.19 if tall <= 16 else 0.13) * wide))), 4)
     down = math.ceil(len(panels) / across)
     colours = matplotlib.colors.ListedColormap(["#E6E6E6", "#0072B2"])
     with matplotlib.rc_context(PLAIN | {"axes.grid": False}):
-        size = (min(WIDTH, across * (0.7 + 0.24 * wide)), down * (1.25 + 0.15 * tall))
+        size = (min(WIDTH, across * (0.7 + 0.24 * wide)), down * (1.25 + _row(tall, 0.15) * tall))
         figure: Figure
         figure, grid = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True)
         shown = list(grid.flat)
@@ -289,12 +290,18 @@ def signs(panels: Sequence[Map]) -> Figure:
             axes.pcolormesh(cells, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
             there = [(j + 0.5, i + 0.5) for i, row in enumerate(panel.cells) for j, v in enumerate(row) if v]
             if there:
-                axes.plot(*zip(*there, strict=True), linestyle="none", marker="o", color="white", markersize=2.2)
+                axes.plot(*zip(*there, strict=True), linestyle="none", marker="o", color="white",
+                          markersize=2.2 if tall <= 20 else 1.2)  # fmt: skip
             _frame(axes, panel, LETTERS - 2)
             axes.set_ylabel("Layer" if axes in grid[:, 0] else "")
         for axes in shown[len(panels) :]:
             axes.set_visible(False)
     return figure
+
+
+def _row(count: int, most: float) -> float:
+    """Inches of a row in a map of so many: less in a high one, so that it stays on a page."""
+    return max(0.09, min(most, 3.4 / count))
 
 
 def _frame(axes: Axes, panel: Map, small: float) -> None:

@@ -844,7 +844,7 @@ def _draws(runs: Sequence[Run]) -> Section | None:
         runs_with = "; ".join(f"{own[0].row.run}, {_count(len(own), 'run')}" for own in single)
         caption = f"What single rounds updated (dark, dotted) and froze (light), as in {runs_with}."
         parts.append(Plot("draws", caption, partial(_draw_maps, [own[0] for own in single])))
-    several = [own for own in lots if len(own[0].draws) > 1][:4]
+    several = [own for own in lots if len(own[0].draws) > 1][:2]
     for i, own in enumerate(several):
         run = own[0]
         caption = (

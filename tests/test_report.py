@@ -378,6 +378,15 @@ def test_effects_of_updating_a_layer_are_found_again(tmp_path):
     assert {r["term"] for r in records if r["family"] == "category"} == {"attention", "feed-forward", "norm"}
 
 
+def test_a_draw_under_several_data_seeds_counts_once_among_the_draws(tmp_path):
+    for draw in range(5):
+        updated = [name for i, name in enumerate(NAMES) if i != draw]
+        for data in (1, 2):
+            make(tmp_path / f"{draw}{data}", level="model", draw_seed=draw, seed=data, updated=updated)
+    (section,) = [s for s in sections.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
+    assert "HFT: effects by matrix need 7 different draws or more; there are 5." in section.text
+
+
 def test_too_few_draws_for_effects_are_said(tmp_path):
     for seed in range(3):
         make(tmp_path / str(seed), level="model", draw_seed=seed, updated=NAMES[seed : 2 * seed + 5])
