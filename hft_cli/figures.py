@@ -232,7 +232,7 @@ def forest(labels: Sequence[str], styles: Sequence[str], panels: Sequence[tuple[
             _within(axes, label, "x")
             axes.grid(axis="y", visible=False)
             if any(dot is not None and min(dot.mean, dot.low or 0) < 0 for dot in dots):
-                axes.axvline(0, color="#555555", linewidth=0.8)
+                axes.axvline(0, color="#555555", linewidth=0.8, zorder=0)
         grid[0][0].set_yticks(range(len(labels)), labels)
         grid[0][0].set_ylim(len(labels) - 0.5, -0.5)
     return figure
