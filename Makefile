@@ -19,13 +19,13 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	$(BIN)/hft train -m +experiment=demo output_dir=$(DEMO)
+	$(BIN)/hft train -m experiment=demo output_dir=$(DEMO)
 	$(BIN)/hft train +method=half_reset model.tuned="$(DEMO)/method=fft,train.learning_rate=0.001/model" model.base=pocket:model data=pocket_capitals \
 		output_dir=$(DEMO)/half_reset
 	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
 
 demo-continual: .venv/installed
-	$(BIN)/hft train -m +experiment=demo_continual output_dir=$(DEMO)-continual
+	$(BIN)/hft train -m experiment=demo_continual output_dir=$(DEMO)-continual
 	$(BIN)/hft report $(DEMO)-continual --out $(DEMO)-continual/report
 
 test: .venv/installed

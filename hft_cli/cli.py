@@ -95,7 +95,8 @@ def _train(argv: list[str]) -> int:
     argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
-    argv = [re.sub(r"^(method|experiment|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
+    argv = [re.sub(r"^(method|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
+    _sized(argv)
     if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
         a.startswith("-") for a in argv
     ):
@@ -112,6 +113,28 @@ def _train(argv: list[str]) -> int:
     if failures[0].status == 2:
         raise UserError(failures[0].reason)
     return failures[0].status
+
+
+def _sized(argv: list[str]) -> None:
+    """See that an experiment which sweeps is swept, and give it the paper's size unless another is typed."""
+    place = next((i for i, text in enumerate(argv) if re.match(r"\+?experiment=", text)), None)
+    sized = [text.partition("=")[2] for text in argv if re.match(r"\+?size=", text)]
+    for size in sized:
+        choose("size", size, _options("size"))
+    if place is None:
+        if sized:
+            raise UserError("size= is of an experiment: experiment=NAME size=paper|pocket.")
+        return
+    argv[place] = argv[place].lstrip("+")
+    name = argv[place].partition("=")[2]
+    choose("experiment", name, _options("experiment"))
+    text = (_conf() / "experiment" / f"{name}.yaml").read_text()
+    if "sweeper:" in text and not {"-m", "--multirun", "--cfg", "-c"} & set(argv):
+        raise UserError(f"experiment={name} is a sweep: hft train -m experiment={name} …")
+    if "size=pocket" in text and not sized:
+        argv.append("size=paper")
+    elif sized and "size=pocket" not in text:
+        raise UserError(f"experiment={name} has one size only: leave out size=.")
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from hft_cli.selection import Draw, adapted, draw
 class Source:
     """Rows at `path`: all of them, a share in (0, 1], or a number of them, drawn under the run's seed.
 
-    A `general` set is no task's: data.format, data.split and data.max_rows do not hold for it.
+    A `general` set is no task's: data.format and data.max_rows do not hold for it.
     """
 
     path: str
     share: float = 1.0
     rows: int | None = None
     general: bool = False
+    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
     stages = config.method.stages * (len(sets) if len(config.method.stages) == 1 else 1)
     tests = tests if len(tests) > 1 else (tests * len(sets))
     names = _names(sets)
+    tasks = data.tasks or names
+    sources = [
+        Source(path, split=of_task("data.split", data.split, task)) for path, task in zip(sets, tasks, strict=True)
+    ]
     made: list[Step] = []
-    for index, (name, stage, path) in enumerate(zip(names, stages, sets, strict=True)):
-        task = data.tasks[index] if data.tasks else name
+    for index, (name, stage, task) in enumerate(zip(names, stages, tasks, strict=True)):
         number = len(made) + 1
         made.append(
             Step(
@@ -89,16 +93,16 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
                 round=index + 1,
                 name=name,
                 stage=stage,
-                sources=(Source(path),),
+                sources=(sources[index],),
                 test=tests[index] if tests else None,
                 metric=of_task("data.metric", data.metric, task),
                 epochs=of_task("train.epochs", config.train.epochs, task),
-                memories=tuple(Source(past, rows=continual.gem_memory) for past in sets[:index])
+                memories=tuple(replace(past, rows=continual.gem_memory) for past in sources[:index])
                 if continual.name == "gem"
                 else (),
             )
         )
-        replayed = tuple(Source(past, share=continual.replay_ratio) for past in sets[:index])
+        replayed = tuple(replace(past, share=continual.replay_ratio) for past in sources[:index])
         if continual.replay_general is not None:
             replayed += (Source(continual.replay_general, general=True),)
         if continual.name == "replay" and replayed:

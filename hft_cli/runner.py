@@ -582,7 +582,9 @@ def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
     if step.stage == "half_reset":
         known: dict[str, Any] = {"data_sha256": weights_hash(fetch(locate(step.data), "model.base"))}
     elif step.stage == "dpo":
-        read = read_preferences(locate(step.data), split=data.split, max_rows=data.max_rows, ties=config.dpo.ties)
+        read = read_preferences(
+            locate(step.data), split=step.sources[0].split, max_rows=data.max_rows, ties=config.dpo.ties
+        )
         known = {"data_sha256": preferences_hash(read.rows)}
     else:
         chats = read_sources(step.sources, data, config.seed)

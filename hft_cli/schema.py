@@ -58,8 +58,8 @@ class DataConfig:
     """exact_match (teacher-forced); of generated answers accuracy, rouge_l, sari, …: one, or a map from task to it."""
     format: str = "auto"
     """Shape of the rows: auto (from the first row), messages, prompt_completion, alpaca, sharegpt or trace."""
-    split: str = "train"
-    """Split to read where `path` is a folder or a hub name."""
+    split: Any = "train"
+    """Split to read where `path` is a folder or a hub name: one, or a map from set to split."""
     max_rows: int | None = None
     """Use only the first rows of each training set, to try things; at least 1."""
     loss: str = "assistant"

@@ -303,7 +303,10 @@ def _pairs(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize
     read = read_preferences(
-        locate(sealed.step.data), split=data.split, max_rows=data.max_rows, ties=sealed.config.dpo.ties
+        locate(sealed.step.data),
+        split=sealed.step.sources[0].split,
+        max_rows=data.max_rows,
+        ties=sealed.config.dpo.ties,
     )
     start = weights_hash(Path(sealed.model))
     made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=sealed.step.data)

@@ -23,7 +23,7 @@ from hft_cli.schema import RunConfig, UserError, check, choose, from_dict
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 GROUPS = {"model": "model", "data": "data", "method": "+method", "selection": "selection", "engine": "engine",
-          "suite": "suite", "continual": "continual", "experiment": "+experiment"}  # fmt: skip
+          "suite": "suite", "continual": "continual", "experiment": "experiment"}  # fmt: skip
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -40,6 +40,11 @@ def options(group: str) -> list[str]:
 # ruff: noqa: E501
 MISTAKES = {
     "no method": ((), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo\. For instance: hft train \+method=hft"),
+    "sweep without -m": (("experiment=level_ablation",), r"experiment=level_ablation is a sweep: hft train -m experiment=level_ablation"),
+    "unknown experiment": (("-m", "experiment=levelablation"), r"Unknown experiment 'levelablation'\. Did you mean 'level_ablation'\?"),
+    "unknown size": (("-m", "experiment=level_ablation", "size=small"), r"Unknown size 'small'\. Available: paper, pocket\."),
+    "size of one size": (("-m", "experiment=demo", "size=pocket"), r"experiment=demo has one size only: leave out size="),
+    "size of nothing": (("+method=hft", "size=pocket"), r"size= is of an experiment: experiment=NAME size=paper\|pocket"),
     "unknown method": (("+method=htf",), r"Unknown method 'htf'\. Did you mean 'hft'\? Available: dpo, fft, half_reset, hft, hft_dpo\."),
     "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'"),
     "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
@@ -144,15 +149,44 @@ def test_method_is_spelled_with_or_without_a_plus(spelling):
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_config_file_composes_and_is_accepted(group, option):
     method = [] if group == "method" else ["+method=fft" if option == "all" else "+method=hft"]
-    rest = [f"{group}.path=of-your-own"] if option in ("local", "trace") else []  # they have none by themselves
+    rest = [f"{group}.path=of-your-own"] if group in ("model", "data") and option in ("local", "trace") else []  # they have none by themselves
     if group == "continual":
         method, rest = [f"+method={'fft' if option == 'lora' else 'hft'}"], ["data=pocket_sequence"]
     if option in ("none", "half_reset", "half_reset_explorer") and group in ("data", "method", "experiment"):
         method, rest = ["+method=half_reset"], ["model.path=tuned", "model.base=base"]
     if option == "pocket_sft_then_dpo":
         rest = ["method.stages=[sft,dpo]"]
+    if option == "half_reset_pilot":
+        method, rest = ["+method=half_reset"], ["model.path=tuned", "model.base=base"]
     given = [] if group == "method" and method else [f"{GROUPS[group]}={option}"]
-    check(composed(*method, *given, *rest))
+    sized = ["size=pocket"] if group == "experiment" and option in sized_experiments() else []
+    check(composed(*method, *given, *sized, *rest))
+
+
+def sized_experiments() -> list[str]:
+    return [name for name in options("experiment") if "size=pocket" in (CONF / f"experiment/{name}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("name", sized_experiments())
+def test_an_experiment_has_the_size_of_the_paper_unless_the_embedded_one_is_asked_for(name):
+    method, rest = "+method=hft", ["data.path=of-your-own"]
+    if name == "half_reset_pilot":
+        method, rest = "+method=half_reset", ["model.path=tuned", "model.base=base"]
+    paper = composed(method, f"experiment={name}", "size=paper", *rest)
+    pocket = composed(method, f"experiment={name}", "size=pocket", *rest)
+    check(paper)
+    assert paper.engine.num_processes == 8
+    assert pocket.engine.num_processes == 1
+    assert pocket.suite.tasks == {"facts": "pocket:facts.jsonl"}
+    if name != "half_reset_pilot":
+        assert (paper.model.name, pocket.model.name) == ("llama2_7b", "pocket")
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiments_header_gives_its_command(name):
+    text = (CONF / f"experiment/{name}.yaml").read_text()
+    header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert f"experiment={name}" in header
 
 
 def test_there_is_a_config_file_for_every_choice_that_the_contract_names():
