@@ -120,7 +120,7 @@ def gather(places: Iterable[Path]) -> list[Run]:
             raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
         for plan in plans:
             if plan.parent.resolve() not in found:
-                found[plan.parent.resolve()] = _run(RunDir(plan.parent))
+                found[plan.parent.resolve()] = read_run(RunDir(plan.parent))
         for sweep in sorted(place.glob("**/multirun.yaml")):
             for folder, typed in jobs(sweep):
                 if folder.resolve() not in found:
@@ -134,7 +134,8 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _run(run: RunDir) -> Run:
+def read_run(run: RunDir) -> Run:
+    """A run with its status, whatever state it is in."""
     if not run.results.exists():
         return Run(Row(run=str(run.folder), status="unfinished", note=_progress(run)), run.folder)
     try:

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.gather import Row, gather, natural
+from hft_cli.gather import Row, gather, natural, read_run
 from hft_cli.page import markdown as as_markdown
 from hft_cli.page import page
 from hft_cli.run_dir import RunDir, read_json, write_json, write_text
 from hft_cli.schema import UserError
-from hft_cli.sections import as_json, sections
-from hft_cli.tables import Column, Record, Table, grid, plain, short
+from hft_cli.sections import as_json, before_after, sections
+from hft_cli.tables import Column, Record, Table, grid, interval, plain, short
 
 
 def summary(run: RunDir) -> str:
@@ -36,13 +36,20 @@ def summary(run: RunDir) -> str:
     if results["stage"] == "half_reset":  # nothing was trained
         columns = {name: columns[name] for name in ("round", "updated", "seconds")}
     parts = [_text_table(list(columns), [[cell(entry) for cell in columns.values()] for entry in results["rounds"]])]
-    if scores := _scores(results["eval"]):
+    if changes := before_after(read_run(run)):
+        change = interval("change")
         parts.append(
             _text_table(
-                ["score", "metric", "before", "after"],
+                ["score", "metric", "before", "after", "change in points [95%]"],
                 [
-                    [task, _metric(results, task), _percent(pair["before"]), _percent(pair["after"])]
-                    for task, pair in scores.items()
+                    [
+                        str(c["task"]),
+                        str(c["metric"]).replace("_", " "),
+                        _share("before")(c),
+                        _share("after")(c),
+                        change(c),
+                    ]
+                    for c in changes
                 ],
             )
         )
@@ -169,25 +176,6 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     write_text(out / "report.json", as_json(made))
     main = [name for name in files if name.startswith(("report.", "runs.", "tradeoff."))]
     return f"{table}\n\nIn {out}: {', '.join(main)} and {len(files) - len(main)} more. All on one page: {main[0]}"
-
-
-def _scores(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """SUITE/TASK -> the task's own metric before and after; `data` is the suite of what was trained."""
-    return {
-        f"{suite}/{task}": {"before": _first(metrics), "after": _first(evaluation["after"][suite][task])}
-        for suite, tasks in evaluation["before"].items()
-        for task, metrics in tasks.items()
-    }
-
-
-def _first(metrics: Mapping[str, float]) -> float:
-    """A task's own metric is the first; what follows is its error and counts."""
-    return next(iter(metrics.values()))
-
-
-def _metric(results: Mapping[str, Any], task: str) -> str:
-    suite, _, name = task.partition("/")
-    return str(next(iter(results["eval"]["after"][suite][name]))).replace("_", " ")
 
 
 HEADS = "Scores are in %; updated is the share of all elements, embeddings and head included; OP and BWT of sequences."

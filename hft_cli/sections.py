@@ -506,17 +506,22 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
 # --------------------------------------------------------------------------------------------------------- items, cost
 
 
-def _items(runs: Sequence[Run]) -> Section | None:
+def before_after(run: Run) -> list[Record]:
+    """Each task's score before and after, and the change with its interval over the same items."""
     records: list[Record] = []
-    for run in runs:
-        for task, pair in run.row.scores.items():
-            made: dict[str, Value] = {
-                "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task],
-                "before": pair["before"], "after": pair["after"],
-            }  # fmt: skip
-            both = items(run, task)
-            difference = stats.paired_bootstrap(*both) if both else Estimate(pair["after"] - pair["before"], 0)
-            records.append(made | estimated("change", difference))
+    for task, pair in run.row.scores.items():
+        made: dict[str, Value] = {
+            "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task],
+            "before": pair["before"], "after": pair["after"],
+        }  # fmt: skip
+        both = items(run, task)
+        difference = stats.paired_bootstrap(*both) if both else Estimate(pair["after"] - pair["before"], 0)
+        records.append(made | estimated("change", difference))
+    return records
+
+
+def _items(runs: Sequence[Run]) -> Section | None:
+    records = [record for run in runs for record in before_after(run)]
     if not records:
         return None
     columns = [("run", plain("run")), ("method", plain("method")), ("task", plain("task")), ("metric", plain("metric")),
