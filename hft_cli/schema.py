@@ -219,11 +219,45 @@ class SuiteConfig:
     """Group `suite`: what is scored before and after training."""
 
     name: str = REQUIRED
-    """Label in tables: none or pocket."""
+    """Label in tables: none, pocket; for `hft eval` also general, knowledge, quick, probe and harness."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task -> rows (as in data.path) whose answers must come out exactly, under greedy decoding."""
     batch_size: int = 64
     """Rows scored at once; at least 1."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """hft eval: benchmark -> its settings (task, shots, metric, chat, limit, sampling); their source is in the file."""
+    harness: list[str] = field(default_factory=list)
+    """hft eval: more tasks, groups or tags of lm-evaluation-harness, by its names and with its settings."""
+    only: list[str] = field(default_factory=list)
+    """hft eval: run these benchmarks of the suite alone; empty runs all."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """hft eval: relations whose right answer is ranked among wrong ones: set -> its facts and settings."""
+    data_dir: str | None = None
+    """hft eval: folder with a sub-folder of files for each benchmark, and nothing is downloaded; null: from the hub."""
+    limit: int | None = None
+    """hft eval: items of each task (of MMLU each subject, of a probe each relation); at least 1. null: all."""
+    chat: str = "auto"
+    """hft eval: prompts through the chat template: auto (if there is one, as the benchmark says), true or false."""
+    allow_code: bool = False
+    """hft eval: run programs that the model writes (HumanEval), in a process with limits. Read about them first."""
+
+
+@dataclass
+class EvalConfig:
+    """All that `hft eval` is told: the primary config conf/eval.yaml."""
+
+    run: str | None = None
+    """A finished run whose models are scored, instead of model.path. Results go below it."""
+    models: list[str] = field(default_factory=lambda: ["after"])
+    """With `run`: after (the model that the run made), before (the one that it started from), or both."""
+    output_dir: str = REQUIRED
+    """Without `run`: results go to OUTPUT_DIR/eval/SUITE. What is there and still holds is not scored again."""
+    seed: int = 42
+    """Seed of sampled answers, of few-shot examples drawn, and of a probe's wrong answers; at least 0."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
 
 
 @dataclass
@@ -341,6 +375,12 @@ def check(config: RunConfig) -> None:
     choose("train.schedule", train.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
     for name in ("embeddings", "head", "final_norm"):
         choose(f"selection.{name}", getattr(selection, name), ("update", "freeze"))
+
+    if config.suite.benchmarks or config.suite.harness or config.suite.probe:
+        raise UserError(
+            f"suite={config.suite.name} is scored after a run, not in it: leave it out here, then hft eval run=RUN "
+            f"suite={config.suite.name}"
+        )
 
     for path, value, low in (
         ("continual.gem_margin", config.continual.gem_margin, 0),
