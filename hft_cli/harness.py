@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,7 @@ def score(job: HarnessJob) -> None:
             torch_random_seed=job.seed,
             confirm_run_unsafe_code=True,  # that it may run was checked before this worker was started
         )
+        cut = model.gather_object(sum(_cut(task, model) for task in tasks.values()))
         if results is None:  # not the first rank
             continue
         items = list(_items(results["samples"]))
@@ -106,9 +109,12 @@ def score(job: HarnessJob) -> None:
         write_json(
             out,
             {
-                "benchmark": one.name,
                 **measured,
-                "prompts_cut": sum(_cut(task, model) for task in tasks.values()),
+                "settings": one.settings,
+                "limit": one.limit,
+                "chat": one.chat,
+                "lm_eval": version("lm-eval"),
+                "prompts_cut": sum(cut),
                 "seconds": round(time.perf_counter() - start, 1),
                 "versions": {name: results["versions"].get(name) for name in tasks},
                 "shots": results["n-shot"],
@@ -152,7 +158,9 @@ def build(one: Todo, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
     if one.settings is None:
         manager = TaskManager()
         if one.name not in manager.all_tasks:
-            choose("task of lm-evaluation-harness", one.name, manager.all_tasks)
+            near = get_close_matches(one.name, manager.all_tasks, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"lm-evaluation-harness has no task '{one.name}'.{hint} All of them: lm_eval ls tasks")
         return dict(manager.load([one.name])["tasks"]), {}
 
     settings, benchmark = BenchmarkConfig(**one.settings), BENCHMARKS[one.name]

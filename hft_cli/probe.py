@@ -293,7 +293,8 @@ def score(job: ProbeJob) -> None:
             for number, (own, _) in enumerate(gathered):
                 values[number::ranks] = own
             seconds = round(time.perf_counter() - start, 1)
-            _write(Path(job.outs[name]), config, asked, values, sum(cut for _, cut in gathered), seconds, job.seed)
+            how = {"settings": asdict(config), "limit": job.limit, "chat": job.chat}
+            _write(Path(job.outs[name]), how, asked, values, sum(cut for _, cut in gathered), seconds, job.seed)
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -348,7 +349,7 @@ def log_likelihoods(
 
 def _write(
     out: Path,
-    config: ProbeConfig,
+    how: dict[str, Any],
     asked: Sequence[Query],
     values: Sequence[Sequence[float]],
     cut: int,
@@ -374,7 +375,7 @@ def _write(
             **measure(items, seed),
             "prompts_cut": cut,
             "seconds": seconds,
-            "settings": asdict(config),
+            **how,
         },
     )
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,34 +35,39 @@ VERSION = 1  # of what is kept: a higher one scores anew
 
 @dataclass(frozen=True)
 class _Scored:
-    """A model to score. `name`: after, before or model, the folder of its results."""
+    """A model to score. `name`: after, before or model, the folder of its results; `chat`: if it has a template."""
 
     name: str
     config: ModelConfig
     path: Path
+    chat: bool
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be scored: each thing by name, with its settings and the hash of its rows."""
+
+    benchmarks: dict[str, tuple[BenchmarkConfig | None, str]]  # None: a task by the harness's name
+    probes: dict[str, tuple[ProbeConfig, str]]
+    tasks: dict[str, tuple[str, str]]  # sets of rows, by exact match
+    left_out: tuple[str, ...]
 
 
 def run_eval(config: EvalConfig) -> Path:
     """Score what the config asks for and return the file of results. What is scored already is not scored again.
 
+    Results of earlier commands on the same weights stay in the file beside the new ones.
+
     Raises:
         UserError: for a mistake in the config, the run or the files, before anything is scored.
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
-    suite = config.suite
     asked = _check(config)
-    data_dir = None if suite.data_dir is None else Path(suite.data_dir).expanduser()
     models = _models(config)
-    chats = {model.name: _chat(suite.chat, model) for model in models}
-    folder = Path(config.run or config.output_dir).expanduser() / "eval" / suite.name
-    files = {
-        name: benchmarks.data_hash(name, data_dir) if data_dir is not None and name in BENCHMARKS else "hub"
-        for name in [*asked, *suite.harness]
-    }
-    exact = {name: content_hash(read_chats(locate(place), split="test")) for name, place in _wanted_tasks(config)}
-    probes, left_out = _probes(config, data_dir)
-
-    results: dict[str, Any] = {"suite": suite.name, "data_dir": suite.data_dir, "left_out": left_out, "models": {}}
+    folder = Path(config.run or config.output_dir).expanduser() / "eval" / config.suite.name
+    file = folder / "results.json"
+    earlier = read_json(file)["models"] if file.exists() else {}
+    results: dict[str, Any] = dict(earlier)
     for model in models:
         known = {
             "version": VERSION,
@@ -72,70 +78,27 @@ def run_eval(config: EvalConfig) -> Path:
         }
         place = folder / model.name
         place.mkdir(parents=True, exist_ok=True)
-        todo: dict[str, Todo] = {}
-        for name in [*asked, *suite.harness]:
-            own = asked.get(name)
-            limits = [limit for limit in (suite.limit, own.limit if own else None) if limit is not None]
-            chat = chats[model.name] and not (suite.chat.lower() == "auto" and own is not None and not own.chat)
-            limit = min(limits, default=None)
-            # batch_size is not in the key: it changes a score in the last digits at most.
-            key = _key(known, asdict(own) if own else None, limit, chat, files[name], metadata.version("lm-eval"))
-            todo[name] = Todo(
-                name, asdict(own) if own else None, limit, chat, str(place / f"{_plain(name)}-{key}.json")
-            )
-        new = tuple(one for one in todo.values() if not Path(one.out).exists())
-        if new:
-            work = place / "harness"
-            job = HarnessJob(
-                model=model.config,
-                path=str(model.path),
-                todo=new,
-                data_dir=None if data_dir is None else str(data_dir.resolve()),
-                batch_size=suite.batch_size,
-                seed=config.seed,
-            )
-            _start(job, work, "hft_cli.harness", config, f"{model.name}: {', '.join(one.name for one in new)}")
-        outs = {name: Path(one.out) for name, one in todo.items()}
-
-        probed = {
-            name: place
-            / f"{_plain(name)}-ranking-{_key(known, asdict(own), suite.limit, chats[model.name], digest)}.json"
-            for name, (own, digest) in probes.items()
-        }
-        new_probes = {name: probes[name][0] for name, out in probed.items() if not out.exists()}
-        if new_probes:
-            job_of_probe = ProbeJob(
-                model=model.config,
-                path=str(model.path),
-                probes=new_probes,
-                outs={name: str(probed[name]) for name in new_probes},
-                limit=suite.limit,
-                chat=chats[model.name],
-                batch_size=suite.batch_size,
-                seed=config.seed,
-            )
-            _start(job_of_probe, place / "probe", "hft_cli.probe", config, f"{model.name}: {', '.join(new_probes)}")
-        outs |= {f"{name}_ranking": out for name, out in probed.items()}
-
-        scores = _exact_match(config, model, place, known, exact)
+        scores = _exact_match(config, asked, model, place, known)
         details: dict[str, Any] = {}
-        for name, out in outs.items():
+        for name, out in {
+            **_harness(config, asked, model, place, known),
+            **_rankings(config, asked, model, place, known),
+        }.items():
             one = read_json(out)
             scores[name] = one.pop("scores")
-            details[name] = one | {"file": str(out.relative_to(folder)), "items": str(out.with_suffix(".jsonl").name)}
-        results["models"][model.name] = {
+            details[name] = one | {"file": out.name, "items": out.with_suffix(".jsonl").name}
+        before = earlier.get(model.name, {})
+        if before.get("weights_sha256") == known["weights_sha256"]:
+            scores = {**before["eval"][config.suite.name], **scores}
+            details = {**before["details"], **details}
+        results[model.name] = {
             "path": str(model.path),
             "weights_sha256": known["weights_sha256"],
-            "eval": {suite.name: scores},
+            "eval": {config.suite.name: scores},
             "details": details,
         }
-    results |= {
-        "settings": {name: asdict(own) for name, own in asked.items()},
-        "limit": suite.limit,
-        "lm_eval": metadata.version("lm-eval") if asked or suite.harness else None,
-    }
-    write_json(folder / "results.json", results)
-    return folder / "results.json"
+    write_json(file, {"suite": config.suite.name, "left_out": asked.left_out, "models": results})
+    return file
 
 
 def table(path: Path) -> str:
@@ -168,8 +131,8 @@ def table(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def _check(config: EvalConfig) -> dict[str, BenchmarkConfig]:
-    """The benchmarks that are asked for, with their settings, or a UserError for what cannot work."""
+def _check(config: EvalConfig) -> _Asked:
+    """What is asked for, with its settings and files found, or a UserError for what cannot work."""
     suite = config.suite
     names = [*suite.tasks, *suite.benchmarks, *suite.probe, *suite.harness]
     if not names:
@@ -193,55 +156,49 @@ def _check(config: EvalConfig) -> dict[str, BenchmarkConfig]:
         raise UserError(
             f"suite.harness={suite.harness} names tasks whose rows come from the hub: leave out suite.data_dir."
         )
-    asked = {
-        name: benchmarks.settings(name, values)
-        for name, values in suite.benchmarks.items()
-        if name in suite.only or not suite.only
-    }
-    if (asked or suite.harness) and importlib.util.find_spec("lm_eval") is None:
+    own = {name: benchmarks.settings(name, suite.benchmarks[name]) for name in _wanted(config, suite.benchmarks)}
+    harness = _wanted(config, suite.harness)
+    if (own or harness) and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             f"suite={suite.name} needs lm-evaluation-harness, which is not installed: pip install 'hft-cli[eval]'"
         )
-    runs_code = [name for name in asked if BENCHMARKS[name].runs_code]
+    runs_code = [name for name in own if BENCHMARKS[name].runs_code]
     if runs_code and not suite.allow_code:
         raise UserError(
             f"{runs_code[0]} runs programs that the model writes. Set suite.allow_code=true if you accept that (what "
             "it limits: hft_cli/sandbox.py), or leave it out: "
-            f"suite.only=[{','.join(name for name in asked if name not in runs_code)}]"
+            f"suite.only=[{','.join(name for name in own if name not in runs_code)}]"
         )
-    if suite.data_dir is not None:
-        for name in asked:
-            benchmarks.parts(name, Path(suite.data_dir).expanduser())
-    return asked
-
-
-def _wanted_tasks(config: EvalConfig) -> list[tuple[str, str]]:
-    return [
-        (name, place)
-        for name, place in config.suite.tasks.items()
-        if name in config.suite.only or not config.suite.only
-    ]
-
-
-def _probes(config: EvalConfig, data_dir: Path | None) -> tuple[dict[str, tuple[ProbeConfig, str]], list[str]]:
-    """The probes that are asked for, each with the hash of its files, and what is left out for want of files."""
-    found, left_out = {}, []
-    for name, values in config.suite.probe.items():
-        if config.suite.only and name not in config.suite.only:
-            continue
-        own = probe.settings(name, values, data_dir)
-        if own is None:
+    data_dir = None if suite.data_dir is None else Path(suite.data_dir).expanduser()
+    probes, left_out = {}, []
+    for name in _wanted(config, suite.probe):
+        found = probe.settings(name, suite.probe[name], data_dir)
+        if found is None:
             left_out.append(f"{name}, whose files are looked for in suite.data_dir, which is not set")
             continue
-        if not probe.read(own):
-            raise UserError(f"There is no fact in {own.facts} with a pattern that ends in its object.")
-        found[name] = (own, probe.data_hash(own))
-    return found, left_out
+        if not probe.read(found):
+            raise UserError(f"There is no fact in {found.facts} with a pattern that ends in its object.")
+        probes[name] = (found, probe.data_hash(found))
+    hashes = {name: "hub" if data_dir is None else benchmarks.data_hash(name, data_dir) for name in own}
+    return _Asked(
+        benchmarks={name: (one, hashes[name]) for name, one in own.items()} | dict.fromkeys(harness, (None, "hub")),
+        probes=probes,
+        tasks={
+            name: (suite.tasks[name], content_hash(read_chats(locate(suite.tasks[name]), split="test")))
+            for name in _wanted(config, suite.tasks)
+        },
+        left_out=tuple(left_out),
+    )
+
+
+def _wanted(config: EvalConfig, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not config.suite.only or name in config.suite.only]
 
 
 def _models(config: EvalConfig) -> list[_Scored]:
     if config.run is None:
-        return [_Scored("model", config.model, fetch(locate(config.model.path)))]
+        path = fetch(locate(config.model.path))
+        return [_Scored("model", config.model, path, _chat(config, path))]
     run = finished(config.run)
     sealed = read_config(run).model
     for name in config.models:
@@ -249,22 +206,69 @@ def _models(config: EvalConfig) -> list[_Scored]:
     if "after" in config.models and not run.model.is_dir():
         raise UserError(f"The run in {config.run} has no model (method.save_model=false?). Use models=[before].")
     paths = {"after": run.model, "before": fetch(locate(sealed.path))}
-    return [_Scored(name, replace(config.model, name=sealed.name), paths[name]) for name in config.models]
+    own = replace(config.model, name=sealed.name)
+    return [_Scored(name, own, paths[name], _chat(config, paths[name])) for name in config.models]
 
 
-def _chat(asked: str, model: _Scored) -> bool:
+def _chat(config: EvalConfig, folder: Path) -> bool:
     """Whether prompts go through the chat template; without loading the tokenizer."""
-    settings = model.path / "tokenizer_config.json"
-    has = model.config.chat_template is not None or (model.path / "chat_template.jinja").exists()
+    asked, settings = config.suite.chat.lower(), folder / "tokenizer_config.json"
+    has = config.model.chat_template is not None or (folder / "chat_template.jinja").exists()
     has = has or (settings.exists() and bool(read_json(settings).get("chat_template")))
-    if asked.lower() == "true" and not has:
-        raise UserError(
-            f"suite.chat=true, but {model.path} has no chat template. Set model.chat_template=tulu|plain|PATH."
-        )
-    return has and asked.lower() != "false"
+    if asked == "true" and not has:
+        raise UserError(f"suite.chat=true, but {folder} has no chat template. Set model.chat_template=tulu|plain|PATH.")
+    return has and asked != "false"
 
 
 # -------------------------------------------------------------------------------------------------------------- work
+
+
+def _harness(config: EvalConfig, asked: _Asked, model: _Scored, place: Path, known: dict[str, Any]) -> dict[str, Path]:
+    """Benchmark -> its file of scores, after scoring those that have none."""
+    suite = config.suite
+    todo: dict[str, Todo] = {}
+    for name, (own, rows) in asked.benchmarks.items():
+        limits = (suite.limit, None if own is None else own.limit)
+        limit = min((most for most in limits if most is not None), default=None)
+        chat = model.chat and (own is None or own.chat or suite.chat.lower() == "true")
+        settings = None if own is None else asdict(own)
+        # batch_size is not in the key: it changes a score in the last digits at most.
+        key = _key(known, settings, limit, chat, rows, metadata.version("lm-eval"))
+        todo[name] = Todo(name, settings, limit, chat, str(place / f"{_plain(name)}-{key}.json"))
+    new = tuple(one for one in todo.values() if not Path(one.out).exists())
+    if new:
+        job = HarnessJob(
+            model=model.config,
+            path=str(model.path),
+            todo=new,
+            data_dir=None if suite.data_dir is None else str(Path(suite.data_dir).expanduser().resolve()),
+            batch_size=suite.batch_size,
+            seed=config.seed,
+        )
+        _start(job, place / "harness", "hft_cli.harness", config, f"{model.name}: {', '.join(one.name for one in new)}")
+    return {name: Path(one.out) for name, one in todo.items()}
+
+
+def _rankings(config: EvalConfig, asked: _Asked, model: _Scored, place: Path, known: dict[str, Any]) -> dict[str, Path]:
+    """Probe -> its file of scores, after scoring those that have none."""
+    outs = {}
+    for name, (own, rows) in asked.probes.items():
+        key = _key(known, asdict(replace(own, facts="", patterns=None)), config.suite.limit, model.chat, rows)
+        outs[name] = place / f"{_plain(name)}_ranking-{key}.json"
+    new = [name for name, out in outs.items() if not out.exists()]
+    if new:
+        job = ProbeJob(
+            model=model.config,
+            path=str(model.path),
+            probes={name: asked.probes[name][0] for name in new},
+            outs={name: str(outs[name]) for name in new},
+            limit=config.suite.limit,
+            chat=model.chat,
+            batch_size=config.suite.batch_size,
+            seed=config.seed,
+        )
+        _start(job, place / "probe", "hft_cli.probe", config, f"{model.name}: {', '.join(new)}")
+    return {f"{name}_ranking": out for name, out in outs.items()}
 
 
 def _start(job: HarnessJob | ProbeJob, folder: Path, module: str, config: EvalConfig, label: str) -> None:
@@ -277,26 +281,25 @@ def _start(job: HarnessJob | ProbeJob, folder: Path, module: str, config: EvalCo
 
 
 def _exact_match(
-    config: EvalConfig, model: _Scored, place: Path, known: dict[str, Any], exact: dict[str, str]
+    config: EvalConfig, asked: _Asked, model: _Scored, place: Path, known: dict[str, Any]
 ) -> dict[str, Any]:
-    """Scores of the suite's sets of rows by exact match, as hft train has them."""
-    tasks = dict(_wanted_tasks(config))
-    if not tasks:
+    """Scores of the suite's sets of rows by exact match, as hft train has them. suite.limit is not for these."""
+    if not asked.tasks:
         return {}
-    folder = RoundDir(place / f"exact_match-{_key(known, exact)}")
+    folder = RoundDir(place / f"exact_match-{_key(known, {name: rows for name, (_, rows) in asked.tasks.items()})}")
     out = folder.folder / "scores.json"
     if not out.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
         Job(
             model=model.config,
             path=str(model.path),
-            tasks={config.suite.name: {name: Task(path) for name, path in tasks.items()}},
+            tasks={config.suite.name: {name: Task(path) for name, (path, _) in asked.tasks.items()}},
             batch_size=config.suite.batch_size,
             generation=config.generation,
             seed=config.seed,
             out=str(out),
         ).write(folder.folder / "job.json")
-        label = f"Scoring {model.name}: {', '.join(tasks)}"
+        label = f"Scoring {model.name}: {', '.join(asked.tasks)}"
         _work([sys.executable, "-m", "hft_cli.evaluate", str(folder.folder / "job.json")], folder, label)
     scores: dict[str, Any] = read_json(out)[config.suite.name]
     return scores

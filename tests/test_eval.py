@@ -265,12 +265,31 @@ def test_a_suite_is_scored_from_files_once_and_what_is_kept_is_not_scored_again(
     assert items[0]["target"] == ["the 0", "0"]
     assert "<|assistant|>" in items[0]["prompt"]  # through the embedded model's chat template
 
+    assert details["nq_open"]["limit"] == 2
     kept = {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")}
     again = hft(*command)
     assert again.status == 0, again.err
     assert "Scoring" not in again.err
     assert again.out == done.out
     assert {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")} == kept
+    fewer = hft(*command, "suite.only=[nq_open]")
+    assert fewer.status == 0, fewer.err
+    assert json.loads((folder / "results.json").read_text()) == results  # the others stay
+
+
+def test_two_ranks_score_what_one_does(data_dir, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    command = ("eval", "suite=quick", "suite.only=[nq_open,truthfulqa_mc2]", f"suite.data_dir={data_dir}")
+    items = []
+    for ranks in (1, 2):
+        done = hft(*command, f"engine.num_processes={ranks}", f"output_dir={tmp_path / str(ranks)}")
+        assert done.status == 0, done.err
+        files = sorted((tmp_path / str(ranks) / "eval" / "quick" / "model").glob("*.jsonl"))
+        items.append([(file.name, json.loads(line)) for file in files for line in file.read_text().splitlines()])
+    assert len(items[0]) == 3
+    for (name, one), (other_name, other) in zip(*items, strict=True):
+        assert (name, one["prompt"], one["item"]) == (other_name, other["prompt"], other["item"])
+        assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
 
 
 def test_a_run_is_scored_below_itself_before_and_after(hft_run):
