@@ -6,14 +6,16 @@ import csv
 import gzip
 import hashlib
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import hft
 
 from hft_cli.benchmarks import BENCHMARKS, parts, settings, splits
-from hft_cli.schema import EvalConfig, ModelConfig, SuiteConfig, UserError
+from hft_cli.schema import PACKAGE, EvalConfig, ModelConfig, RunConfig, SuiteConfig, UserError
 
 GSM8K = [
     {
@@ -242,64 +244,80 @@ def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punc
 # ------------------------------------------------------------------------------------------------------ whole commands
 
 
-def test_a_suite_is_scored_from_files_once_and_what_is_kept_is_not_scored_again(data_dir, tmp_path):
+ONE_RANK = (
+    "eval", "suite=quick", "suite.only=[nq_open,hotpotqa,truthfulqa_mc2,mmlu,humaneval]", "suite.limit=2",
+    "suite.allow_code=true",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(data_dir, tmp_path_factory) -> tuple[Path, str]:
+    """Where some benchmarks were scored, and what the command printed."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    command = (
-        "eval", "suite=quick", "suite.only=[nq_open,hotpotqa,truthfulqa_mc2,mmlu,humaneval]",
-        f"suite.data_dir={data_dir}", "suite.limit=2", "suite.allow_code=true", f"output_dir={tmp_path}",
-    )  # fmt: skip
-    done = hft(*command)
+    out = tmp_path_factory.mktemp("scored")
+    done = hft(*ONE_RANK, f"suite.data_dir={data_dir}", f"output_dir={out}")
     assert done.status == 0, done.err
-    folder = tmp_path / "eval" / "quick"
-    results = json.loads((folder / "results.json").read_text())
-    one = results["models"]["model"]
+    return out, done.out
+
+
+def test_a_suite_is_scored_from_files_with_errors_versions_and_items(scored):
+    folder = scored[0] / "eval" / "quick"
+    one = json.loads((folder / "results.json").read_text())["models"]["model"]
     scores, details = one["eval"]["quick"], one["details"]
     assert set(scores) == {"nq_open", "hotpotqa", "truthfulqa_mc2", "mmlu", "humaneval"}
-    assert next(iter(scores["mmlu"])) == "acc"
+    assert list(scores["mmlu"])[:2] == ["acc", "acc_stderr"]
     assert scores["nq_open"]["items"] == 2
     assert 0 < scores["truthfulqa_mc2"]["acc"] < 1
     assert len(details["mmlu"]["tasks_without_rows"]) == 56
     assert details["nq_open"]["versions"] == {"nq_open": 4.0}
+    assert details["nq_open"]["limit"] == 2
     items = [json.loads(line) for line in (folder / "model" / details["nq_open"]["items"]).read_text().splitlines()]
     assert [item["item"] for item in items] == [0, 1]
     assert items[0]["target"] == ["the 0", "0"]
     assert "<|assistant|>" in items[0]["prompt"]  # through the embedded model's chat template
 
-    assert details["nq_open"]["limit"] == 2
+
+def test_what_is_kept_is_not_scored_again_and_other_results_stay(scored, data_dir):
+    out, said = scored
+    folder = out / "eval" / "quick"
     kept = {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")}
-    again = hft(*command)
-    assert again.status == 0, again.err
-    assert "Scoring" not in again.err
-    assert again.out == done.out
+    results = json.loads((folder / "results.json").read_text())
+    for more in ((), ("suite.only=[nq_open]", "suite.batch_size=3")):
+        again = hft(*ONE_RANK, *more, f"suite.data_dir={data_dir}", f"output_dir={out}")
+        assert again.status == 0, again.err
+        assert "Scoring" not in again.err
+        assert again.out == said
+        assert json.loads((folder / "results.json").read_text()) == results
     assert {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")} == kept
-    fewer = hft(*command, "suite.only=[nq_open]")
-    assert fewer.status == 0, fewer.err
-    assert json.loads((folder / "results.json").read_text()) == results  # the others stay
 
 
-def test_two_ranks_score_what_one_does(data_dir, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    command = ("eval", "suite=quick", "suite.only=[nq_open,truthfulqa_mc2]", f"suite.data_dir={data_dir}")
-    items = []
-    for ranks in (1, 2):
-        done = hft(*command, f"engine.num_processes={ranks}", f"output_dir={tmp_path / str(ranks)}")
-        assert done.status == 0, done.err
-        files = sorted((tmp_path / str(ranks) / "eval" / "quick" / "model").glob("*.jsonl"))
-        items.append([(file.name, json.loads(line)) for file in files for line in file.read_text().splitlines()])
-    assert len(items[0]) == 3
-    for (name, one), (other_name, other) in zip(*items, strict=True):
-        assert (name, one["prompt"], one["item"]) == (other_name, other["prompt"], other["item"])
-        assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
-
-
-def test_a_run_is_scored_below_itself_before_and_after(hft_run):
-    done = hft("eval", f"run={hft_run}", "models=[before,after]")
+def test_two_ranks_score_what_one_does(scored, data_dir, tmp_path):
+    done = hft(
+        *ONE_RANK, "suite.only=[nq_open,truthfulqa_mc2]", "engine.num_processes=2", f"suite.data_dir={data_dir}",
+        f"output_dir={tmp_path}",
+    )  # fmt: skip
     assert done.status == 0, done.err
-    models = json.loads((hft_run / "eval" / "pocket" / "results.json").read_text())["models"]
-    trained = json.loads((hft_run / "results.json").read_text())["eval"]
-    for when in ("before", "after"):
-        assert models[when]["eval"]["pocket"]["facts"] == trained[when]["pocket"]["facts"]
-    assert models["before"]["weights_sha256"] != models["after"]["weights_sha256"]
+    files = sorted((tmp_path / "eval" / "quick" / "model").glob("*.jsonl"))
+    assert len(files) == 2
+    for file in files:
+        one = scored[0] / "eval" / "quick" / "model" / file.name
+        items = [[json.loads(line) for line in path.read_text().splitlines()] for path in (one, file)]
+        assert len(items[0]) == len(items[1]) > 0
+        for alone, shared in zip(*items, strict=True):
+            assert (alone["prompt"], alone["item"]) == (shared["prompt"], shared["item"])
+            assert alone["metrics"] == pytest.approx(shared["metrics"], abs=1e-5)
+
+
+def test_a_run_is_scored_below_itself_before_and_after(tmp_path):
+    config = RunConfig(output_dir=str(tmp_path), model=ModelConfig(name="pocket", path="pocket:model"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    (tmp_path / "DONE").touch()
+    shutil.copytree(PACKAGE / "pocket" / "model", tmp_path / "model")
+    done = hft("eval", f"run={tmp_path}", "models=[before,after]")
+    assert done.status == 0, done.err
+    models = json.loads((tmp_path / "eval" / "pocket" / "results.json").read_text())["models"]
+    assert [models[when]["eval"]["pocket"]["facts"]["exact_match"] for when in ("before", "after")] == [1.0, 1.0]
+    assert models["after"]["path"] == str(tmp_path / "model")
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
