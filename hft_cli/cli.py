@@ -255,7 +255,8 @@ def _help(name: str = "train") -> str:
                 inner += section(kind, key + ".")
                 continue
             default = ast.unparse(spec.value) if spec.value else ""
-            default = {"REQUIRED": "(its group sets it)", "field(default_factory=dict)": "{}"}.get(default, default)
+            default = re.sub(r"field\(default_factory=(?:lambda: )?(.*)\)", r"\1", default)
+            default = {"REQUIRED": "(its group sets it)", "dict": "{}", "list": "[]"}.get(default, default)
             text = ast.literal_eval(doc.value) if isinstance(doc, ast.Expr) else ""
             lines.append(f"  {key + '=' + default:<38} {text}")
         return [f"\n{ast.get_docstring(classes[name])}", *lines, *inner]
