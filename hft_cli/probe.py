@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.run_dir import read_json, write_json, write_text
+from hft_cli.run_dir import RoundDir, read_json, write_json, write_text
 from hft_cli.schema import ModelConfig, UserError, from_dict, locate
 
 QUESTION = "[question]"  # stands for the pattern where a fact's subject is a whole question
@@ -244,15 +244,18 @@ def main(argv: list[str]) -> int:
     """Score the job in the file argv[0]; a user's mistake goes into mistake.txt beside it."""
     path = Path(argv[0])
     try:
-        score(ProbeJob.read(path))
+        score(ProbeJob.read(path), RoundDir(path.parent).progress)
     except UserError as error:
         write_text(path.parent / "mistake.txt", str(error))
         return 2
     return 0
 
 
-def score(job: ProbeJob) -> None:
-    """Score every probe of the job; each one's file of scores is written last, when it is done."""
+def score(job: ProbeJob, progress: Path) -> None:
+    """Score every probe of the job; each one's file of scores is written last, when it is done.
+
+    `progress`: the file that the parent shows; with several ranks it is of the first.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -283,7 +286,9 @@ def score(job: ProbeJob) -> None:
             (before, [gap + answer for answer in query.answers])
             for query, (before, gap) in zip(mine, texts, strict=True)
         ]
-        found, cut = log_likelihoods(model, tokenizer, pairs, job.batch_size)
+        found, cut = log_likelihoods(
+            model, tokenizer, pairs, job.batch_size, _progress(progress) if rank == 0 else None
+        )
         gathered: list[Any] = [(found, cut)]
         if ranks > 1:
             gathered = [None] * ranks
@@ -301,12 +306,16 @@ def score(job: ProbeJob) -> None:
 
 
 def log_likelihoods(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, Sequence[str]]], batch_size: int
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, Sequence[str]]],
+    batch_size: int,
+    tick: Callable[[int, int, int], None] | None = None,
 ) -> tuple[list[list[float]], int]:
     """For each (text, continuations) the log-likelihood of each continuation after the text, in nats.
 
     Continuations that differ in their last token alone, such as all of one token, share a forward pass. A row too long
-    for the model loses its start; the second value is how many did.
+    for the model loses its start; the second value is how many did. `tick` hears (forward passes done, of, tokens).
     """
     import torch
 
@@ -333,6 +342,8 @@ def log_likelihoods(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = len(batch[0])
+        if tick is not None:
+            tick(start + len(batch), len(order), sum(map(len, batch)))
         # Right padding needs no mask under causal attention: no real token sees a later one.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=model.device)
         with torch.inference_mode():
@@ -345,6 +356,18 @@ def log_likelihoods(
                 picked = scored[most - tokens :].gather(1, wanted[:, None])
                 found[number][place] = float(picked.double().sum())
     return found, cut
+
+
+def _progress(file: Path) -> Callable[[int, int, int], None]:
+    """Count rows and tokens into the file that the parent shows."""
+    start, tokens = time.perf_counter(), [0]
+
+    def tick(done: int, of: int, more: int) -> None:
+        tokens[0] += more
+        rate = tokens[0] / max(time.perf_counter() - start, 1e-9)
+        file.write_text(json.dumps({"step": done, "of": of, "loss": None, "tokens_per_second": rate}))
+
+    return tick
 
 
 def _write(
