@@ -20,7 +20,7 @@ help:
 
 demo: .venv/installed
 	$(BIN)/hft train -m +experiment=demo output_dir=$(DEMO)
-	$(BIN)/hft train +method=half_reset model.tuned=$(DEMO)/2/model model.base=pocket:model data=pocket_capitals \
+	$(BIN)/hft train +method=half_reset model.tuned="$(DEMO)/method=fft,train.learning_rate=0.001/model" model.base=pocket:model data=pocket_capitals \
 		output_dir=$(DEMO)/half_reset
 	$(BIN)/hft report $(DEMO) --out $(DEMO)/report
 
@@ -29,7 +29,7 @@ demo-continual: .venv/installed
 	$(BIN)/hft report $(DEMO)-continual --out $(DEMO)-continual/report
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,25 +108,39 @@ def _train(argv: list[str]) -> int:
     return _status(_hydra("train", argv), argv)
 
 
-def _status(failures: list[tuple[list[str], Any]], argv: Sequence[str]) -> int:
-    """The exit status of jobs of which some may have failed."""
+def _status(failures: list[Failure], argv: Sequence[str]) -> int:
+    """The exit status of jobs of which some may have failed; those of a sweep are listed."""
+    if {"-m", "--multirun"} & set(argv):
+        for failure in failures:
+            print(f"hft: failed: {failure.job}: {failure.reason}", file=sys.stderr)
     if not failures:
         return 0
-    if {"-m", "--multirun"} & set(argv):
-        for overrides, failure in failures:
-            print(f"hft: failed: {' '.join(overrides)}: {failure}", file=sys.stderr)
-    failure = failures[0][1]
-    if isinstance(failure, UserError):
-        raise failure
-    if isinstance(failure, subprocess.CalledProcessError) and failure.returncode < 0:
-        return 128 - failure.returncode
-    return 1
+    if failures[0].status == 2:
+        raise UserError(failures[0].reason)
+    return failures[0].status
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that failed: its overrides, why, and the exit status that it asks for."""
+
+    job: str
+    reason: str
+    status: int
 
 
 PATHS = (
-    "model.path", "model.base", "model.tuned", "model.chat_template", "data.path", "data.test_path",
-    "output_dir", "run", "suite.data_dir",
-)  # fmt: skip
+    "model.path",
+    "model.base",
+    "model.tuned",
+    "model.chat_template",
+    "data.path",
+    "data.test_path",
+    "continual.replay_general",
+    "output_dir",
+    "run",
+    "suite.data_dir",
+)
 
 
 def _plain(argument: str, sweep: bool) -> str:
@@ -141,43 +157,61 @@ def _plain(argument: str, sweep: bool) -> str:
     return f"{'model.path' if key == 'model.tuned' else key}={value}"  # Half-Reset starts from the tuned model
 
 
-def _hydra(name: str, argv: list[str]) -> list[tuple[list[str], Any]]:
+def _hydra(name: str, argv: list[str]) -> list[Failure]:
     """Compose conf/NAME.yaml with the overrides in argv and run it, once or as a sweep. Returns the failed jobs."""
+    import shutil
+    import tempfile
+
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    from hft_cli.run_dir import read_json, write_json
+
     schema, run = APPLICATIONS[name]
     ConfigStore.instance().store(name="schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
     sys.argv = ["hft " + name, *argv]
-    failures: list[tuple[list[str], Any]] = []
+    # What fails is told by files: the jobs of a parallel launcher are processes of their own.
+    told = Path(tempfile.mkdtemp(prefix="hft-"))
 
     def job(composed: Any) -> None:
         # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
         task = hydra.core.hydra_config.HydraConfig.get()
+        failed: Exception
         try:
-            run(composed)
+            run(composed, argv)
         except (UserError, subprocess.CalledProcessError) as error:
-            failures.append((list(task.overrides.task), error))
+            failed = error
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-            failures.append((list(task.overrides.task), UserError(f"{error.strerror}: {error.filename}")))
+            failed = UserError(f"{error.strerror}: {error.filename}")
         except Exception as error:
             if task.mode != RunMode.MULTIRUN:
                 raise
             traceback.print_exc()
-            failures.append((list(task.overrides.task), error))
+            failed = error
+        else:
+            return
+        if not told.is_dir():  # we are on another machine, whose launcher has ways of its own to tell
+            raise failed
+        number = task.job.num if task.mode == RunMode.MULTIRUN else 0
+        status = 2 if isinstance(failed, UserError) else 1
+        if isinstance(failed, subprocess.CalledProcessError) and failed.returncode < 0:
+            status = 128 - failed.returncode
+        write_json(told / f"{number:06d}", vars(Failure(" ".join(task.overrides.task), str(failed), status)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(job)()
+        return [Failure(**read_json(path)) for path in sorted(told.iterdir())]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, argv, name)) from None
-    return failures
+    finally:
+        shutil.rmtree(told)
 
 
-def _run(composed: Any) -> None:
+def _run(composed: Any, argv: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -187,11 +221,33 @@ def _run(composed: Any) -> None:
 
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    if hydra.mode == RunMode.MULTIRUN:
-        values["output_dir"] = hydra.runtime.output_dir
     typed = list(hydra.overrides.task)
+    if hydra.mode == RunMode.MULTIRUN:
+        values["output_dir"] = str(Path(hydra.sweep.dir) / _swept(typed, [*argv, *_params(hydra)]))
     named = any(override.startswith("output_dir=") for override in typed)
     print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+
+
+def _params(hydra: Any) -> list[str]:
+    """What an experiment's file sweeps over, as overrides."""
+    return [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+
+
+def _swept(job: Sequence[str], given: Sequence[str]) -> str:
+    """The name of a run's folder in a sweep: the job's values of what is swept, so that the sweep can be extended."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides([text for text in given if "=" in text and text[0] != "-"])
+    keys = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    pairs = [text.lstrip("+").partition("=") for text in job]
+    named = sorted((key != "method", key, value) for key, _, value in pairs if key in keys)
+    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{key}={value}" for _, key, value in named)) or "run"
+    return (
+        name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    )
+
+
+LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
 def _conf() -> Path:

@@ -24,6 +24,9 @@ def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list
     """
     chats: list[Chat] = []
     for source in sources:
+        if source.general:
+            chats += read_chats(locate(source.path))
+            continue
         own = read_chats(locate(source.path), format=data.format, split=data.split, max_rows=data.max_rows)
         count = round(source.share * len(own)) if source.rows is None else source.rows
         chats += [own[index] for index in kept_rows(len(own), max(count, 1), f"{seed}\0{source.path}")]

@@ -656,7 +656,10 @@ def _sharegpt(row: Row) -> Chat:
 
 
 def _trace(row: Row) -> Chat:
-    return _pair(_text(row["prompt"], "'prompt'"), _text(row["answer"], "'answer'"))
+    answer = row["answer"]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):  # as arithmetic tasks may have it
+        answer = str(answer)
+    return _pair(_text(row["prompt"], "'prompt'"), _text(answer, "'answer'"))
 
 
 def _pair(question: str, answer: str) -> Chat:

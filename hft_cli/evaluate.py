@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.data import Chat, chat_template, prompts, read_chats, tokenize
+from hft_cli.layout import MOST_TOKENS, positions
 from hft_cli.metrics import score
 from hft_cli.run_dir import Job, RoundDir, Task, read_json, write_json, write_text
 from hft_cli.schema import UserError, locate
@@ -56,10 +57,10 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
     """
     folder = RoundDir(Path(job.out).parent)
     todo = {
-        (suite, name): (task, read_chats(locate(task.path), split="test"))
+        (suite, name): (task, read_chats(locate(task.path), format=task.format, split="test"))
         for suite, tasks in job.tasks.items()
         for name, task in tasks.items()
-        if not _kept(folder, suite, name).exists()
+        if not folder.score(suite, name).exists()
     }
     loaded = _load(job) if todo else None
     tick = _progress(folder, sum(len(chats) for _, chats in todo.values()))
@@ -67,18 +68,12 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
         assert loaded is not None
         one = _teacher_forced if task.metric == "exact_match" else _generated
         scores, items = one(loaded, chats, task, job, tick)
-        kept = _kept(folder, suite, name)
+        kept = folder.score(suite, name)
         kept.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         write_text(kept.with_suffix(".jsonl"), "".join(lines))
         write_json(kept, scores)  # last: a task with it is done
-    return {
-        suite: {name: read_json(_kept(folder, suite, name)) for name in tasks} for suite, tasks in job.tasks.items()
-    }
-
-
-def _kept(folder: RoundDir, suite: str, name: str) -> Path:
-    return folder.folder / suite / f"{name.replace('/', '_')}.json"
+    return {suite: {name: read_json(folder.score(suite, name)) for name in tasks} for suite, tasks in job.tasks.items()}
 
 
 def _load(job: Job) -> _Model:
@@ -103,7 +98,7 @@ def _load(job: Job) -> _Model:
             for name in job.reset:
                 own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
     model.to(device).eval()
-    return _Model(model, tokenizer, device, model.config.get_text_config().max_position_embeddings)
+    return _Model(model, tokenizer, device, positions(model.config.to_dict()) or MOST_TOKENS)
 
 
 def _teacher_forced(
@@ -153,7 +148,8 @@ def _generated(
 
     set_seed(job.seed)
     tokenizer, most = loaded.tokenizer, job.generation.max_new_tokens
-    made = prompts(chats, tokenizer, max_length=loaded.longest - most, where=task.path)
+    room = min(loaded.longest - most, job.generation.max_prompt_length or loaded.longest)
+    made = prompts(chats, tokenizer, max_length=room, where=task.path)
     filler = made.ends[0] if made.ends else 0  # its tokens are masked
     settings = GenerationConfig(
         max_new_tokens=most,
@@ -165,7 +161,7 @@ def _generated(
     )
     loaded.model.generation_config = settings  # a checkpoint's own would fill in what is not set here
     answers: dict[int, str] = {}
-    for batch in _batches([len(ids) for ids in made.ids], job.batch_size):
+    for batch in _batches([len(ids) for ids in made.ids], job.generation.batch_size):
         width = max(len(made.ids[i]) for i in batch)
         ids = [[filler] * (width - len(made.ids[i])) + made.ids[i] for i in batch]
         mask = [[0] * (width - len(made.ids[i])) + [1] * len(made.ids[i]) for i in batch]

@@ -107,6 +107,18 @@ class TensorInfo:
     stop: int
 
 
+MOST_TOKENS = 2048  # of a row, unless train.max_length says more
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The most tokens that a model reads, from its config; None if that does not say."""
+    own = config.get("text_config") or config
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if own.get(key):
+            return int(own[key])
+    return None
+
+
 def classify(name: str, shape: Iterable[int], kinds: Mapping[str, str] = {}) -> tuple[str, int | None]:
     """Kind and layer index (None outside the layers) of the module parameter `name` of shape `shape`.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.schema import ContinualConfig
+from hft_cli.schema import ContinualConfig, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -25,16 +25,24 @@ def adapt(model: Any, names: Iterable[str], continual: ContinualConfig, adapter:
 
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return get_peft_model(
+    targets = {name.removesuffix(".weight") for name in names}
+    adapted = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
             r=continual.lora_rank,
             lora_alpha=continual.lora_alpha,  # type: ignore[arg-type]  # an int by its annotation, any number in its sums
             lora_dropout=continual.lora_dropout,
-            target_modules=[name.removesuffix(".weight") for name in names],
+            target_modules=sorted(targets),
         ),
     )
+    made = {name.removeprefix(PREFIX).split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    if made != targets:  # PEFT takes some names of dense matrices for those of experts
+        raise UserError(
+            f"continual=lora cannot be with this model: PEFT adapts other matrices than were asked for, such as "
+            f"{min(made ^ targets)}. Use continual=seqft, replay or gem."
+        )
+    return adapted
 
 
 def save(model: Any, whole: Mapping[str, torch.Tensor], folder: Path) -> None:

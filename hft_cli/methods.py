@@ -15,11 +15,15 @@ from hft_cli.selection import Draw, adapted, draw
 
 @dataclass(frozen=True)
 class Source:
-    """Rows at `path`: all of them, a share in (0, 1], or a number of them, drawn under the run's seed."""
+    """Rows at `path`: all of them, a share in (0, 1], or a number of them, drawn under the run's seed.
+
+    A `general` set is no task's: data.format, data.split and data.max_rows do not hold for it.
+    """
 
     path: str
     share: float = 1.0
     rows: int | None = None
+    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
                 sources=(Source(path),),
                 test=tests[index] if tests else None,
                 metric=of_task("data.metric", data.metric, task),
-                epochs=None if stage == "dpo" else of_task("train.epochs", config.train.epochs, task),
+                epochs=of_task("train.epochs", config.train.epochs, task),
                 memories=tuple(Source(past, rows=continual.gem_memory) for past in sets[:index])
                 if continual.name == "gem"
                 else (),
@@ -96,7 +100,7 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
         )
         replayed = tuple(Source(past, share=continual.replay_ratio) for past in sets[:index])
         if continual.replay_general is not None:
-            replayed += (Source(continual.replay_general),)
+            replayed += (Source(continual.replay_general, general=True),)
         if continual.name == "replay" and replayed:
             first = made[-1]
             made.append(
@@ -122,7 +126,9 @@ def _half_reset(config: RunConfig) -> tuple[Step, ...]:
 def _names(data: tuple[str, ...]) -> list[str]:
     """A round's name is its data's, with a number where two are alike."""
     names = [_label(path) for path in data]
-    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+    while len(set(names)) < len(names):
+        names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+    return names
 
 
 def _label(path: str) -> str:
@@ -139,7 +145,7 @@ def step_config(config: RunConfig, step: Step) -> RunConfig:
     if step.stage == "dpo":
         own = {
             "learning_rate": config.dpo.learning_rate,
-            "epochs": config.dpo.epochs,
+            "epochs": step.epochs if config.dpo.epochs is None else config.dpo.epochs,
             "max_steps": config.dpo.max_steps,
             "warmup": config.dpo.warmup,
         }

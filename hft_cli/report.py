@@ -26,6 +26,7 @@ class Row:
     run: str
     status: str  # verified, failed or unfinished
     method: str = ""
+    continual: str = ""
     selection: str = ""
     learning_rate: float | None = None
     seed: int | None = None
@@ -194,11 +195,12 @@ def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
         run=str(run.folder),
         status=status,
         method=results["method"],
+        continual=results["continual"]["name"],
         selection=level if level == "all" else f"{level} {selection['ratio']:g}",
         learning_rate=results["learning_rate"],
         seed=results["seed"],
         draw_seed=selection["seed"],
-        updated=_mean(entry["updated_fraction"] for entry in rounds),
+        updated=_mean({entry["round"]: entry["updated_fraction"] for entry in rounds}.values()),
         skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
         retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
         train_seconds=sum(entry["train_seconds"] for entry in rounds),
@@ -254,13 +256,16 @@ def markdown(rows: Sequence[Row]) -> str:
             [*line[:-1], _percent(row.op), "" if row.bwt is None else f"{100 * row.bwt:+.1f}", line[-1]]
             for line, row in zip(body, ordered, strict=True)
         ]
+    if any(row.continual not in ("", "seqft") for row in rows):
+        heads = [heads[0], "continual", *heads[1:]]
+        body = [[line[0], row.continual, *line[1:]] for line, row in zip(body, sorted(rows, key=_order), strict=True)]
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
     lines = [heads, ["-" * width for width in widths], *body]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row.method, row.selection, row.learning_rate or 0, row.seed or 0, row.draw_seed or 0
+    return row.method, row.continual, row.selection, row.learning_rate or 0, row.seed or 0, row.draw_seed or 0
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -280,7 +285,7 @@ def _tradeoff(rows: Sequence[Row], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     scored = [row for row in rows if row.skill is not None and row.retained is not None]
-    rate, skill, retained = "Learning rate", "Skill learned (exact match, %)", "Facts retained (exact match, %)"
+    rate, skill, retained = "Learning rate", "Skill learned (%)", "Facts retained (%)"
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
     for axes, (across, up) in zip(panels, ((rate, skill), (rate, retained), (skill, retained)), strict=True):
         for method in sorted({row.method for row in scored}):

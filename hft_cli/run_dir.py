@@ -19,7 +19,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text under a temporary name, then rename."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may write the same cache at once
     with part.open("w") as file:
         file.write(text)
         file.flush()
@@ -102,6 +102,10 @@ class RoundDir:
     def adapter(self) -> Path:
         """LoRA: the adapters after the round, in PEFT's layout."""
         return self.folder / "adapter"
+
+    def score(self, suite: str, task: str) -> Path:
+        """Of an evaluation: a task's scores; beside them, as .jsonl, what is known of each row."""
+        return self.folder / suite / f"{task.replace('/', '_')}.json"
 
     @property
     def log(self) -> Path:
@@ -205,6 +209,7 @@ class Task:
 
     path: str
     metric: str = "exact_match"
+    format: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -24,16 +25,15 @@ from tqdm import tqdm
 
 from hft_cli.continual import backward_transfer, overall_performance, read_sources
 from hft_cli.data import content_hash, read_chats, repeats
-from hft_cli.layout import from_folder
+from hft_cli.layout import MOST_TOKENS, from_folder, positions
 from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import RunConfig, UserError, check, locate
+from hft_cli.schema import RunConfig, UserError, check, locate, test_format
 from hft_cli.selection import Draw
 from hft_cli.verify import verify
-from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
+from hft_cli.weights import NOT_WEIGHTS, Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 
-MOST_TOKENS = 2048  # of a row, unless train.max_length says more
 # Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
 FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
@@ -65,9 +65,10 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if plan[0].stage == "half_reset":
         _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
-    for place in config.suite.tasks.values():
-        read_chats(locate(place), split="test")
     inputs = {
+        "suite_sha256": {
+            name: content_hash(read_chats(locate(place), split="test")) for name, place in config.suite.tasks.items()
+        },
         "base": str(base.resolve()),
         "base_sha256": weights_hash(base),
         "rounds": [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan],
@@ -129,7 +130,7 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
     """
     model: dict[str, Any] = read_json(base / "config.json")
     model = model.get("text_config") or model
-    longest = model.get("max_position_embeddings") or model.get("n_positions")
+    longest = positions(model)
     asked = config.train.max_length
     if longest and asked and asked > longest:
         raise UserError(
@@ -152,8 +153,13 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
 
 def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again."""
-    tests = {step.task: Task(step.test, step.metric) for step in plan if step.test is not None and not step.replays}
-    before = _score(where, "before", base, config, tests)
+    tests = {
+        step.task: Task(step.test, step.metric, test_format(config.data))
+        for step in plan
+        if step.test is not None and not step.replays
+    }
+    known = _Known(read_json(where.plan)["base_sha256"], base, config)
+    before = _score(where, "before", base, config, tests, known=known)
     model, adapter = base, None
     outcomes, scores = [], []
     for step, chosen in zip(plan, drawn, strict=True):
@@ -331,11 +337,18 @@ def _show(bar: Any, progress: Path, label: str) -> None:
 
 
 def _score(
-    where: RunDir, when: str, model: Path, config: RunConfig, tests: dict[str, Task], reset: Draw | None = None
+    where: RunDir,
+    when: str,
+    model: Path,
+    config: RunConfig,
+    tests: dict[str, Task],
+    reset: Draw | None = None,
+    known: _Known | None = None,
 ) -> dict[str, Any]:
     """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked.
 
-    With `reset` the model is scored as Half-Reset would leave it, without writing that.
+    With `reset` the model is scored as Half-Reset would leave it, without writing that. What is `known` of the model
+    from other runs is taken from there, and added to.
     """
     tasks: dict[str, dict[str, Task]] = {}
     if config.suite.tasks:
@@ -348,6 +361,9 @@ def _score(
     out = folder.folder / "scores.json"
     if not out.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
+        cells = {folder.score(suite, name): task for suite, own in tasks.items() for name, task in own.items()}
+        if known:
+            known.take(cells)
         job = folder.folder / "job.json"
         base = str(fetch(locate(str(config.model.base)))) if reset else None
         names = reset.updated if reset else ()
@@ -362,9 +378,65 @@ def _score(
             base=base,
             reset=names,
         ).write(job)
-        _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
+        if all(cell.exists() for cell in cells):
+            write_json(out, {s: {n: read_json(folder.score(s, n)) for n in own} for s, own in tasks.items()})
+        else:
+            _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
+        if known:
+            known.add(cells)
     scores: dict[str, Any] = read_json(out)
     return scores
+
+
+class _Known:
+    """Scores of a run's start, shared between runs: in the user's cache, under a hash of all that they hang on."""
+
+    def __init__(self, weights: str, base: Path, config: RunConfig) -> None:
+        self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "scores"
+        template = config.model.chat_template
+        own = Path(template).expanduser() if template else None
+        self.settings: dict[str, Any] = {
+            "weights": weights,
+            "files": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(base.iterdir())
+                if path.suffix in NOT_WEIGHTS
+            },
+            "template": own.read_text() if own and own.is_file() else template,
+            "model": [config.model.dtype, config.model.attention],
+            "batch_size": config.suite.batch_size,  # it may tip a tie
+            "environment": {key: value for key, value in _environment().items() if key in ("gpus", "packages", "hft")},
+        }
+        self.config = config
+
+    def _cell(self, task: Task) -> Path:
+        settings = dict(self.settings)
+        if task.metric != "exact_match":
+            settings["generation"] = [asdict(self.config.generation), self.config.seed]
+        settings["task"] = [task.metric, content_hash(read_chats(locate(task.path), format=task.format, split="test"))]
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{key}.json"
+
+    def take(self, cells: dict[Path, Task]) -> None:
+        """Copy what is known into the run, the rows first: a cell whose scores are there is whole."""
+        taken = 0
+        for cell, task in cells.items():
+            source = self._cell(task)
+            if source.exists() and not cell.exists():
+                cell.parent.mkdir(parents=True, exist_ok=True)
+                write_text(cell.with_suffix(".jsonl"), source.with_suffix(".jsonl").read_text())
+                write_json(cell, read_json(source))
+                taken += 1
+        if taken:
+            _say(f"The start has been scored before: {taken} of {len(cells)} tasks taken from {self.folder}.")
+
+    def add(self, cells: dict[Path, Task]) -> None:
+        for cell, task in cells.items():
+            target = self._cell(task)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_text(target.with_suffix(".jsonl"), cell.with_suffix(".jsonl").read_text())
+                write_json(target, read_json(cell))
 
 
 def _finish(
@@ -485,6 +557,11 @@ def _same_inputs(where: RunDir, inputs: dict[str, Any]) -> None:
             f"The weights in {inputs['base']} have changed since {where.folder} was begun. "
             "Restore them, or start anew in another output_dir."
         )
+    if sealed["suite_sha256"] != inputs["suite_sha256"]:
+        raise UserError(
+            f"The rows of suite={read_config(where).suite.name} have changed since {where.folder} was begun. "
+            "Restore them, or start anew in another output_dir."
+        )
     for old, new in zip(sealed["rounds"], inputs["rounds"], strict=True):
         for key, what in (("data_sha256", "data"), ("test_sha256", "test")):
             if old.get(key) != new.get(key):
@@ -512,7 +589,7 @@ def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
         known = {"data_sha256": content_hash(chats), "rows": len(chats)}
     if step.test is None:
         return known
-    test = read_chats(locate(step.test), split="test")
+    test = read_chats(locate(step.test), format=test_format(data), split="test")
     known["test_sha256"] = content_hash(test)
     if "rows" in known and not step.replays:
         repeated, shared = repeats(chats, test)

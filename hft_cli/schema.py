@@ -210,6 +210,10 @@ class GenerationConfig:
 
     max_new_tokens: int = 512
     """Tokens of an answer; at least 1. A prompt is cut at its start if it does not leave room for them."""
+    max_prompt_length: int | None = None
+    """Tokens of a prompt, cut at its start; at least 1. null: what max_new_tokens leaves of the model's positions."""
+    batch_size: int = 16
+    """Prompts answered at once; at least 1. Their keys and values take memory for prompt and answer together."""
     temperature: float = 0.0
     """0: greedy decoding. Above 0: sampling, under `seed`."""
 
@@ -316,6 +320,11 @@ def test_sets(data: DataConfig) -> tuple[str, ...]:
     return training_sets(data) if data.tasks else places(data.test_path)
 
 
+def test_format(data: DataConfig) -> str:
+    """The shape of test rows: that of the training rows, where both are a task's; otherwise told from the first row."""
+    return data.format if data.tasks else "auto"
+
+
 def of_task(key: str, value: Any, task: str) -> Any:
     """A task's own value of a key that holds one for all tasks or a map from task to value.
 
@@ -325,7 +334,12 @@ def of_task(key: str, value: Any, task: str) -> Any:
     if not isinstance(value, dict):
         return value
     if task not in value:
-        raise UserError(f"{key} has nothing for {task} (it has: {', '.join(value) or 'nothing'}). Add {key}.{task}=…")
+        near = difflib.get_close_matches(task, value, n=1)
+        hint = f"; did you mean '{near[0]}'" if near else ""
+        raise UserError(
+            f"{key} has nothing for {task} (it has: {', '.join(value) or 'nothing'}{hint}). Give one value for all, "
+            f"{key}=…, or one for each task, '{key}={{{task}: …, …}}'."
+        )
     return value[task]
 
 
@@ -389,7 +403,9 @@ def check(config: RunConfig) -> None:
         ("data.max_rows", data.max_rows, 1),
         ("dpo.max_steps", config.dpo.max_steps, 1),
         ("engine.num_processes", engine.num_processes, 1),
+        ("generation.batch_size", config.generation.batch_size, 1),
         ("generation.max_new_tokens", config.generation.max_new_tokens, 1),
+        ("generation.max_prompt_length", config.generation.max_prompt_length, 1),
         ("generation.temperature", config.generation.temperature, 0),
         ("seed", config.seed, 0),
         ("selection.seed", selection.seed, 0),
@@ -419,7 +435,7 @@ def check(config: RunConfig) -> None:
         ("dpo.learning_rate", config.dpo.learning_rate),
         ("dpo.epochs", config.dpo.epochs),
     ):
-        if isinstance(value, str | bool) or (value is not None and not value > 0):
+        if value is not None and not value > 0:
             raise UserError(f"{path}={value} must be above 0.")
     for path, value in (
         ("train.warmup", train.warmup),
@@ -517,6 +533,10 @@ def check(config: RunConfig) -> None:
 def _check_continual(config: RunConfig) -> None:
     """Refuse strategies of continual learning where they cannot do what they are for."""
     name, rounds = config.continual.name, training_sets(config.data)
+    if config.continual.replay_general is not None and name != "replay":
+        raise UserError(f"continual.replay_general is for continual=replay; with continual={name} nothing reads it.")
+    if name == "replay" and config.train.packing and not config.continual.replay_shuffle:
+        raise UserError("train.packing=true packs rows in an order of its own: set continual.replay_shuffle=true.")
     if name == "seqft":
         return
     if config.method.name not in ("fft", "hft") or set(config.method.stages) != {"sft"}:
@@ -536,9 +556,17 @@ def _check_continual(config: RunConfig) -> None:
         raise UserError("continual=gem takes gradients of single rows: set train.packing=false.")
 
 
-def _each(key: str, value: Any) -> list[tuple[str, Any]]:
-    """A key's value, or those of its map from task to value, each under its own name."""
-    return [(f"{key}.{task}", own) for task, own in value.items()] if isinstance(value, dict) else [(key, value)]
+def _each(key: str, value: Any) -> list[tuple[str, float]]:
+    """A key's number, or those of its map from task to number, each under its own name.
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = {f"{key}.{task}": own for task, own in value.items()} if isinstance(value, dict) else {key: value}
+    for name, own in found.items():
+        if isinstance(own, bool) or not isinstance(own, int | float):
+            raise UserError(f"{name}={own} is neither a number nor a map from task to number.")
+    return list(found.items())
 
 
 METRICS = (

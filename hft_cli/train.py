@@ -88,20 +88,18 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         "zero_stage": config.engine.zero_stage,
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
-    watch = _watch(
-        sealed, folder, params, identity, rank, world, float(before.get("seconds", 0.0)), before.get("frozen")
-    )
+    watch = _watch(sealed, folder, params, identity, rank, world, before)
     if sealed.step.stage == "dpo":
         kind = config.dpo.reference
         other = dpo.reference(kind, model, lambda: load_model(sealed.model, config))
         trainer = dpo.dpo_trainer(model, other, arguments, dataset, tokenizer, [watch])
     else:
         trainer = _sft_trainer(model, arguments, dataset, tokenizer, watch)
-    projections = None
-    if sealed.step.memories:
+    projections, memories = None, _memories(sealed, tokenizer)
+    if memories:
         projections = gem.attach(
             trainer,
-            _memories(sealed, tokenizer),
+            memories,
             micro_batch_size=config.train.micro_batch_size,
             margin=config.continual.gem_margin,
         )
@@ -130,12 +128,13 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
             folder.outcome,
             {
                 "steps": trainer.state.global_step,
-                "loss": result.training_loss,
+                "loss": watch.mean_loss(result.training_loss, trainer.state.global_step),
                 "train_seconds": round(watch.seconds(), 3),
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
                 **watch.last,
                 **({"steps_projected": projections.projected} if projections else {}),
+                **({"memory_rows": [len(memory) for memory in memories]} if memories else {}),
                 **counts,
             },
         )
@@ -284,7 +283,7 @@ def _chats(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
 
 
 def _memories(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
-    """GEM: the kept rows of each past task."""
+    """GEM: the kept rows of each past task that fit into train.max_length; none for a round without a past."""
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize
     return [
@@ -354,10 +353,12 @@ def _watch(
     identity: Mapping[str, Any],
     rank: int,
     world: int,
-    seconds_before: float,
-    frozen_before: list[int] | None,
+    before: Mapping[str, Any],
 ) -> Any:
-    """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are."""
+    """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are.
+
+    `before` is the marker of the checkpoint that is resumed from, or empty.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -366,15 +367,22 @@ def _watch(
     class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.start = self.end = 0.0
+            self.first = 0  # the step that this session went on from
             self.tokens = self.tokens_at_start = 0
             self.loss: float | None = None
             self.last: dict[str, float] = {}  # what DPO logged last
             self.checksums: list[int] = []
             self.projections: gem.Steps | None = None
+            self.losses, self.logged = list(before.get("losses", (0.0, 0))), 0  # their sum and number, up to a log
 
         def seconds(self) -> float:
             """Training time in all, over resumed sessions."""
-            return seconds_before + (self.end or time.perf_counter()) - self.start
+            return float(before.get("seconds", 0.0)) + (self.end or time.perf_counter()) - self.start
+
+        def mean_loss(self, own: float, last: int) -> float:
+            """Over the round's steps, from this session's mean and what the checkpoint had up to its last log."""
+            total, steps = map(float, before.get("losses", (0.0, 0)))
+            return round((total + own * (last - self.first)) / max(steps + last - self.first, 1), 6)
 
         def tokens_per_second(self) -> float:
             """Of this session."""
@@ -388,7 +396,7 @@ def _watch(
                 elif sealed.config.continual.name != "lora":
                     restore_masters(plain, params, Path(sealed.model))
             self.checksums = _gather(frozen_checksum(model), world)
-            if frozen_before is not None and self.checksums != frozen_before:
+            if self.checksums != before.get("frozen", self.checksums):
                 raise RuntimeError(
                     "The frozen weights that the checkpoint restored are not those of the model's files."
                 )
@@ -397,6 +405,7 @@ def _watch(
                 _forget_after(metrics, sealed.step.name, state.global_step)
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
+            self.logged = self.first = state.global_step
             self.start = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -411,6 +420,10 @@ def _watch(
                     f"The loss is {logs['loss']} at step {state.global_step}: training has diverged. "
                     f"Lower train.learning_rate={sealed.config.train.learning_rate:g}, or raise train.warmup."
                 )
+            if "loss" in logs:
+                steps = state.global_step - self.logged
+                self.losses = [self.losses[0] + logs["loss"] * steps, self.losses[1] + steps]
+                self.logged = state.global_step
             if rank == 0 and "loss" in logs:
                 self.loss = logs["loss"]
                 self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
@@ -428,7 +441,7 @@ def _watch(
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _barrier(world)  # every rank has written its part
             if rank == 0:
-                marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums}
+                marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
                 marker |= {"projected": self.projections.projected} if self.projections else {}
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
 

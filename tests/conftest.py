@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +54,11 @@ def command(*arguments: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread a process: several would only fight over the two cores of a small machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": CACHE}
+
+
+CACHE = tempfile.mkdtemp(prefix="hft-tests-")  # the user's own is left alone
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 def train(out: Path, *arguments: object) -> Path:

@@ -547,10 +547,10 @@ def test_a_folder_of_seven_billion_parameters_takes_less_than_50_ms(tmp_path: Pa
     save_file({name: torch.zeros(1, 1) for name in names}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 32}))
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(10):
+        start = time.process_time()  # not the clock: other tests run beside this one
         assert len(from_folder(tmp_path)) == 291
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
 
 

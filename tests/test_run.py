@@ -211,8 +211,9 @@ def test_a_sequence_of_tasks_gives_r_op_and_bwt_and_keeps_every_cell(tmp_path):
     tasks = ["capitals", "order"]
     path, test_path = (",".join(f"pocket:skills/{task}/{part}.jsonl" for task in tasks) for part in ("train", "test"))
     run = train(
-        tmp_path / "run", "+method=hft", f"data.path=[{path}]", f"data.test_path=[{test_path}]", "train.max_steps=60"
-    )
+        tmp_path / "run", "+method=hft", f"data.path=[{path}]", f"data.test_path=[{test_path}]", "train.max_steps=60",
+        "continual.score_unseen=true",
+    )  # fmt: skip
     found = results(run)["continual"]
     cells = [
         [json.loads((run / f"eval/round-0{i}/scores.json").read_text())["data"][task]["exact_match"] for task in tasks]
@@ -498,7 +499,35 @@ def test_a_sweep_makes_a_run_of_each_and_a_failed_one_does_not_stop_the_rest(tmp
     ended = hft("train", "-m", *QUICK, f"output_dir={tmp_path}", "train.max_length=3,64", "+method=hft,fft")
     assert ended.err.count("hft: failed: ") == 2
     assert "train.max_length=3" in ended.err.split("hft: failed: ")[1]
-    done = [path.parent for path in tmp_path.glob("*/DONE")]
-    assert len(done) == 2
     assert ended.status == 2
-    assert {results(run)["method"] for run in done} == {"hft", "fft"}
+    done = {path.parent.name: path.parent for path in tmp_path.glob("*/DONE")}
+    assert set(done) == {f"method={method},train.max_length=64" for method in ("hft", "fft")}
+    assert {results(run)["method"] for run in done.values()} == {"hft", "fft"}
+
+
+def test_a_sweep_side_by_side_tells_its_failures_and_extended_does_only_what_is_missing(tmp_path):
+    sweep = ("train", *QUICK, "+method=hft", f"output_dir={tmp_path}", "-m", "hydra/launcher=joblib")
+    ended = hft(*sweep, "train.max_length=3,64", "hydra.launcher.n_jobs=2")
+    assert ended.status == 2
+    assert ended.err.count("hft: failed: ") == 1
+    first = tmp_path / "train.max_length=64"
+    written = (first / "results.json").stat().st_mtime_ns
+    ended = hft(*sweep, "train.max_length=64,60", "hydra.launcher.n_jobs=2")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "train.max_length=60/DONE").exists()
+    assert (first / "results.json").stat().st_mtime_ns == written
+
+
+def test_the_start_is_scored_once_for_all_runs_that_share_it(tmp_path):
+    """By the weights and all else that the scores hang on: another dtype is scored anew."""
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    runs = []
+    for name, more in (("one", ()), ("two", ("seed=7",)), ("three", ("model.dtype=bfloat16",))):
+        arguments = ("train", *QUICK, *SCORED, f"output_dir={tmp_path / name}", *more)
+        done = subprocess.run(command(*arguments), env=environment() | own, capture_output=True, text=True, check=True)
+        runs.append((json.loads((tmp_path / name / "eval/before/scores.json").read_text()), done.stderr))
+    assert "scored before" not in runs[0][1]
+    assert "scored before: 2 of 2 tasks" in runs[1][1]
+    assert runs[1][0] == runs[0][0]
+    assert "scored before" not in runs[2][1]
+    assert runs[2][0] != runs[0][0]

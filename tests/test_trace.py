@@ -18,6 +18,7 @@ from hft_cli.continual import kept_rows, read_sources
 from hft_cli.methods import Source, Step, steps
 from hft_cli.schema import DataConfig, MethodConfig, ModelConfig, RunConfig, UserError, check
 
+pytestmark = pytest.mark.xdist_group("trace")  # on one worker: they share a run of a minute
 TASKS = ("C-STANCE", "Py150", "20Minuten")
 SMALL = (
     "train.max_length=96", "generation.max_new_tokens=8", "train.batch_size=8", "train.micro_batch_size=4",
@@ -146,7 +147,6 @@ def timeless(found: dict) -> dict:
     for entry in found["rounds"]:
         for key in ("train_seconds", "tokens_per_second", "peak_memory_bytes"):
             del entry[key]
-        entry.pop("loss")  # the mean over a session's steps
     return found
 
 
@@ -177,6 +177,7 @@ def test_gem_projects_steps_of_later_rounds_only_and_verifies(folder, tmp_path):
     assert 0 < second["steps_projected"] <= second["steps"]
     assert None not in found["continual"]["R"][0]
     assert found["continual"]["name"] == "gem"
+    assert second["memory_rows"] == [6]
     assert hft("verify", out).status == 0
 
 
@@ -247,8 +248,9 @@ def test_replay_has_the_general_set_after_the_first_task_too():
         (1, 1, "C-STANCE"), (2, 1, "C-STANCE-replay"), (3, 2, "Py150"), (4, 2, "Py150-replay"),
         (5, 3, "20Minuten"), (6, 3, "20Minuten-replay"),
     ]  # fmt: skip
-    assert found[1].sources == (Source("lima"),)
-    assert found[5].sources == (Source("root/C-STANCE", 0.1), Source("root/Py150", 0.1), Source("lima"))
+    lima = Source("lima", general=True)
+    assert found[1].sources == (lima,)
+    assert found[5].sources == (Source("root/C-STANCE", 0.1), Source("root/Py150", 0.1), lima)
     assert found[5].epochs == 1
     assert found[5].replays
 
@@ -262,7 +264,7 @@ def test_gem_remembers_every_past_task():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train__epochs": {"C-STANCE": 1}}, r"train\.epochs has nothing for Py150 .* Add train\.epochs\.Py150=…"),
+        ({"train__epochs": {"C-STANCE": 1}}, r"train\.epochs has nothing for Py150 .*'train\.epochs=\{Py150: …, …\}'"),
         ({"train__epochs": {**dict.fromkeys(TASKS, 1), "Py150": 0}}, r"train\.epochs\.Py150=0 must be above 0"),
         ({"data__metric": "bleu"}, r"Unknown data\.metric 'bleu'\. .*Available: exact_match, accuracy"),
         ({"data__test_path": "x"}, r"data\.tasks names folders below data\.path, which hold their test rows too"),
@@ -272,6 +274,13 @@ def test_gem_remembers_every_past_task():
         ({"continual__name": "gem", "engine__zero_stage": 3}, r"cannot be with engine=zero3: use engine=single, zero1"),
         ({"continual__name": "gem", "train__packing": True}, r"set train\.packing=false"),
         ({"continual__name": "replay", "method__stages": ["dpo"]}, r"continual=replay is for SFT"),
+        ({"train__epochs": None}, r"train\.epochs=None is neither a number nor a map"),
+        ({"train__epochs": [1, 2, 3]}, r"train\.epochs=\[1, 2, 3\] is neither a number nor a map"),
+        ({"continual__replay_general": "x"}, r"continual\.replay_general is for continual=replay"),
+        (
+            {"continual__name": "replay", "continual__replay_shuffle": False, "train__packing": True},
+            r"set continual\.replay_shuffle=true",
+        ),
         ({"continual__replay_ratio": 1.5}, r"continual\.replay_ratio=1\.5 is a share"),
     ],
 )  # fmt: skip
@@ -299,6 +308,42 @@ def test_kept_rows_are_drawn_under_the_seed_alone_and_stand_in_the_order_of_the_
     whole = read_sources([Source(half)], data, 1)
     assert len(some) == 23
     assert all(chat in whole for chat in some)
+
+
+def test_a_general_set_may_have_another_shape_and_is_read_whole(folder, tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]} for i in range(5)
+    ]
+    (tmp_path / "general.json").write_text(json.dumps(chats))
+    sources = [Source(str(folder / "Py150"), share=0.1), Source(str(tmp_path / "general.json"), general=True)]
+    read = read_sources(sources, DataConfig(name="d", path="p", format="trace", max_rows=20), 1)
+    assert len(read) == 2 + 5
+
+
+def test_test_rows_of_a_task_have_the_shape_of_its_training_rows(folder):
+    """Also where a row fits two shapes: what is trained on is what is scored."""
+    assert schema.test_format(DataConfig(name="d", path="p", tasks=["a"], format="trace")) == "trace"
+    assert schema.test_format(DataConfig(name="d", path="p", format="trace")) == "auto"
+
+
+def test_rounds_have_names_of_their_own_whatever_their_files_are_called():
+    found = steps(config(data__tasks=[], data__path=["a/x", "b/x", "c/x-1"], data__metric="accuracy", train__epochs=1))
+    assert len({step.name for step in found}) == 3
+
+
+def test_lora_is_refused_where_peft_would_adapt_other_matrices(monkeypatch):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from hft_cli import lora
+
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    make = peft.get_peft_model
+    monkeypatch.setattr(
+        peft, "get_peft_model", lambda m, c: make(m, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    )
+    with pytest.raises(UserError, match=r"PEFT adapts other matrices than were asked for, such as model\.layers"):
+        lora.adapt(model, ["model.layers.0.mlp.up_proj.weight"], RunConfig().continual, None)
 
 
 def test_every_metric_that_a_config_may_name_exists():
