@@ -212,20 +212,26 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
 
 
 def _run(composed: Any, argv: Sequence[str]) -> None:
+    from hft_cli.report import summary
+    from hft_cli.runner import run
+
+    values, typed = _values(composed, argv)
+    named = any(override.startswith("output_dir=") for override in typed)
+    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+
+
+def _values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A composed config as plain values, in a sweep with the job's own output_dir, and the job's overrides."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
-
-    from hft_cli.report import summary
-    from hft_cli.runner import run
 
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(composed, resolve=True)
     typed = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(hydra.sweep.dir) / _swept(typed, [*argv, *_params(hydra)]))
-    named = any(override.startswith("output_dir=") for override in typed)
-    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+    return values, typed
 
 
 def _params(hydra: Any) -> list[str]:
@@ -364,31 +370,24 @@ def _eval(argv: list[str]) -> int:
     return _status(_hydra("eval", [re.sub(new, r"++\1=", argument) for argument in argv]), argv)
 
 
-def _score(composed: Any) -> None:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf
-
+def _score(composed: Any, argv: Sequence[str]) -> None:
     from hft_cli.run_dir import RunDir, read_config
     from hft_cli.scoring import run_eval, table
 
-    hydra = HydraConfig.get()
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    if values["run"] is None and hydra.mode == RunMode.MULTIRUN:
-        values["output_dir"] = hydra.runtime.output_dir
+    values, typed = _values(composed, argv)
     config = from_dict(EvalConfig, values)
     if config.run is not None and RunDir(Path(config.run)).config.exists():
         # The run's own precision and template, unless others are typed.
-        typed = {override.split("=")[0].lstrip("+") for override in hydra.overrides.task}
+        named = {override.split("=")[0].lstrip("+") for override in typed}
         sealed = read_config(RunDir(Path(config.run))).model
         for key in ("dtype", "attention", "chat_template"):
-            if f"model.{key}" not in typed:
+            if f"model.{key}" not in named:
                 setattr(config.model, key, getattr(sealed, key))
     print(table(run_eval(config)))
 
 
 # What Hydra composes: command -> its config's dataclass and what is done with it.
-APPLICATIONS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+APPLICATIONS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "train": (RunConfig, _run),
     "eval": (EvalConfig, _score),
 }
