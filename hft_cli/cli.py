@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import os
 import re
 import signal
@@ -226,34 +225,14 @@ def _values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from hft_cli.sweeps import folder_name, params
+
     hydra = HydraConfig.get()
     values: Any = OmegaConf.to_container(composed, resolve=True)
     typed = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
-        values["output_dir"] = str(Path(hydra.sweep.dir) / _swept(typed, [*argv, *_params(hydra)]))
+        values["output_dir"] = str(Path(hydra.sweep.dir) / folder_name(typed, [*argv, *params(hydra.sweeper)]))
     return values, typed
-
-
-def _params(hydra: Any) -> list[str]:
-    """What an experiment's file sweeps over, as overrides."""
-    return [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-
-
-def _swept(job: Sequence[str], given: Sequence[str]) -> str:
-    """The name of a run's folder in a sweep: the job's values of what is swept, so that the sweep can be extended."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides([text for text in given if "=" in text and text[0] != "-"])
-    keys = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    pairs = [text.lstrip("+").partition("=") for text in job]
-    named = sorted((key != "method", key, value) for key, _, value in pairs if key in keys)
-    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{key}={value}" for _, key, value in named)) or "run"
-    return (
-        name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    )
-
-
-LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
 def _conf() -> Path:
@@ -439,12 +418,14 @@ def _report(argv: list[str]) -> int:
     from hft_cli.report import report
 
     options = _parser(
-        "report", "Compare finished runs: a table (printed, Markdown, CSV, JSON) and a figure (PNG, SVG)."
+        "report",
+        "Put runs and sweeps side by side: tables (Markdown, CSV, JSON), figures (PNG, SVG) and one HTML page.",
     )
-    options.add_argument("runs", nargs="+", help="directories of runs, or folders of such")
+    options.add_argument("runs", nargs="+", help="directories of runs, or folders of such, at any depth")
     options.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
+    options.add_argument("--norms", action="store_true", help="measure how far each matrix moved (reads the weights)")
     given = options.parse_args(argv)
-    print(report([Path(run) for run in given.runs], given.out))
+    print(report([Path(run) for run in given.runs], given.out, given.norms))
     return 0
 
 

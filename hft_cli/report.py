@@ -6,39 +6,18 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hft_cli.gather import Row, gather, natural
+from hft_cli.page import markdown as as_markdown
+from hft_cli.page import page
 from hft_cli.run_dir import RunDir, read_json, write_json, write_text
 from hft_cli.schema import UserError
-
-# Okabe and Ito's colours, which people who do not see colours well can tell apart; each method has a marker too.
-STYLES = {"fft": ("#D55E00", "o"), "hft": ("#0072B2", "s"), "half_reset": ("#CC79A7", "D")}
-OTHER_STYLE = ("#009E73", "^")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run in a table. Shares are in [0, 1]; `skill` and `retained` are means over the tasks, None if not scored."""
-
-    run: str
-    status: str  # verified, failed or unfinished
-    method: str = ""
-    continual: str = ""
-    selection: str = ""
-    learning_rate: float | None = None
-    seed: int | None = None
-    draw_seed: int | None = None  # where it is not the seed
-    updated: float | None = None
-    skill: float | None = None
-    retained: float | None = None
-    train_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    op: float | None = None  # of a sequence of tasks: overall performance and backward transfer
-    bwt: float | None = None
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> before, after
+from hft_cli.sections import as_json, sections
+from hft_cli.tables import Column, Record, Table, grid, plain, short
 
 
 def summary(run: RunDir) -> str:
@@ -145,70 +124,51 @@ def _never(signs: Mapping[str, str]) -> list[str]:
     return [f"never updated: {', '.join(never[:5])}{more}"] if never else []
 
 
-def report(places: Sequence[Path], out: Path) -> str:
-    """Write runs.md, runs.csv, runs.json and, where runs are scored, tradeoff.png and .svg into `out`.
+def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
+    """Write the tables, figures and the page of all runs in `places` into `out`.
 
-    Every run found is in the tables, an unfinished or unverified one too, and said to be so.
+    Every run found is in the tables, an unfinished or unverified one too, and said to be so. With `norms` the weights
+    are read as well, for the size of their change.
 
     Returns:
-        The table, as Markdown, with the names of the files.
+        The table of runs, as Markdown, with the names of the files.
 
     Raises:
-        UserError: if there is no run at a place.
+        UserError: if there is no run at a place, or `out` is a file.
     """
-    rows = [_row(run) for place in places for run in _runs(place)]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file. Choose a folder.")
+    runs = gather(places)
+    rows = [run.row for run in runs]
+    made = sections(runs, norms)
+    runs_table = Table(
+        "runs", "Every run found. " + HEADS, _columns(rows), [_record(r) for r in sorted(rows, key=_order)]
+    )
+    made[0] = replace(made[0], parts=[*made[0].parts, runs_table])
     out.mkdir(parents=True, exist_ok=True)
     table = markdown(rows)
     write_text(out / "runs.md", table + "\n")
     write_text(out / "runs.csv", _csv(rows))
     write_json(out / "runs.json", [vars(row) for row in rows])
-    files = ["runs.md", "runs.csv", "runs.json"]
-    if any(row.skill is not None and row.retained is not None for row in rows):
-        _tradeoff(rows, out)
-        files += ["tradeoff.png", "tradeoff.svg"]
-    return f"{table}\n\nIn {out}: {', '.join(files)}"
+    files = ["report.html", "report.md", "report.json", "runs.md", "runs.csv", "runs.json"]
+    pictures: dict[str, bytes] = {}
+    for part in (part for section in made for part in section.parts if part is not runs_table):
+        if isinstance(part, Table):
+            write_text(out / f"{part.name}.csv", part.csv())
+            files.append(f"{part.name}.csv")
+            continue
+        from hft_cli.figures import rendered
 
-
-def _runs(place: Path) -> list[RunDir]:
-    found = sorted(path.parent for path in [*place.glob("plan.json"), *place.glob("**/plan.json")])
-    if not found:
-        raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
-    return [RunDir(folder) for folder in dict.fromkeys(found)]
-
-
-def _row(run: RunDir) -> Row:
-    if not run.results.exists():
-        return Row(run=str(run.folder), status="unfinished")
-    try:
-        return _scored_row(run, read_json(run.results))
-    except (UserError, KeyError, TypeError):  # one run's broken file does not take the others' table away
-        return Row(run=str(run.folder), status="results.json is broken")
-
-
-def _scored_row(run: RunDir, results: dict[str, Any]) -> Row:
-    scores = _scores(results["eval"])
-    rounds = results["rounds"]
-    selection = results["selection"]
-    level = selection["level"]
-    status = {True: "verified", False: "failed", None: "no model written"}[results["verification"]["passed"]]
-    return Row(
-        run=str(run.folder),
-        status=status,
-        method=results["method"],
-        continual=results["continual"]["name"],
-        selection=level if level == "all" else f"{level} {selection['ratio']:g}",
-        learning_rate=results["learning_rate"],
-        seed=results["seed"],
-        draw_seed=selection["seed"],
-        updated=_mean({entry["round"]: entry["updated_fraction"] for entry in rounds}.values()),
-        skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
-        retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
-        train_seconds=sum(entry["train_seconds"] for entry in rounds),
-        peak_memory_bytes=max((entry.get("peak_memory_bytes", 0) for entry in rounds), default=0) or None,
-        op=results.get("continual", {}).get("OP"),
-        bwt=results.get("continual", {}).get("BWT"),
-        scores=scores,
-    )
+        png, pictures[part.name] = rendered(part.draw())
+        for suffix, data in ((".png", png), (".svg", pictures[part.name])):
+            (out / f"{part.name}{suffix}").write_bytes(data)
+            files.append(part.name + suffix)
+    title = f"Half Fine-Tuning: {len(runs)} run{'s' * (len(runs) != 1)}"
+    write_text(out / "report.html", page(title, made, pictures))
+    write_text(out / "report.md", as_markdown(title, made))
+    write_text(out / "report.json", as_json(made))
+    main = [name for name in files if name.startswith(("report.", "runs.", "tradeoff."))]
+    return f"{table}\n\nIn {out}: {', '.join(main)} and {len(files) - len(main)} more. All on one page: {main[0]}"
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -230,42 +190,58 @@ def _metric(results: Mapping[str, Any], task: str) -> str:
     return str(next(iter(results["eval"]["after"][suite][name]))).replace("_", " ")
 
 
+HEADS = "Scores are in %; updated is the share of all elements, embeddings and head included; OP and BWT of sequences."
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns of the table of runs: those that every report has, and those that some run of these has."""
+    return [
+        ("method", lambda r: str(r["label"] or r["run"])),
+        ("selection", plain("selection")),
+        ("learning rate", short("learning_rate")),
+        ("seed", plain("seeds")),
+        ("skill learned", _share("skill")),
+        ("facts retained", _share("retained")),
+        ("updated", _share("updated")),
+        ("seconds", short("train_seconds", ".1f")),
+        ("peak memory", plain("memory")),
+        *([("OP", _share("op")), ("BWT", plain("bwt_points"))] if any(row.op is not None for row in rows) else []),
+        ("status", plain("status")),
+    ]
+
+
+def _record(row: Row) -> Record:
+    seed = "" if row.seed is None else str(row.seed)
+    return {
+        "run": row.run,
+        "label": row.method + (f" + {row.continual}" if row.continual in ("replay", "gem", "lora") else ""),
+        "selection": row.selection,
+        "learning_rate": row.learning_rate,
+        "seeds": seed + ("" if row.draw_seed is None else f", draw {row.draw_seed}"),
+        "skill": row.skill,
+        "retained": row.retained,
+        "updated": row.updated,
+        "train_seconds": row.train_seconds,
+        "memory": None if row.peak_memory_bytes is None else _mebibytes(row.peak_memory_bytes),
+        "op": row.op,
+        "bwt_points": None if row.bwt is None else f"{100 * row.bwt:+.1f}",
+        "status": row.status,
+    }
+
+
+def _share(key: str) -> Callable[[Record], str]:
+    return lambda record: _percent(value) if isinstance(value := record.get(key), int | float) else ""
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The runs as a Markdown table, in the order of method, learning rate and seed."""
-    heads = ["method", "selection", "learning rate", "seed", "skill learned", "facts retained", "updated", "seconds",
-             "peak memory", "status"]  # fmt: skip
-    body = [
-        [
-            row.method or row.run,
-            row.selection,
-            "" if row.learning_rate is None else f"{row.learning_rate:g}",
-            ("" if row.seed is None else str(row.seed)) + ("" if row.draw_seed is None else f", draw {row.draw_seed}"),
-            _percent(row.skill),
-            _percent(row.retained),
-            _percent(row.updated),
-            "" if row.train_seconds is None else f"{row.train_seconds:.1f}",
-            "" if row.peak_memory_bytes is None else _mebibytes(row.peak_memory_bytes),
-            row.status,
-        ]
-        for row in sorted(rows, key=_order)
-    ]
-    if any(row.op is not None for row in rows):
-        heads = [*heads[:-1], "OP", "BWT", heads[-1]]
-        ordered = sorted(rows, key=_order)
-        body = [
-            [*line[:-1], _percent(row.op), "" if row.bwt is None else f"{100 * row.bwt:+.1f}", line[-1]]
-            for line, row in zip(body, ordered, strict=True)
-        ]
-    if any(row.continual not in ("", "seqft") for row in rows):
-        heads = [heads[0], "continual", *heads[1:]]
-        body = [[line[0], row.continual, *line[1:]] for line, row in zip(body, sorted(rows, key=_order), strict=True)]
-    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
-    lines = [heads, ["-" * width for width in widths], *body]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    columns, records = _columns(rows), [_record(row) for row in sorted(rows, key=_order)]
+    return grid([head for head, _ in columns], [[cell(record) for _, cell in columns] for record in records])
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row.method, row.continual, row.selection, row.learning_rate or 0, row.seed or 0, row.draw_seed or 0
+    where = (row.learning_rate or 0, row.seed or 0, row.draw_seed or 0, natural(row.run))
+    return not row.method, row.method, row.continual, row.selection, *where
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -277,60 +253,12 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _tradeoff(rows: Sequence[Row], out: Path) -> None:
-    """Skill and retention against the learning rate, and against each other, where up and right is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    scored = [row for row in rows if row.skill is not None and row.retained is not None]
-    rate, skill, retained = "Learning rate", "Skill learned (%)", "Facts retained (%)"
-    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.1), layout="constrained")
-    for axes, (across, up) in zip(panels, ((rate, skill), (rate, retained), (skill, retained)), strict=True):
-        for method in sorted({row.method for row in scored}):
-            colour, marker = STYLES.get(method, OTHER_STYLE)
-            own = sorted((row for row in scored if row.method == method), key=lambda r: r.learning_rate or 0)
-            if across == rate:
-                own = [row for row in own if row.learning_rate is not None]
-            values = {
-                rate: [row.learning_rate for row in own],
-                skill: [100 * (row.skill or 0) for row in own],
-                retained: [100 * (row.retained or 0) for row in own],
-            }
-            axes.plot(
-                values[across],
-                values[up],
-                color=colour,
-                marker=marker,
-                linewidth=1.2,
-                label=method.upper().replace("_", "-"),
-            )
-        axes.set(xlabel=across, ylabel=up, ylim=(-3, 103), xscale="log" if across == rate else "linear")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    rates = sorted({row.learning_rate for row in scored if row.learning_rate})
-    for axes in panels[:2]:
-        axes.set_xticks(rates, [f"{value:.0e}".replace("e-0", "e-") for value in rates])
-        axes.minorticks_off()
-    panels[2].set_xlim(-3, 103)
-    panels[2].legend(frameon=False, loc="lower left")
-    for suffix in ("png", "svg"):
-        figure.savefig(out / f"tradeoff.{suffix}", dpi=150)
-    plt.close(figure)
-
-
 def _text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in [heads, *rows]
     )
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _percent(value: float | None) -> str:

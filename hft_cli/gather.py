@@ -1,0 +1,440 @@
+"""Folders -> runs, read for the report: what each did, scored and cost, and what is wrong with it. Writes nothing.
+
+A run that is unfinished, broken, unverified or was never begun is a run here too, with its status and a note.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft_cli.run_dir import RunDir, read_json
+from hft_cli.schema import UserError
+from hft_cli.sweeps import jobs
+
+COUNTED = ("verified", "no model written")  # statuses of runs that means are taken over
+Matrix = tuple[tuple[float | None, ...], ...]
+# Keys of config.yaml in which runs of one setting may differ.
+FREE = ("seed", "selection.seed", "output_dir", "resume", "train.save_every", "train.save_limit", "train.log_every")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in a table. Shares are in [0, 1]; `skill` and `retained` are means over the tasks, None if not scored."""
+
+    run: str
+    status: str  # verified, failed, no model written, unfinished, results.json is broken or missing
+    method: str = ""
+    selection: str = ""
+    learning_rate: float | None = None
+    seed: int | None = None
+    draw_seed: int | None = None  # where it is not the seed
+    updated: float | None = None
+    skill: float | None = None
+    retained: float | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    op: float | None = None  # of a sequence of tasks: overall performance and backward transfer
+    bwt: float | None = None
+    continual: str = ""  # seqft, replay, gem or lora, where there are rounds
+    level: str = ""
+    ratio: float | None = None  # asked for
+    tokens_per_second: float | None = None
+    note: str = ""  # what is wrong
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> before, after
+
+    @property
+    def label(self) -> str:
+        """The method as it is called in tables and figures."""
+        name = "LoRA" if self.continual == "lora" else self.method.upper().replace("_", "-")
+        name = {"HALF-RESET": "Half-Reset"}.get(name, name)
+        return f"{name} + {self.continual}" if self.continual in ("replay", "gem") else name
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A sequence: `scores[i][j]` is that of task j after round i, None where it was not scored."""
+
+    names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    scores: Matrix
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one round updated and froze, by parameter names."""
+
+    round: int
+    name: str
+    level: str
+    updated: frozenset[str]
+    frozen: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with all that the report needs of it. `setting`: its flat configuration without seeds and places."""
+
+    row: Row
+    folder: Path
+    stages: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)  # SUITE/TASK -> the task's own metric
+    tasks: Tasks | None = None
+    draws: tuple[Drawn, ...] = ()
+    setting: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+
+    @property
+    def counted(self) -> bool:
+        return self.row.status in COUNTED
+
+    @property
+    def draw_seed(self) -> int | None:
+        return self.row.seed if self.row.draw_seed is None else self.row.draw_seed
+
+    @property
+    def key(self) -> tuple[tuple[str, str], ...]:
+        """Equal for runs that differ in nothing but their seeds."""
+        return tuple(sorted(self.setting.items()))
+
+    def without(self, *prefixes: str) -> tuple[tuple[str, str], ...]:
+        """The setting's key, less what begins with one of the prefixes."""
+        return tuple(item for item in self.key if not item[0].startswith(prefixes))
+
+
+def gather(places: Iterable[Path]) -> list[Run]:
+    """Every run in the places or below them, once each, and those that a sweep was to have but has not.
+
+    Raises:
+        UserError: if there is no run at a place.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        plans = sorted(place.glob("**/plan.json"), key=lambda path: natural(str(path)))
+        if not plans:
+            raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
+        for plan in plans:
+            if plan.parent.resolve() not in found:
+                found[plan.parent.resolve()] = _run(RunDir(plan.parent))
+        for sweep in sorted(place.glob("**/multirun.yaml")):
+            for folder, typed in jobs(sweep):
+                if folder.resolve() not in found:
+                    row = Row(run=str(folder), status="missing", note=f"the sweep was to have: {' '.join(typed)}")
+                    found[folder.resolve()] = Run(row, folder)
+    return list(found.values())
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _run(run: RunDir) -> Run:
+    if not run.results.exists():
+        return Run(Row(run=str(run.folder), status="unfinished", note=_progress(run)), run.folder)
+    try:
+        return _read(run, read_json(run.results))
+    # one run's broken file does not take the others' table away
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        return Run(Row(run=str(run.folder), status="results.json is broken", note=reason), run.folder)
+
+
+def _progress(run: RunDir) -> str:
+    """How far an unfinished run came, and the last error in the log of the round that it was at."""
+    try:
+        planned = len(read_json(run.plan)["rounds"])
+    except (UserError, KeyError, TypeError):
+        return "plan.json is broken"
+    done = len(list(run.folder.glob("rounds/*/outcome.json")))
+    note = f"{done} of {planned} rounds trained"
+    logs = sorted(run.folder.glob("rounds/*/worker.log")) + sorted(run.folder.glob("eval/*/worker.log"))
+    if logs:
+        last = max(logs, key=lambda path: path.stat().st_mtime)
+        lines = last.read_text(errors="replace")[-20_000:].splitlines()
+        errors = [line.strip() for line in lines if re.match(r"\s*(\[rank\d+\]:)?\s*[\w.]*(Error|Exception)\b", line)]
+        note += f"; {errors[-1][:200]}" if errors else ""
+    return note
+
+
+def _read(run: RunDir, results: dict[str, Any]) -> Run:
+    scores, metrics = _scores(results["eval"])
+    rounds, selection = results["rounds"], results["selection"]
+    passed = results["verification"]["passed"]
+    status = {True: "verified", False: "failed", None: "no model written"}[passed]
+    note = "; ".join(str(fault) for fault in results["verification"].get("faults", ()))[:300]
+    if passed is not False and not run.done.exists():
+        status, note = "unfinished", "results.json is there, but not DONE"
+    sequence = results.get("continual") or {}
+    seconds = [number(entry["train_seconds"]) for entry in rounds]
+    speeds = [(number(entry["tokens_per_second"]), s) for entry, s in zip(rounds, seconds, strict=True)
+              if "tokens_per_second" in entry and s > 0]  # fmt: skip
+    tasks = _tasks(sequence) if "R" in sequence else None
+    level, ratio = str(selection["level"]), number(selection["ratio"])
+    draws, problem = _draws(run)
+    row = Row(
+        run=str(run.folder),
+        status=status,
+        method=str(results["method"]),
+        selection=level if level == "all" else f"{level} {ratio:g}",
+        learning_rate=_maybe(results["learning_rate"]),
+        seed=results["seed"],
+        draw_seed=selection["seed"],
+        updated=_mean({entry["round"]: number(entry["updated_fraction"]) for entry in rounds}.values()),
+        skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
+        retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
+        train_seconds=sum(seconds),
+        peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
+        op=_maybe(sequence.get("OP")),
+        bwt=_maybe(sequence.get("BWT")),
+        continual=str(sequence.get("name", "seqft")) if tasks or sequence.get("name") == "lora" else "",
+        level=level,
+        ratio=1.0 if level == "all" else ratio,
+        tokens_per_second=sum(v * s for v, s in speeds) / sum(s for _, s in speeds) if speeds else None,
+        note="; ".join(part for part in (note, problem) if part),
+        scores=scores,
+    )
+    return Run(
+        row=row,
+        folder=run.folder,
+        stages=_stages(run, str(results["stage"])),
+        metrics=metrics,
+        tasks=tasks,
+        draws=draws,
+        setting=_setting(run, row, results),
+        hardware=_hardware(run),
+    )
+
+
+def number(value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: if it is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"a score or measure is {value}")
+    return value
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None else number(value)
+
+
+def _scores(evaluation: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """SUITE/TASK -> the task's own metric before and after, and its name; `data` is the suite of what was trained.
+
+    A task's own metric is the first; what follows is its error and counts.
+    """
+    scores, metrics = {}, {}
+    for suite, tasks in evaluation.get("before", {}).items():
+        for task, measured in tasks.items():
+            after = evaluation["after"][suite][task]
+            metric = next(iter(after))
+            scores[f"{suite}/{task}"] = {"before": number(measured[metric]), "after": number(after[metric])}
+            metrics[f"{suite}/{task}"] = str(metric)
+    return scores, metrics
+
+
+def _tasks(sequence: Mapping[str, Any]) -> Tasks:
+    names = tuple(str(name) for name in sequence["tasks"])
+    scores = tuple(tuple(_maybe(value) for value in row) for row in sequence["R"])
+    if len(scores) != len(names) or any(len(row) != len(names) for row in scores):
+        raise ValueError("R has not a row and a column for each task")
+    metrics = sequence.get("metrics") or [sequence.get("metric", "")] * len(names)
+    return Tasks(names, tuple(str(metric) for metric in metrics), scores)
+
+
+def _draws(run: RunDir) -> tuple[tuple[Drawn, ...], str]:
+    """The ledger, a draw for each round (a replay shares its round's), and what is wrong with it."""
+    try:
+        entries = read_json(run.draws)["rounds"]
+        drawn = {
+            int(entry["round"]): Drawn(
+                round=int(entry["round"]),
+                name=str(entry["name"]),
+                level=str(entry["level"]),
+                updated=frozenset(entry["updated"]),
+                frozen=frozenset(entry["frozen"]),
+            )
+            for entry in reversed(entries)
+        }
+    except (UserError, KeyError, TypeError, ValueError):
+        return (), "draws.json is missing or broken"
+    return tuple(drawn[number] for number in sorted(drawn)), ""
+
+
+def _stages(run: RunDir, first: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(entry["stage"]) for entry in read_json(run.plan)["rounds"])
+    except (UserError, KeyError, TypeError):
+        return (first,)
+
+
+def _setting(run: RunDir, row: Row, results: Mapping[str, Any]) -> dict[str, str]:
+    """What the run was set to, as text by key, without what only seeds or places it, and without what had no say in it
+    (the keys of a selection where all is updated, of replay without replay).
+    """
+    flat = {
+        "method.name": row.method, "selection.level": row.level, "selection.ratio": f"{row.ratio:g}",
+        "train.learning_rate": f"{row.learning_rate}", "model.name": str(results.get("model")),
+        "data.name": str(results.get("data")), "continual.name": row.continual,
+    }  # fmt: skip
+    if (values := _yaml(run.config)) is not None:
+        flat = dict(_flat(values)) | flat
+    idle = [r"continual\.score_unseen$"]
+    idle += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name != row.continual]
+    idle += [r"selection\.(ratio|balance|redraw)$"] if row.level == "all" else []
+    idle += [r"train\."] if row.method == "half_reset" else []
+    idle += [r"dpo\."] if "dpo" not in flat.get("method.stages", "") else []
+    return {k: v for k, v in flat.items() if k not in FREE and not any(re.match(pattern, k) for pattern in idle)}
+
+
+def _yaml(path: Path) -> dict[str, Any] | None:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    try:
+        values = yaml.load(path.read_text(), loader)
+    except (OSError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def _hardware(run: RunDir) -> str:
+    """What the run was made on: GPUs, or the number of CPUs."""
+    try:
+        made = read_json(run.environment)
+        gpus = [str(gpu).split(",")[0] for gpu in made["gpus"]]
+        return ", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus)) or f"{made['cpus']} CPUs"
+    except (UserError, KeyError, TypeError):
+        return ""
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+# ------------------------------------------------------------------------------------------------------ items, names
+
+
+def items(run: Run, task: str) -> tuple[list[float], list[float]] | None:
+    """What each item of SUITE/TASK scored before and after, the items of both only; None without such records."""
+    metric = run.metrics[task]
+    last = [run.folder / "eval" / "after", *sorted(run.folder.glob("eval/round-*"), reverse=True)]
+    after = next((folder for folder in last if folder.is_dir()), None)
+    if after is None:
+        return None
+    both = [_records(folder / f"{task}.jsonl", metric) for folder in (run.folder / "eval" / "before", after)]
+    if both[0] is None or both[1] is None:
+        return None
+    rows = [row for row in both[0] if row in both[1]]
+    return ([both[0][row] for row in rows], [both[1][row] for row in rows]) if rows else None
+
+
+def _records(path: Path, metric: str) -> dict[Any, float] | None:
+    """Row -> its score. None if there is no such file, or a line of it is not what it should be."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {line.get("row", i): number(line[metric]) for i, line in enumerate(lines)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def place(name: str) -> tuple[int, str] | None:
+    """Layer and matrix (with its bias) of a parameter's name; None outside the layers."""
+    found = re.search(r"\.(\d+)\.(.+?)(?:\.weight|\.bias)?$", name)
+    return (int(found.group(1)), found.group(2)) if found else None
+
+
+def called(matrices: Iterable[str]) -> dict[str, str]:
+    """Matrix -> a short name for a figure's edge, where no other has the same: q, gate, input_norm."""
+    names = list(matrices)
+    ends = [name.rsplit(".", 1)[-1].removesuffix("_proj").replace("layernorm", "norm") for name in names]
+    ends = [end.replace("attention", "attn").replace("feedforward", "ffn") for end in ends]
+    return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
+
+
+def category(matrix: str) -> str:
+    """attention, feed-forward, norm or other, by the usual names of matrices."""
+    if re.search(r"norm|(^|\.)ln_", matrix):
+        return "norm"
+    if re.search(r"attn|attention|(^|\.)(q|k|v|o|qkv)_proj", matrix):
+        return "attention"
+    if re.search(r"mlp|ffn|feed_forward|experts|fc\d|(gate|up|down)_proj|dense_|shared", matrix):
+        return "feed-forward"
+    return "other"
+
+
+# ------------------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """The counted runs of one setting, which differ in their seeds alone. `label` tells it from the other groups."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.runs[0].row
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Counted runs by setting, in the order of label, selection and learning rate, with labels as short as can be."""
+    by: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        if run.counted:
+            by.setdefault(run.key, []).append(run)
+    made = list(by.values())
+    texts: list[list[str]] = [[own[0].row.label] for own in made]
+
+    def told_apart(parts: Sequence[Sequence[str]]) -> int:
+        return len({tuple(part) for part in parts})
+
+    keys = ["selection.level", "selection.ratio", "train.learning_rate", "model.name", "data.name", "continual.name"]
+    every = {key for own in made for key in own[0].setting} - set(keys)
+    # what only some versions write comes last
+    common = {key for key in every if all(key in own[0].setting for own in made)}
+    keys += ["engine.name", "suite.name", *sorted(common), *sorted(every - common)]
+    shown = dict.fromkeys((key for key in keys if key.endswith(".name")), "{}")
+    shown |= {"selection.level": "{}", "selection.ratio": "{}", "train.learning_rate": "lr {}"}
+    for key in keys:
+        values = [own[0].setting.get(key, "") for own in made]
+        if key == "selection.level":  # FFT says it already
+            values = ["" if own[0].row.method in ("fft", "dpo") else own[0].row.level for own in made]
+        more = [
+            [*text, shown.get(key, key.rsplit(".", 1)[-1] + " {}").format(value) if value not in ("", "None") else ""]
+            for text, value in zip(texts, values, strict=True)
+        ]
+        if told_apart(more) > told_apart(texts):
+            texts = more
+    found = [
+        Group(" ".join(part if len(part) < 60 else part[:57] + "…" for part in text if part),
+              tuple(sorted(own, key=lambda run: (run.row.seed or 0, run.draw_seed or 0))))
+        for text, own in zip(texts, made, strict=True)
+    ]  # fmt: skip
+    return sorted(found, key=lambda g: (order(g.first.label), g.first.selection, g.first.learning_rate or 0, g.label))
+
+
+def order(label: str) -> tuple[int, str]:
+    """FFT first, then HFT, then Half-Reset, then the rest."""
+    known = ("FFT", "HFT", "Half-Reset", "DPO", "HFT-DPO", "LoRA")
+    return known.index(label.split(" + ")[0]) if label.split(" + ")[0] in known else len(known), label
