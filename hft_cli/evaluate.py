@@ -21,7 +21,7 @@ from typing import Any
 from hft_cli.data import Chat, chat_template, prompts, read_chats, tokenize
 from hft_cli.layout import MOST_TOKENS, positions
 from hft_cli.metrics import score
-from hft_cli.run_dir import Job, RoundDir, Task, read_json, write_json, write_text
+from hft_cli.run_dir import Job, RoundDir, Task, write_json, write_text
 from hft_cli.schema import UserError, locate
 
 Scores = dict[str, float]
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     try:
         job = Job.read(path)
-        write_json(Path(job.out), evaluate(job))
+        evaluate(job, RoundDir(path.parent))
     except UserError as error:
         write_text(path.parent / "mistake.txt", str(error))
         return 2
@@ -50,12 +50,11 @@ class _Model:
     longest: int  # positions
 
 
-def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
-    """Scores as suite -> task -> metric -> value: first the task's own in [0, 1], then its standard error and counts.
+def evaluate(job: Job, folder: RoundDir) -> None:
+    """Write each task's scores: first its own in [0, 1], then its standard error and counts.
 
     With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
     """
-    folder = RoundDir(Path(job.out).parent)
     todo = {
         (suite, name): (task, read_chats(locate(task.path), format=task.format, split="test"))
         for suite, tasks in job.tasks.items()
@@ -73,7 +72,6 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         write_text(kept.with_suffix(".jsonl"), "".join(lines))
         write_json(kept, scores)  # last: a task with it is done
-    return {suite: {name: read_json(folder.score(suite, name)) for name in tasks} for suite, tasks in job.tasks.items()}
 
 
 def _load(job: Job) -> _Model:

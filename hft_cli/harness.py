@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -21,7 +22,7 @@ from typing import Any
 
 from hft_cli.benchmarks import BENCHMARKS, BenchmarkConfig, parts, splits
 from hft_cli.data import chat_template
-from hft_cli.run_dir import read_json, write_json, write_text
+from hft_cli.run_dir import RoundDir, read_json, write_json, write_text
 from hft_cli.schema import ModelConfig, UserError, choose, from_dict
 
 Item = dict[str, Any]
@@ -69,15 +70,18 @@ def main(argv: list[str]) -> int:
         job = HarnessJob.read(path)
         if job.data_dir is not None:  # before anything imports the hub's library, which reads them then
             os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-        score(job)
+        score(job, RoundDir(path.parent).progress)
     except UserError as error:
         write_text(path.parent / "mistake.txt", str(error))
         return 2
     return 0
 
 
-def score(job: HarnessJob) -> None:
-    """Score what is to do, benchmark by benchmark; each one's file of scores is written last, when it is done."""
+def score(job: HarnessJob, progress: Path) -> None:
+    """Score what is to do, benchmark by benchmark; each one's file of scores is written last, when it is done.
+
+    `progress`: the file that the parent shows.
+    """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -86,6 +90,7 @@ def score(job: HarnessJob) -> None:
     model = load(job)
     for one in job.todo:
         start = time.perf_counter()
+        _show_progress(progress, one.name)
         tasks, notes = built[one.name]
         results = simple_evaluate(
             model=model,
@@ -100,10 +105,9 @@ def score(job: HarnessJob) -> None:
         cut = model.gather_object(sum(_cut(task, model) for task in tasks.values()))
         if results is None:  # not the first rank
             continue
-        items = list(_items(results["samples"]))
         settings = BenchmarkConfig(**one.settings) if one.settings is not None else None
-        measured = _measured(items, settings) if settings else _as_reported(results, tasks)
-        lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+        measured = _measured(results["samples"], settings) if settings else _as_reported(results, tasks)
+        lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in _items(results["samples"]))
         out = Path(one.out)
         write_text(out.with_suffix(".jsonl"), "".join(lines))
         write_json(
@@ -124,6 +128,21 @@ def score(job: HarnessJob) -> None:
         )
 
 
+def _show_progress(file: Path, benchmark: str) -> None:
+    """Have the harness's own bar, which is the first rank's, written into a file."""
+    from lm_eval.models import huggingface
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def refresh(self, *arguments: Any, **options: Any) -> Any:
+            if not self.disable and self.total:
+                at = {"step": self.n, "of": self.total, "loss": None, "tokens_per_second": None, "what": benchmark}
+                file.write_text(json.dumps(at))
+            return super().refresh(*arguments, **options)
+
+    huggingface.tqdm = Bar
+
+
 def load(job: HarnessJob) -> Any:
     """The model as the harness takes it, in the precision and with the chat template of the job."""
     import torch
@@ -134,7 +153,7 @@ def load(job: HarnessJob) -> Any:
     if job.model.chat_template is not None:
         tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
     attention = {} if job.model.attention is None else {"attn_implementation": job.model.attention}
-    return HFLM(
+    model = HFLM(
         pretrained=job.path,
         tokenizer=tokenizer,
         dtype=job.model.dtype,
@@ -142,6 +161,10 @@ def load(job: HarnessJob) -> Any:
         device="cuda" if torch.cuda.is_available() else "cpu",
         **attention,
     )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and model.world_size == 1:  # it shares the work out by itself only where it sees several GPUs
+        model._rank, model._world_size = int(os.environ["RANK"]), ranks
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -270,31 +293,36 @@ def _own_code_runner() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- scores
 
 
-def _items(samples: dict[str, list[Item]]) -> Iterator[Item]:
-    """One record of each item: task, number, prompt, target, responses and metrics ("metric" or "metric,filter")."""
+def _items(samples: Mapping[str, list[Item]]) -> Iterator[Item]:
+    """One record of each item; its scores stand under "metric" or "metric,filter", as in the means over them."""
     for task, records in samples.items():
         merged: dict[int, Item] = {}
         for record in records:
             item = merged.setdefault(
                 record["doc_id"],
                 {
+                    "row": f"{task}/{record['doc_id']}",
                     "task": task,
                     "item": record["doc_id"],
                     "prompt": record["arguments"][0][0],
                     "target": record["target"],
                     "choices": [argument[1] for argument in record["arguments"] if isinstance(argument[1], str)],
                     "responses": record["resps"],
-                    "metrics": {},
                 },
             )
-            suffix = "" if record["filter"] == "none" else f",{record['filter']}"
-            item["metrics"] |= {f"{metric}{suffix}": record[metric] for metric in record["metrics"]}
+            item |= {_name(metric, record): record[metric] for metric in record["metrics"]}
         yield from (merged[number] for number in sorted(merged))
 
 
-def _measured(items: Sequence[Item], settings: BenchmarkConfig) -> dict[str, Any]:
+def _name(metric: str, record: Mapping[str, Any]) -> str:
+    return metric if record["filter"] == "none" else f"{metric},{record['filter']}"
+
+
+def _measured(samples: Mapping[str, list[Item]], settings: BenchmarkConfig) -> dict[str, Any]:
     """Means over the items with their standard errors, the benchmark's own metric first, and the same by task."""
-    names = list(dict.fromkeys(name for item in items for name in item["metrics"]))
+    items = list(_items(samples))
+    records = [record for own in samples.values() for record in own]
+    names = list(dict.fromkeys(_name(metric, record) for record in records for metric in record["metrics"]))
     if settings.metric is not None:
         choose("metric", settings.metric, names)
         names = [settings.metric, *(name for name in names if name != settings.metric)]
@@ -303,7 +331,7 @@ def _measured(items: Sequence[Item], settings: BenchmarkConfig) -> dict[str, Any
         by_task.setdefault(item["task"], []).append(item)
 
     def values(name: str, own: Iterable[Item]) -> list[float]:
-        return [float(item["metrics"][name]) for item in own]
+        return [float(item[name]) for item in own]
 
     of_tasks = {
         task: {key: value for name in names for key, value in mean_and_error(name, values(name, own)).items()}
@@ -335,11 +363,10 @@ def _as_reported(results: dict[str, Any], tasks: dict[str, Any]) -> dict[str, An
     of_tasks = {}
     for task in tasks:
         figures = {
-            key.removesuffix(",none"): value
+            re.sub(r"^(.*)_stderr,(.*)$", r"\1,\2_stderr", key).replace(",none", ""): value
             for key, value in results["results"][task].items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        figures = {key.replace("_stderr,none", "_stderr"): value for key, value in figures.items()}
         of_tasks[task] = figures | {"items": results["n-samples"][task]["effective"]}
     if len(of_tasks) == 1:
         return {"scores": next(iter(of_tasks.values()))}
@@ -352,13 +379,21 @@ def _as_reported(results: dict[str, Any], tasks: dict[str, Any]) -> dict[str, An
 
 def _cut(task: Any, model: Any) -> int:
     """How many of this rank's prompts are too long for the model, so that the harness cuts their start."""
-    room = {
-        instance.args[0]: model.max_length - (instance.args[1].get("max_gen_toks") or model.max_gen_toks)
-        if isinstance(instance.args[1], dict)
-        else model.max_length + 1 - len(model.tok_encode(instance.args[1]))
-        for instance in task.instances
-    }
-    return sum(len(model.tok_encode(prompt)) > most for prompt, most in room.items())
+    lengths: dict[str, int] = {}
+    cut = set()
+    for instance in task.instances:
+        if instance.request_type not in ("generate_until", "loglikelihood"):
+            continue  # a whole text, which is scored window by window
+        prompt, rest = instance.args[:2]
+        if prompt not in lengths:
+            lengths[prompt] = len(model.tok_encode(prompt))
+        if isinstance(rest, dict):
+            most = model.max_length - (rest.get("max_gen_toks") or model.max_gen_toks)
+        else:
+            most = model.max_length + 1 - len(model.tok_encode(rest))
+        if lengths[prompt] > most:
+            cut.add(prompt)
+    return len(cut)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_cli.layout import MOST_TOKENS, positions
 from hft_cli.run_dir import RoundDir, read_json, write_json, write_text
 from hft_cli.schema import ModelConfig, UserError, from_dict, locate
 
@@ -319,7 +320,7 @@ def log_likelihoods(
     """
     import torch
 
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = positions(model.config.to_dict()) or MOST_TOKENS
     rows: dict[
         tuple[int, ...], list[tuple[int, int, int, int]]
     ] = {}  # input -> (pair, continuation, tokens, last token)
@@ -370,6 +371,31 @@ def _progress(file: Path) -> Callable[[int, int, int], None]:
     return tick
 
 
+def facts(asked: Sequence[Query], values: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """A record of each fact. Its `accuracy` is the share of its paraphrases in which the right answer is likeliest."""
+    found: dict[Fact, dict[str, Any]] = {}
+    for query, own in zip(asked, values, strict=True):
+        fact = query.fact
+        record = found.setdefault(
+            fact,
+            {
+                "row": f"{fact.relation}/{fact.subject}/{fact.answer}",
+                **asdict(fact),
+                "answers": query.answers,
+                "accuracy": 0.0,
+                "paraphrases": [],
+            },
+        )
+        right = own[0] > max(own[1:])  # a tie is not knowing
+        examples = [one.subject for one in query.examples]
+        record["paraphrases"].append(
+            {"pattern": query.pattern, "examples": examples, "log_likelihoods": own, "right": right}
+        )
+    for record in found.values():
+        record["accuracy"] = sum(one["right"] for one in record["paraphrases"]) / len(record["paraphrases"])
+    return list(found.values())
+
+
 def _write(
     out: Path,
     how: dict[str, Any],
@@ -379,18 +405,7 @@ def _write(
     seconds: float,
     seed: int,
 ) -> None:
-    items = []
-    for query, own in zip(asked, values, strict=True):
-        items.append(
-            {
-                **asdict(query.fact),
-                "pattern": query.pattern,
-                "examples": [one.subject for one in query.examples],
-                "answers": query.answers,
-                "log_likelihoods": own,
-                "right": float(own[0] > max(own[1:])),  # a tie is not knowing
-            }
-        )
+    items = facts(asked, values)
     write_text(out.with_suffix(".jsonl"), "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     write_json(
         out,
@@ -406,28 +421,25 @@ def _write(
 def measure(items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """Accuracy of each relation with its 95% interval, and the mean over relations (macro).
 
-    A fact counts the share of its paraphrases that it is right in. The intervals are percentiles over resampled facts,
-    since the paraphrases of one fact stand or fall together.
+    The intervals are percentiles over resampled facts, since the paraphrases of one fact stand or fall together.
     """
     import numpy as np
 
-    facts: dict[str, dict[tuple[str, str], list[float]]] = {}
-    chance: dict[str, list[float]] = {}
+    of_relation: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
-        facts.setdefault(item["relation"], {}).setdefault((item["subject"], item["answer"]), []).append(item["right"])
-        chance.setdefault(item["relation"], []).append(1 / len(item["answers"]))
+        of_relation.setdefault(item["relation"], []).append(item)
     random = np.random.default_rng(seed)
     relations, resampled = {}, []
-    for relation, own in facts.items():
-        shares = np.array([sum(right) / len(right) for right in own.values()])
+    for relation, own in of_relation.items():
+        shares = np.array([item["accuracy"] for item in own])
         means = shares[random.integers(len(shares), size=(RESAMPLES, len(shares)))].mean(axis=1)
         resampled.append(means)
         relations[relation] = {
             "accuracy": float(shares.mean()),
             **_interval(means),
-            "chance": sum(chance[relation]) / len(chance[relation]),
+            "chance": sum(1 / len(item["answers"]) for item in own) / len(own),
             "facts": len(own),
-            "paraphrases": max(len(right) for right in own.values()),
+            "paraphrases": max(len(item["paraphrases"]) for item in own),
         }
     macro = np.mean(resampled, axis=0)
     scores = {

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import comb
 from pathlib import Path
@@ -92,10 +93,11 @@ class CodeEval:
         self, references: list[str], predictions: list[list[str]], k: list[int]
     ) -> tuple[dict[str, float], dict[int, list[Any]]]:
         """The mean over problems of pass@k for each k that there are programs enough for, and what each came to."""
-        found = {
-            number: [run(f"{program}\n{test}") for program in programs]
-            for number, (test, programs) in enumerate(zip(references, predictions, strict=True))
-        }
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # a program that never ends takes its seconds alone
+            found = {
+                number: list(threads.map(run, [f"{program}\n{test}" for program in programs]))
+                for number, (test, programs) in enumerate(zip(references, predictions, strict=True))
+            }
         figures = {}
         for most in k:
             if all(len(ends) >= most for ends in found.values()):
