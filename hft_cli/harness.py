@@ -1,6 +1,7 @@
 """Worker: one model's scores on benchmarks of lm-evaluation-harness. Started as `python -m hft_cli.harness JOB.json`.
 
-With several ranks (torchrun) each scores a share of the items, and the first puts them together.
+With several ranks (torchrun) each answers a share of the requests. The harness itself is kept from knowing: it would
+draw other examples for other numbers of ranks, and stop where a task has fewer items than there are ranks.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -20,12 +22,14 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from hft_cli import sandbox
 from hft_cli.benchmarks import BENCHMARKS, BenchmarkConfig, parts, splits
 from hft_cli.data import chat_template
 from hft_cli.run_dir import RoundDir, read_json, write_json, write_text
 from hft_cli.schema import ModelConfig, UserError, choose, from_dict
 
 Item = dict[str, Any]
+PATIENCE = timedelta(weeks=1)  # of the other ranks, while the first one runs programs
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,16 @@ def score(job: HarnessJob, progress: Path) -> None:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank:  # the first one runs the programs
+        sandbox.run = lambda program: "left to the first rank"  # type: ignore[assignment,misc]
     none = TaskManager(include_defaults=False)
     built = {one.name: build(one, job) for one in job.todo}  # before the model: what is wrong with files shows here
-    model = load(job)
+    model = load(job, rank, ranks)
     for one in job.todo:
         start = time.perf_counter()
-        _show_progress(progress, one.name)
+        if rank == 0:
+            _show_progress(progress, one.name)
         tasks, notes = built[one.name]
         results = simple_evaluate(
             model=model,
@@ -99,11 +107,10 @@ def score(job: HarnessJob, progress: Path) -> None:
             limit=one.limit,
             apply_chat_template=one.chat,
             bootstrap_iters=1000,
-            torch_random_seed=job.seed,
+            torch_random_seed=job.seed + rank,  # or several ranks would draw the same samples of one prompt
             confirm_run_unsafe_code=True,  # that it may run was checked before this worker was started
         )
-        cut = model.gather_object(sum(_cut(task, model) for task in tasks.values()))
-        if results is None:  # not the first rank
+        if rank:
             continue
         settings = BenchmarkConfig(**one.settings) if one.settings is not None else None
         measured = _measured(results["samples"], settings) if settings else _as_reported(results, tasks)
@@ -118,7 +125,7 @@ def score(job: HarnessJob, progress: Path) -> None:
                 "limit": one.limit,
                 "chat": one.chat,
                 "lm_eval": version("lm-eval"),
-                "prompts_cut": sum(cut),
+                "prompts_cut": sum(_cut(task, model) for task in tasks.values()),
                 "seconds": round(time.perf_counter() - start, 1),
                 "versions": {name: results["versions"].get(name) for name in tasks},
                 "shots": results["n-shot"],
@@ -126,6 +133,11 @@ def score(job: HarnessJob, progress: Path) -> None:
                 **notes,
             },
         )
+    if ranks > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _show_progress(file: Path, benchmark: str) -> None:
@@ -143,7 +155,7 @@ def _show_progress(file: Path, benchmark: str) -> None:
     huggingface.tqdm = Bar
 
 
-def load(job: HarnessJob) -> Any:
+def load(job: HarnessJob, rank: int = 0, ranks: int = 1) -> Any:
     """The model as the harness takes it, in the precision and with the chat template of the job."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -153,18 +165,39 @@ def load(job: HarnessJob) -> Any:
     if job.model.chat_template is not None:
         tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
     attention = {} if job.model.attention is None else {"attn_implementation": job.model.attention}
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # which the harness would go by
+        os.environ.pop(name, None)
     model = HFLM(
         pretrained=job.path,
         tokenizer=tokenizer,
         dtype=job.model.dtype,
         batch_size=job.batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         **attention,
     )
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and model.world_size == 1:  # it shares the work out by itself only where it sees several GPUs
-        model._rank, model._world_size = int(os.environ["RANK"]), ranks
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=PATIENCE)
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(model, name, _shared(getattr(model, name), rank, ranks))
     return model
+
+
+def _shared(answer: Callable[..., list[Any]], rank: int, ranks: int) -> Callable[..., list[Any]]:
+    """A model's method, with its requests shared out over the ranks; each rank gets all answers."""
+
+    def share(requests: list[Any], **options: Any) -> list[Any]:
+        import torch.distributed
+
+        mine = requests[rank::ranks]
+        gathered: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(gathered, answer(mine, **options) if mine else [])
+        whole: list[Any] = [None] * len(requests)
+        for number, own in enumerate(gathered):
+            whole[number::ranks] = own
+        return whole
+
+    return share
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -378,7 +411,7 @@ def _as_reported(results: dict[str, Any], tasks: dict[str, Any]) -> dict[str, An
 
 
 def _cut(task: Any, model: Any) -> int:
-    """How many of this rank's prompts are too long for the model, so that the harness cuts their start."""
+    """How many prompts are too long for the model, so that the harness cuts their start."""
     lengths: dict[str, int] = {}
     cut = set()
     for instance in task.instances:
@@ -397,10 +430,4 @@ def _cut(task: Any, model: Any) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and status == 0:
-        import torch.distributed
-
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def score(job: ProbeJob, progress: Path) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if ranks > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(weeks=1))
     tokenizer = AutoTokenizer.from_pretrained(job.path)
     if job.model.chat_template is not None:
         tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)

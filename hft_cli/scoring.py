@@ -186,7 +186,8 @@ def score(
         if taken := known.take(keys):
             say(f"{model.path.name} has been scored before: {taken} of {len(cells)} taken from {known.kept()}.")
     new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
-    folder.folder.mkdir(parents=True, exist_ok=True)
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
     _score_rows(new, suite, model, folder, generation or GenerationConfig(), seed)
     _score_benchmarks(new, suite, model, folder, ranks)
     _score_probes(new, suite, model, folder, ranks)
