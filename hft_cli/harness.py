@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from difflib import get_close_matches
@@ -86,9 +86,10 @@ def score(job: HarnessJob, progress: Path) -> None:
 
     `progress`: the file that the parent shows.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
+    evaluator.add_env_info = lambda results: None  # pip's list of all packages, anew for each benchmark
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank:  # the first one runs the programs
         sandbox.run = lambda program: "left to the first rank"  # type: ignore[assignment,misc]
@@ -100,7 +101,7 @@ def score(job: HarnessJob, progress: Path) -> None:
         if rank == 0:
             _show_progress(progress, one.name)
         tasks, notes = built[one.name]
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=model,
             tasks=list(tasks.values()),
             task_manager=none,
@@ -230,7 +231,7 @@ def build(one: Todo, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
     notes: dict[str, Any] = {}
     if job.data_dir is not None:
         specs, notes = _local(one.name, specs, known, pattern, settings, Path(job.data_dir))
-    with _own_code_runner():
+    with _own_code_runner() if benchmark.runs_code else nullcontext():
         loaded = manager.load([{"group": one.name, "task": specs}])
     return dict(loaded["tasks"]), notes
 

@@ -1,19 +1,27 @@
-"""hft eval: benchmarks from local files scored by command, kept results, mistakes."""
+"""Suites scored by hft eval and by hft train: benchmarks from local files, kept results, ranks, mistakes."""
 
 from __future__ import annotations
 
+import importlib
 import json
-import shutil
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import hft
+from conftest import environment, hft
 from eval_files import write
 
+from hft_cli import runner, scoring
 from hft_cli.benchmarks import parts, settings, splits
-from hft_cli.schema import PACKAGE, EvalConfig, ModelConfig, RunConfig, SuiteConfig, UserError
+from hft_cli.layout import from_folder
+from hft_cli.methods import draws, steps
+from hft_cli.run_dir import RoundDir
+from hft_cli.runner import run
+from hft_cli.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig, UserError, locate
+from hft_cli.scoring import Scored, read_suite, run_eval, score, scores_of
+from hft_cli.weights import fetch, weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +48,13 @@ def scored(data_dir, tmp_path_factory) -> tuple[Path, str]:
     return out, done.out
 
 
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_a_suite_is_scored_from_files_with_errors_versions_and_items(scored):
-    folder = scored[0] / "eval" / "quick"
-    one = json.loads((folder / "results.json").read_text())["models"]["model"]
+    folder = scored[0] / "eval"
+    one = json.loads((folder / "quick.json").read_text())["models"]["model"]
     scores, details = one["eval"]["quick"], one["details"]
     assert set(scores) == {"nq_open", "hotpotqa", "truthfulqa_mc2", "mmlu", "humaneval"}
     assert list(scores["mmlu"])[:2] == ["acc", "acc_stderr"]
@@ -51,53 +63,169 @@ def test_a_suite_is_scored_from_files_with_errors_versions_and_items(scored):
     assert len(details["mmlu"]["tasks_without_rows"]) == 56
     assert details["nq_open"]["versions"] == {"nq_open": 4.0}
     assert details["nq_open"]["limit"] == 2
-    items = [json.loads(line) for line in (folder / "model" / details["nq_open"]["items"]).read_text().splitlines()]
-    assert [item["item"] for item in items] == [0, 1]
+    items = lines(folder / details["nq_open"]["items"])
+    assert [item["row"] for item in items] == ["nq_open/0", "nq_open/1"]
     assert items[0]["target"] == ["the 0", "0"]
     assert "<|assistant|>" in items[0]["prompt"]  # through the embedded model's chat template
 
 
+def test_each_item_has_its_score_under_the_name_of_the_benchmark_s_metric(scored):
+    folder = scored[0] / "eval"
+    one = json.loads((folder / "quick.json").read_text())["models"]["model"]
+    for name, scores in one["eval"]["quick"].items():
+        metric, mean = next(iter(scores.items()))
+        values = [item[metric] for item in lines(folder / one["details"][name]["items"])]
+        assert sum(values) / len(values) == pytest.approx(mean)
+
+
 def test_what_is_kept_is_not_scored_again_and_other_results_stay(scored, data_dir):
     out, said = scored
-    folder = out / "eval" / "quick"
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")}
-    results = json.loads((folder / "results.json").read_text())
-    for more in ((), ("suite.only=[nq_open]", "suite.batch_size=3")):
-        again = hft(*ONE_RANK, *more, f"suite.data_dir={data_dir}", f"output_dir={out}")
-        assert again.status == 0, again.err
-        assert "Scoring" not in again.err
-        assert again.out == said
-        assert json.loads((folder / "results.json").read_text()) == results
-    assert {path: path.stat().st_mtime_ns for path in (folder / "model").glob("*.json*")} == kept
+    files = {path: path.stat().st_mtime_ns for path in (out / "eval" / "model" / "quick").iterdir()}
+    results = json.loads((out / "eval" / "quick.json").read_text())
+    one_of_them = ("suite.only=[nq_open]", "suite.batch_size=3")
+    again = hft(*ONE_RANK, *one_of_them, f"suite.data_dir={data_dir}", f"output_dir={out}")
+    assert again.status == 0, again.err
+    assert "Scoring" not in again.err
+    assert again.out == said
+    assert json.loads((out / "eval" / "quick.json").read_text()) == results
+    assert {path: path.stat().st_mtime_ns for path in (out / "eval" / "model" / "quick").iterdir()} == files
 
 
 def test_two_ranks_score_what_one_does(scored, data_dir, tmp_path):
     done = hft(
-        *ONE_RANK, "suite.only=[nq_open,truthfulqa_mc2]", "engine.num_processes=2", f"suite.data_dir={data_dir}",
-        f"output_dir={tmp_path}",
+        *ONE_RANK, "suite.only=[nq_open,truthfulqa_mc2]", "engine=zero2", "engine.num_processes=2",
+        f"suite.data_dir={data_dir}", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert done.status == 0, done.err
-    files = sorted((tmp_path / "eval" / "quick" / "model").glob("*.jsonl"))
+    files = sorted((tmp_path / "eval" / "model" / "quick").glob("*.jsonl"))
     assert len(files) == 2
     for file in files:
-        one = scored[0] / "eval" / "quick" / "model" / file.name
-        items = [[json.loads(line) for line in path.read_text().splitlines()] for path in (one, file)]
-        assert len(items[0]) == len(items[1]) > 0
-        for alone, shared in zip(*items, strict=True):
-            assert (alone["prompt"], alone["item"]) == (shared["prompt"], shared["item"])
-            assert alone["metrics"] == pytest.approx(shared["metrics"], abs=1e-5)
+        alone, shared = lines(scored[0] / "eval" / "model" / "quick" / file.name), lines(file)
+        assert [item["prompt"] for item in alone] == [item["prompt"] for item in shared]
+        numbers = [{key: value for key, value in item.items() if isinstance(value, float)} for item in alone]
+        assert all(numbers)
+        assert [{key: item[key] for key in own} for own, item in zip(numbers, shared, strict=True)] == [
+            pytest.approx(own, abs=1e-5) for own in numbers
+        ]
+    log = (tmp_path / "eval" / "model" / "worker.log").read_text()
+    assert "Running generate_until requests: 100%|██████████| 1/1" in log  # half of the two
 
 
-def test_a_run_is_scored_below_itself_before_and_after(tmp_path):
-    config = RunConfig(output_dir=str(tmp_path), model=ModelConfig(name="pocket", path="pocket:model"))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
-    (tmp_path / "DONE").touch()
-    shutil.copytree(PACKAGE / "pocket" / "model", tmp_path / "model")
-    done = hft("eval", f"run={tmp_path}", "models=[before,after]")
-    assert done.status == 0, done.err
-    models = json.loads((tmp_path / "eval" / "pocket" / "results.json").read_text())["models"]
-    assert [models[when]["eval"]["pocket"]["facts"]["exact_match"] for when in ("before", "after")] == [1.0, 1.0]
-    assert models["after"]["path"] == str(tmp_path / "model")
+def test_the_requests_of_a_model_are_shared_out_and_put_together_in_order(monkeypatch):
+    import torch
+
+    from hft_cli.harness import _shared
+
+    heard = {}
+
+    def gather(gathered: list, own: list) -> None:
+        gathered[:] = [heard[0], own] if own == heard[1] else [own, heard[1]]
+
+    def answer(requests: list[int]) -> list[int]:
+        return [10 * request for request in requests]
+
+    heard = {rank: answer([1, 2, 3][rank::2]) for rank in (0, 1)}
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert [_shared(answer, rank, 2)([1, 2, 3]) for rank in (0, 1)] == [[10, 20, 30]] * 2
+
+
+# ----------------------------------------------------------------------------------------------------- runs, in process
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[str]:
+    """Scoring workers run in this process, which saves their start; training workers do not. Returns what was run."""
+    started = []
+
+    def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None) -> None:
+        started.append(f"{folder.folder.name}/{job.stem}")
+        assert importlib.import_module(module).main([str(job)]) == 0, folder.mistake.read_text()
+
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(scoring, "work", work)
+    return started
+
+
+def config(out: Path, data_dir: Path, **more) -> RunConfig:
+    """A run of a few steps whose suite has a benchmark, a probe and a set of rows."""
+    run = RunConfig(output_dir=str(out), **more)
+    run.model = ModelConfig(name="pocket", path="pocket:model")
+    run.data.name, run.data.path = "order", "pocket:skills/order/train.jsonl"
+    run.method.name, run.engine.name = "hft", "single"
+    run.train.batch_size = run.train.micro_batch_size = 4
+    run.train.max_steps, run.train.max_length = 2, 64
+    run.suite = SuiteConfig(
+        name="mixed",
+        data_dir=str(data_dir),
+        limit=2,
+        benchmarks={"nq_open": {"shots": 2, "max_new_tokens": 8, "metric": "exact_match,remove_whitespace"}},
+        probe={"facts": {"facts": "pocket:facts.jsonl"}},
+        tasks={"facts": "pocket:facts.jsonl"},
+    )
+    return run
+
+
+def test_a_run_scores_benchmarks_and_probes_before_and_after_and_its_start_once_for_all_runs(here, data_dir, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    ran = run(config(tmp_path / "a", data_dir), [])
+    assert here == [f"{when}/{job}" for when in ("before", "after") for job in ("job", "harness", "probe")]
+    scores = json.loads(ran.results.read_text())["eval"]
+    for when in ("before", "after"):
+        assert scores[when].keys() == {"mixed"}
+        own = {name: next(iter(values)) for name, values in scores[when]["mixed"].items()}
+        assert own == {
+            "facts": "exact_match", "nq_open": "exact_match,remove_whitespace", "facts_ranking": "accuracy",
+        }  # fmt: skip
+        for name, metric in own.items():
+            items = lines(ran.folder / "eval" / when / "mixed" / f"{name}.jsonl")
+            assert len(items) == scores[when]["mixed"][name]["items"]
+            assert len({item["row"] for item in items}) == len(items)
+            assert all(0 <= item[metric] <= 1 for item in items)
+    assert scores["before"]["mixed"]["facts"]["exact_match"] > 0.98
+    assert scores["before"]["mixed"]["facts_ranking"]["accuracy"] > 0.8
+
+    # Cut off before its end and continued, it scores nothing twice.
+    here.clear()
+    ran.done.unlink()
+    run(config(tmp_path / "a", data_dir), [])
+    assert here == []
+
+    # What another run, or hft eval, starts from is known, whatever the seed of training is.
+    other = config(tmp_path / "b", data_dir, seed=7)
+    base = fetch(locate("pocket:model"))
+    started, suite = Scored(base, other.model, weights_hash(base), shared=True), read_suite(other.suite)
+    assert scores_of(score(suite, started, RoundDir(tmp_path / "b"), seed=7)) == scores["before"]
+    asked = EvalConfig(run=str(ran.folder), models=["before"], output_dir="", suite=other.suite)
+    asked.model, asked.engine = other.model, other.engine
+    file = run_eval(asked)
+    assert json.loads(file.read_text())["models"]["before"]["eval"] == scores["before"]
+    assert here == []
+
+
+def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def note(suite, model, folder, **options):
+        asked.append((folder.folder.name, *suite.tasks, *suite.benchmarks, *suite.probes))
+        return {}
+
+    monkeypatch.setattr(runner, "score", note)
+    monkeypatch.setattr(runner, "_round", lambda where, step, chosen, model, *rest: model)
+    monkeypatch.setattr(runner, "read_json", lambda path: {"base_sha256": "", "rounds": [{}, {}]})
+    monkeypatch.setattr(runner, "_finish", lambda where, *rest: where)
+    two = config(tmp_path, data_dir)
+    two.data.path = ["pocket:skills/order/train.jsonl", "pocket:skills/backwards/train.jsonl"]
+    two.method.save_model = False  # there is no model to be put into place
+    monkeypatch.setattr(runner, "fetch", lambda place, *rest: Path("base"))
+    where = runner.RunDir(tmp_path)
+    base = fetch(locate("pocket:model"))
+    plan, drawn = steps(two), draws(two, from_folder(base, {}))
+    runner._walk(where, two, plan, drawn, base, read_suite(two.suite))
+    whole = ("facts", "nq_open", "facts_ranking")
+    assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -123,20 +251,39 @@ def test_a_mistake_is_one_line_that_says_how_to_mend_it(arguments, said, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_refuses_a_suite_that_only_eval_scores(tmp_path):
-    done = hft("train", "+method=hft", "suite=knowledge", cwd=tmp_path)
-    assert done.status == 2
-    assert "hft eval run=RUN suite=knowledge" in done.err
+def test_training_refuses_what_eval_would_before_anything_is_written(tmp_path, data_dir):
+    for change, said in (
+        ({"data_dir": "/nowhere"}, "suite.data_dir=/nowhere is not a folder"),
+        ({"benchmarks": {"humaneval": {}}}, "suite.allow_code=true"),
+        ({"chat": "maybe"}, "Unknown suite.chat 'maybe'"),
+        ({"only": ["nq_opn"]}, "Did you mean 'nq_open'?"),
+    ):
+        asked = config(tmp_path / "run", data_dir)
+        asked.suite = replace(asked.suite, **change)
+        with pytest.raises(UserError, match=re.escape(said)):
+            run(asked, [])
+        assert list(tmp_path.iterdir()) == []
+    unsaved = config(tmp_path / "run", data_dir)
+    unsaved.method.name, unsaved.method.save_model, unsaved.model.base = "half_reset", False, "pocket:model"
+    with pytest.raises(UserError, match=r"method\.save_model=false leaves no model"):
+        run(unsaved, [])
+
+
+def test_a_start_whose_weights_changed_is_not_scored_as_a_run_s_start(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config(tmp_path, tmp_path))))
+    (tmp_path / "plan.json").write_text('{"base_sha256": "0"}')
+    (tmp_path / "DONE").touch()
+    suite = SuiteConfig(name="pocket", tasks={"facts": "pocket:facts.jsonl"})
+    asked = EvalConfig(run=str(tmp_path), output_dir="", models=["before"], suite=suite)
+    asked.model, asked.engine.name = ModelConfig(name="m", path="m"), "single"
+    with pytest.raises(UserError, match="have changed since the run"):
+        run_eval(asked)
 
 
 def test_without_the_harness_the_mistake_says_what_to_install(monkeypatch):
-    from hft_cli import scoring
-
     monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
-    config = EvalConfig(output_dir="x", suite=SuiteConfig(name="knowledge", benchmarks={"nq_open": {}}))
-    config.engine.name, config.model.name, config.model.path = "single", "m", "pocket:model"
     with pytest.raises(UserError, match=r"pip install 'hft-cli\[eval\]'"):
-        scoring._check(config)
+        read_suite(SuiteConfig(name="knowledge", benchmarks={"nq_open": {}}))
 
 
 def test_settings_of_a_benchmark_are_checked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,6 +52,12 @@ ON_THE_HUB = {
     "humaneval": ("humaneval", {"test": HUMANEVAL}, {}),
 }
 ANSWERS = ("so the answer is False.", "The answer is 4. #### 4", "the 0", "A", "0 taloa", "    return x + x\n", "h")
+
+
+@pytest.fixture(autouse=True)
+def _no_list_of_packages(monkeypatch):
+    """The harness asks pip for one at each evaluation."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 def canned():
@@ -107,7 +114,7 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
 
     monkeypatch.setattr(lm_eval.api.task.datasets, "load_dataset", hub)
     manager = TaskManager(include_path=_tasks() / BENCHMARKS[name].place, include_defaults=False)
-    with _own_code_runner():  # the stock task fetches its runner from the hub
+    with _own_code_runner() if name == "humaneval" else nullcontext():  # the stock task fetches it from the hub
         stock = evaluated(manager.load([task])["tasks"].values(), config.shots)
 
     assert local["versions"] == stock["versions"]
@@ -119,14 +126,14 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
 
 
 def test_what_the_canned_model_says_is_sometimes_right_so_that_the_comparison_means_something(data_dir):
-    from hft_cli.harness import HarnessJob, Todo, _items, _measured, build
+    from hft_cli.harness import HarnessJob, Todo, _measured, build
 
     found = {}
     for name in ("bbh", "humaneval", "hotpotqa"):
         config = settings(name, {"shots": 0} if name == "hotpotqa" else {})
         todo = Todo(name, asdict(config), None, False, "")
         tasks, _ = build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
-        found[name] = _measured(list(_items(evaluated(tasks.values(), None)["samples"])), config)["scores"]
+        found[name] = _measured(evaluated(tasks.values(), None)["samples"], config)["scores"]
     assert found["bbh"]["exact_match,get-answer"] == 0.5
     assert found["bbh"]["exact_match,get-answer_stderr"] == pytest.approx(0.5)
     assert found["humaneval"]["pass@1,create_test"] == 0.0

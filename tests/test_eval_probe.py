@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import hft
 
-from hft_cli.probe import ProbeConfig, log_likelihoods, measure, queries, read, settings, text
-from hft_cli.schema import PACKAGE, UserError
+from hft_cli.probe import ProbeConfig, ProbeJob, facts, log_likelihoods, measure, queries, read, score, settings, text
+from hft_cli.schema import PACKAGE, ModelConfig, UserError
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi",
@@ -136,13 +134,24 @@ def test_a_row_longer_than_the_model_loses_its_start_and_is_counted(pocket):
     assert all(own[0] < 0 for own in found)
 
 
-def item(relation: str, subject: str, right: bool) -> dict:
-    return {"relation": relation, "subject": subject, "answer": "x", "answers": ["x", "y"], "right": float(right)}
+def item(relation: str, subject: str, *right: bool) -> dict:
+    shares = {"accuracy": sum(right) / len(right), "paraphrases": [{"right": one} for one in right]}
+    return {"relation": relation, "subject": subject, "answer": "x", "answers": ["x", "y"], **shares}
+
+
+def test_a_record_of_a_fact_holds_its_paraphrases_and_the_share_that_is_right(probe):
+    asked = queries(probe, seed=1)[:4]
+    assert asked[0].fact == asked[1].fact != asked[2].fact
+    first, second = facts(asked, [[-1.0, -2.0], [-2.0, -2.0], [-1.0, -2.0], [-1.0, -3.0]])
+    assert first["accuracy"] == 0.5  # a tie is not knowing
+    assert second["accuracy"] == 1.0
+    assert [one["right"] for one in first["paraphrases"]] == [True, False]
+    assert first["row"] != second["row"]
 
 
 def test_intervals_are_over_facts_so_that_repeating_paraphrases_adds_no_certainty():
     once = [item("a", str(n), n % 2 == 0) for n in range(40)]
-    often = [one for one in once for _ in range(5)]
+    often = [item("a", str(n), *[n % 2 == 0] * 5) for n in range(40)]
     assert measure(once, seed=0)["scores"] == measure(often, seed=0)["scores"]
     scores = measure(once, seed=0)["scores"]
     assert scores["accuracy"] == 0.5
@@ -157,14 +166,12 @@ def test_the_mean_is_over_relations_and_not_over_facts():
     assert measured["scores"]["chance"] == 0.5
 
 
-def test_the_suite_scores_the_embedded_facts_both_ways_and_pararel_from_files(probe, tmp_path):
-    data = Path(probe.facts).parents[1]
-    done = hft("eval", "suite=probe", f"suite.data_dir={data}", "suite.limit=5", f"output_dir={tmp_path}")
-    assert done.status == 0, done.err
-    results = json.loads((tmp_path / "eval" / "probe" / "results.json").read_text())["models"]["model"]
-    scores = results["eval"]["probe"]
-    assert scores["pocket_facts"]["exact_match"] > 0.99
-    assert scores["pocket_facts_ranking"]["accuracy"] > 0.9
-    assert scores["pocket_facts_ranking"]["items"] == 30  # five facts of each of six relations
-    assert scores["pararel_ranking"]["items"] == 5
-    assert set(results["details"]["pararel_ranking"]["relations"]["capital"]) >= {"accuracy", "accuracy_low", "chance"}
+def test_a_probe_from_files_is_scored_by_relation(probe, tmp_path):
+    out = tmp_path / "scores.json"
+    job = ProbeJob(ModelConfig(), str(PACKAGE / "pocket" / "model"), {"p": probe}, {"p": str(out)}, 5, False, 8, 42)
+    score(job, tmp_path / "progress.json")
+    found = json.loads(out.read_text())
+    assert found["scores"]["items"] == 5
+    assert set(found["relations"]["capital"]) >= {"accuracy", "accuracy_low", "chance"}
+    assert found["relations"]["capital"]["paraphrases"] == 2
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 5
