@@ -34,17 +34,16 @@ What there is to set:                 hft train --help"""
 def main() -> None:
     """Entry point. Exit status: 0 done, 2 a user's mistake, 1 anything else, 128+n for signal n."""
     signal.signal(signal.SIGTERM, _interrupt)
+    argv = sys.argv[1:]
     try:
-        status = _command(sys.argv[1:])
+        status = _command(argv)
     except UserError as error:
         print(f"hft: {error}", file=sys.stderr)
         status = 2
-    except Stopped as stop:
-        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
-        status = 128 + stop.number
-    except KeyboardInterrupt:
-        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
-        status = 128 + signal.SIGINT
+    except (Stopped, KeyboardInterrupt) as stop:
+        again = " with resume=true" if argv[0] == "train" else ""
+        print(f"hft: stopped. The same command{again} continues.", file=sys.stderr)
+        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"hft: {error.strerror}: {error.filename}", file=sys.stderr)
         status = 2

@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from hft_cli.data import Chat, chat_template, prompts, read_chats, tokenize
 from hft_cli.layout import MOST_TOKENS, positions
-from hft_cli.metrics import score
+from hft_cli.metrics import mean_and_error, score
 from hft_cli.run_dir import Job, RoundDir, Task, write_json, write_text
 from hft_cli.schema import UserError, locate
 
@@ -134,7 +133,7 @@ def _teacher_forced(
         tick(len(batch), sum(in_row))
     tick(made.dropped, 0)
     ordered = [{"row": index, **items[index]} for index in sorted(items)]
-    share = _mean_and_error("exact_match", [item["exact_match"] for item in ordered])
+    share = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
     return {**share, "nll": nll / tokens, "items": len(rows), "items_too_long": made.dropped}, ordered
 
 
@@ -185,7 +184,7 @@ def _generated(
             zip(made.texts, predictions, made.answers, values, strict=True)
         )
     ]
-    return {**_mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
+    return {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -193,13 +192,6 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _mean_and_error(metric: str, values: Sequence[float]) -> Scores:
-    """The mean and its standard error over the items."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return {metric: mean, f"{metric}_stderr": sqrt(spread / len(values))}
 
 
 def _progress(folder: RoundDir, total: int) -> Callable[[int, int], None]:

@@ -25,6 +25,7 @@ from typing import Any
 from hft_cli import sandbox
 from hft_cli.benchmarks import BENCHMARKS, BenchmarkConfig, parts, splits
 from hft_cli.data import chat_template
+from hft_cli.metrics import mean_and_error
 from hft_cli.run_dir import RoundDir, read_json, write_json, write_text
 from hft_cli.schema import ModelConfig, UserError, choose, from_dict
 
@@ -232,8 +233,18 @@ def build(one: Todo, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
     if job.data_dir is not None:
         specs, notes = _local(one.name, specs, known, pattern, settings, Path(job.data_dir))
     with _own_code_runner() if benchmark.runs_code else nullcontext():
-        loaded = manager.load([{"group": one.name, "task": specs}])
-    return dict(loaded["tasks"]), notes
+        tasks = dict(manager.load([{"group": one.name, "task": specs}])["tasks"])
+    _check_metric(one.name, settings.metric, next(iter(tasks.values())))
+    return tasks, notes
+
+
+def _check_metric(name: str, metric: str | None, task: Any) -> None:
+    """Refuse a metric that the task does not have, before anything is scored."""
+    own = [spec["metric"] for spec in task.config.metric_list or ()]
+    if metric is None or any(callable(one) for one in own):  # a function's metrics are known once it was called
+        return
+    filters = [spec["name"] for spec in task.config.filter_list or ()] or ["none"]
+    choose(f"suite.benchmarks.{name}.metric", metric, [_name(one, {"filter": f}) for one in own for f in filters])
 
 
 def _tasks() -> Path:
@@ -383,13 +394,6 @@ def _measured(samples: Mapping[str, list[Item]], settings: BenchmarkConfig) -> d
             scores |= mean_and_error(name, values(name, items))
     scores["items"] = len(items)
     return {"scores": scores, **({"tasks": of_tasks} if len(of_tasks) > 1 else {})}
-
-
-def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The mean and its standard error over items."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return {name: mean, f"{name}_stderr": sqrt(spread / len(values))}
 
 
 def _as_reported(results: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:

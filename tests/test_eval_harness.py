@@ -11,7 +11,7 @@ import pytest
 from eval_files import BBH, GSM8K, HUMANEVAL, MMLU, NQ_OPEN, TRIVIAQA, TYDIQA, write
 
 from hft_cli.benchmarks import BENCHMARKS, settings
-from hft_cli.schema import ModelConfig
+from hft_cli.schema import ModelConfig, UserError
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -153,3 +153,11 @@ def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punc
     assert "State 0" not in prompt
     for answer, right in (("the state 0 D.C", 1.0), ("State 1, D.C.", 0.0)):
         assert task.process_results(task.eval_docs[0], [answer])["exact_match"] == right
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_is_scored(data_dir):
+    from hft_cli.harness import HarnessJob, Todo, build
+
+    todo = Todo("gsm8k", asdict(settings("gsm8k", {"metric": "exact_match,flexible"})), None, False, "")
+    with pytest.raises(UserError, match=r"Did you mean 'exact_match,flexible-extract'\?"):
+        build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
