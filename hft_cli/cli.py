@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hft_cli.schema import RunConfig, UserError, choose, from_dict
+from hft_cli.schema import EvalConfig, RunConfig, UserError, choose, from_dict
 
 USAGE = """\
 hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
 
   hft train +method=hft [group=option …] [key=value …]   run a fine-tuning; -m sweeps over a,b,c
+  hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
   hft verify RUN                                         prove from the files that frozen matrices kept every bit
   hft show draws RUN                                     what each round updated, as layers by matrices
   hft report RUN…                                        compare finished runs: a table and a figure
@@ -33,17 +34,16 @@ What there is to set:                 hft train --help"""
 def main() -> None:
     """Entry point. Exit status: 0 done, 2 a user's mistake, 1 anything else, 128+n for signal n."""
     signal.signal(signal.SIGTERM, _interrupt)
+    argv = sys.argv[1:]
     try:
-        status = _command(sys.argv[1:])
+        status = _command(argv)
     except UserError as error:
         print(f"hft: {error}", file=sys.stderr)
         status = 2
-    except Stopped as stop:
-        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
-        status = 128 + stop.number
-    except KeyboardInterrupt:
-        print("hft: stopped. The same command with resume=true continues.", file=sys.stderr)
-        status = 128 + signal.SIGINT
+    except (Stopped, KeyboardInterrupt) as stop:
+        again = " with resume=true" if argv[0] == "train" else ""
+        print(f"hft: stopped. The same command{again} continues.", file=sys.stderr)
+        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"hft: {error.strerror}: {error.filename}", file=sys.stderr)
         status = 2
@@ -104,7 +104,11 @@ def _train(argv: list[str]) -> int:
             f"No method: what should the run do? Available: {', '.join(_options('method'))}. "
             "For instance: hft train +method=hft"
         )
-    failures = _hydra("train", argv)
+    return _status(_hydra("train", argv), argv)
+
+
+def _status(failures: list[Failure], argv: Sequence[str]) -> int:
+    """The exit status of jobs of which some may have failed; those of a sweep are listed."""
     if {"-m", "--multirun"} & set(argv):
         for failure in failures:
             print(f"hft: failed: {failure.job}: {failure.reason}", file=sys.stderr)
@@ -155,6 +159,8 @@ PATHS = (
     "data.test_path",
     "continual.replay_general",
     "output_dir",
+    "run",
+    "suite.data_dir",
 )
 
 
@@ -185,7 +191,8 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
 
     from hft_cli.run_dir import read_json, write_json
 
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    schema, run = APPLICATIONS[name]
+    ConfigStore.instance().store(name="schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
     sys.argv = ["hft " + name, *argv]
     # What fails is told by files: the jobs of a parallel launcher are processes of their own.
@@ -196,7 +203,7 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
         task = hydra.core.hydra_config.HydraConfig.get()
         failed: Exception
         try:
-            _run(composed, argv)
+            run(composed, argv)
         except (UserError, subprocess.CalledProcessError) as error:
             failed = error
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
@@ -220,18 +227,26 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
         hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(job)()
         return [Failure(**read_json(path)) for path in sorted(told.iterdir())]
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, argv)) from None
+        raise UserError(_one_line(error, argv, name)) from None
     finally:
         shutil.rmtree(told)
 
 
 def _run(composed: Any, argv: Sequence[str]) -> None:
+    from hft_cli.report import summary
+    from hft_cli.runner import run
+
+    values, typed = _values(composed, argv)
+    named = any(override.startswith("output_dir=") for override in typed)
+    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+
+
+def _values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A composed config as plain values, in a sweep with the job's own output_dir, and the job's overrides."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from hft_cli.report import summary
-    from hft_cli.runner import run
     from hft_cli.sweeps import folder_name, params
 
     hydra = HydraConfig.get()
@@ -239,8 +254,7 @@ def _run(composed: Any, argv: Sequence[str]) -> None:
     typed = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(hydra.sweep.dir) / folder_name(typed, [*argv, *params(hydra.sweeper)]))
-    named = any(override.startswith("output_dir=") for override in typed)
-    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+    return values, typed
 
 
 def _conf() -> Path:
@@ -253,7 +267,7 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (_conf() / group).glob("*.yaml"))
 
 
-def _one_line(error: BaseException, argv: Sequence[str]) -> str:
+def _one_line(error: BaseException, argv: Sequence[str], name: str = "train") -> str:
     """Hydra's and OmegaConf's errors, which take several lines, in one with the nearest name."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
@@ -265,12 +279,12 @@ def _one_line(error: BaseException, argv: Sequence[str]) -> str:
                 return str(unknown)
     if found := re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text):
         key = found.group(1)
-        keys = _keys(RunConfig) + [path.name for path in _conf().iterdir() if path.is_dir()]
+        keys = _keys(APPLICATIONS[name][0]) + [path.name for path in _conf().iterdir() if path.is_dir()]
         if key not in keys:
             full = next((a.split("=")[0].lstrip("+~") for a in argv if a.split("=")[0].endswith(key)), key)
             near = difflib.get_close_matches(full, keys, n=1, cutoff=0.5)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            return f"Unknown key '{full}'.{hint} All keys: hft train --help"
+            return f"Unknown key '{full}'.{hint} All keys: hft {name} --help"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{found.group(1)} is not set. Give it on the command line: {found.group(1)}=…"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -284,7 +298,7 @@ def _one_line(error: BaseException, argv: Sequence[str]) -> str:
     return f"{key}: {kept[0]}" if key else " ".join(kept[:2])
 
 
-def _help() -> str:
+def _help(name: str = "train") -> str:
     """The groups with their options, and every key with its default and what its docstring says."""
     import ast
 
@@ -304,20 +318,27 @@ def _help() -> str:
                 inner += section(kind, key + ".")
                 continue
             default = ast.unparse(spec.value) if spec.value else ""
-            default = {"REQUIRED": "(its group sets it)", "field(default_factory=dict)": "{}"}.get(default, default)
+            default = re.sub(r"field\(default_factory=(?:lambda: )?(.*)\)", r"\1", default)
+            default = {"REQUIRED": "(its group sets it)", "dict": "{}", "list": "[]"}.get(default, default)
             text = ast.literal_eval(doc.value) if isinstance(doc, ast.Expr) else ""
             lines.append(f"  {key + '=' + default:<38} {text}")
         return [f"\n{ast.get_docstring(classes[name])}", *lines, *inner]
 
     groups = sorted(path.name for path in _conf().iterdir() if path.is_dir() and path.name != "hydra")
+    if name == "eval":
+        groups = ["engine", "model", "suite"]
+    usage = {
+        "train": "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
+        "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]   once;  -m and key=a,b,c: a sweep",
+    }
     options = [f"  {group:<11} {', '.join(_options(group))}" for group in groups if _options(group)]
     return "\n".join(
         [
-            "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
+            usage[name],
             "--cfg job prints what a command composes.",
             "\nGroups and their options:",
             *options,
-            *section("RunConfig", ""),
+            *section(APPLICATIONS[name][0].__name__, ""),
         ]
     )
 
@@ -330,6 +351,47 @@ def _keys(cls: type[Any], where: str = "") -> list[str]:
     for name, hint in get_type_hints(cls).items():
         keys += _keys(hint, f"{where}{name}.") if is_dataclass(hint) and isinstance(hint, type) else [where + name]
     return keys
+
+
+# -------------------------------------------------------------------------------------------------------------- eval
+
+
+def _eval(argv: list[str]) -> int:
+    if set(argv) & {"-h", "--help"}:
+        print(_help("eval"))
+        return 0
+    argv = [_plain(argument, sweep=bool({"-m", "--multirun"} & set(argv))) for argument in argv]
+    keys = {argument.split("=")[0].lstrip("+") for argument in argv}
+    if "run" in keys and keys & {"model", "model.path"}:
+        raise UserError("run=… scores the run's own models: leave out model and model.path, or leave out run.")
+    if "model.path" in keys and "model" not in keys:
+        argv.insert(0, "model=local")
+    argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
+    new = r"^(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds)="  # keys of maps
+    return _status(_hydra("eval", [re.sub(new, r"++\1=", argument) for argument in argv]), argv)
+
+
+def _score(composed: Any, argv: Sequence[str]) -> None:
+    from hft_cli.run_dir import RunDir, read_config
+    from hft_cli.scoring import run_eval, table
+
+    values, typed = _values(composed, argv)
+    config = from_dict(EvalConfig, values)
+    if config.run is not None and RunDir(Path(config.run)).config.exists():
+        # The run's own precision and template, unless others are typed.
+        named = {override.split("=")[0].lstrip("+") for override in typed}
+        sealed = read_config(RunDir(Path(config.run))).model
+        for key in ("dtype", "attention", "chat_template"):
+            if f"model.{key}" not in named:
+                setattr(config.model, key, getattr(sealed, key))
+    print(table(run_eval(config)))
+
+
+# What Hydra composes: command -> its config's dataclass and what is done with it.
+APPLICATIONS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
+    "train": (RunConfig, _run),
+    "eval": (EvalConfig, _score),
+}
 
 
 # -------------------------------------------------------------------------------------------------- verify and show
@@ -396,6 +458,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 # Adding a sub-command is one function and one row.
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "eval": _eval,
     "verify": _verify,
     "show": _show,
     "report": _report,

@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from hft_cli.data import Chat, chat_template, prompts, read_chats, tokenize
 from hft_cli.layout import MOST_TOKENS, positions
-from hft_cli.metrics import score
-from hft_cli.run_dir import Job, RoundDir, Task, read_json, write_json, write_text
+from hft_cli.metrics import mean_and_error, score
+from hft_cli.run_dir import Job, RoundDir, Task, write_json, write_text
 from hft_cli.schema import UserError, locate
 
 Scores = dict[str, float]
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     try:
         job = Job.read(path)
-        write_json(Path(job.out), evaluate(job))
+        evaluate(job, RoundDir(path.parent))
     except UserError as error:
         write_text(path.parent / "mistake.txt", str(error))
         return 2
@@ -50,12 +49,11 @@ class _Model:
     longest: int  # positions
 
 
-def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
-    """Scores as suite -> task -> metric -> value: first the task's own in [0, 1], then its standard error and counts.
+def evaluate(job: Job, folder: RoundDir) -> None:
+    """Write each task's scores: first its own in [0, 1], then its standard error and counts.
 
     With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
     """
-    folder = RoundDir(Path(job.out).parent)
     todo = {
         (suite, name): (task, read_chats(locate(task.path), format=task.format, split="test"))
         for suite, tasks in job.tasks.items()
@@ -73,7 +71,6 @@ def evaluate(job: Job) -> dict[str, dict[str, Scores]]:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         write_text(kept.with_suffix(".jsonl"), "".join(lines))
         write_json(kept, scores)  # last: a task with it is done
-    return {suite: {name: read_json(folder.score(suite, name)) for name in tasks} for suite, tasks in job.tasks.items()}
 
 
 def _load(job: Job) -> _Model:
@@ -136,7 +133,7 @@ def _teacher_forced(
         tick(len(batch), sum(in_row))
     tick(made.dropped, 0)
     ordered = [{"row": index, **items[index]} for index in sorted(items)]
-    share = _mean_and_error("exact_match", [item["exact_match"] for item in ordered])
+    share = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
     return {**share, "nll": nll / tokens, "items": len(rows), "items_too_long": made.dropped}, ordered
 
 
@@ -187,7 +184,7 @@ def _generated(
             zip(made.texts, predictions, made.answers, values, strict=True)
         )
     ]
-    return {**_mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
+    return {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -195,13 +192,6 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _mean_and_error(metric: str, values: Sequence[float]) -> Scores:
-    """The mean and its standard error over the items."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return {metric: mean, f"{metric}_stderr": sqrt(spread / len(values))}
 
 
 def _progress(folder: RoundDir, total: int) -> Callable[[int, int], None]:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import sqrt
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,13 @@ def score(metric: str, prompts: Sequence[str], predictions: Sequence[str], answe
         ValueError: if prompts, predictions and answers differ in number.
     """
     return [METRICS[metric](*item) for item in zip(prompts, predictions, answers, strict=True)]
+
+
+def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean over items under `name`, and its standard error, which for one item is 0."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {name: mean, f"{name}_stderr": sqrt(spread / len(values))}
 
 
 def accuracy(prompt: str, prediction: str, answer: str) -> float:

@@ -214,7 +214,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric; `out`: file for the scores.
+    """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric.
 
     `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
     """
@@ -225,7 +225,6 @@ class Job:
     batch_size: int
     generation: GenerationConfig
     seed: int
-    out: str
     base: str | None = None
     reset: tuple[str, ...] = ()
 

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import hashlib
-import json
-import os
-import platform
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from hft_cli.continual import backward_transfer, overall_performance, read_sources
 from hft_cli.data import content_hash, read_chats, repeats
+from hft_cli.known import environment
 from hft_cli.layout import MOST_TOKENS, from_folder, positions
 from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
-from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
+from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, check, locate, test_format
+from hft_cli.scoring import Scored, Suite, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.verify import verify
-from hft_cli.weights import NOT_WEIGHTS, Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
+from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
+from hft_cli.workers import alone, say, work
 
 # Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
@@ -56,7 +47,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         raise UserError(f"resume=true, but there is no run in {where.folder}.")
     if where.done.exists():
         _same_config(where, config)
-        _say(f"{where.folder} is finished already; nothing to do.")
+        say(f"{where.folder} is finished already; nothing to do.")
         return where
 
     params = from_folder(base, config.model.kinds)
@@ -65,10 +56,10 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if plan[0].stage == "half_reset":
         _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
+    suite = read_suite(config.suite)
+    uses_template(config.suite, config.model, base)  # or says why it cannot
     inputs = {
-        "suite_sha256": {
-            name: content_hash(read_chats(locate(place), split="test")) for name, place in config.suite.tasks.items()
-        },
+        "suite_sha256": suite.rows,
         "base": str(base.resolve()),
         "base_sha256": weights_hash(base),
         "rounds": [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan],
@@ -78,37 +69,19 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
     if new:
         _refuse_other_files(where)
         where.folder.mkdir(parents=True, exist_ok=True)
-    with _lock(where):
+    with alone(where.lock):
         if new:
             _seal(where, config, overrides, drawn, inputs)
         else:
             _same_config(where, config)
             _same_inputs(where, inputs)
-            _say(f"Continuing the run in {where.folder}.")
+            say(f"Continuing the run in {where.folder}.")
         try:
-            return _walk(where, config, plan, drawn, base)
+            return _walk(where, config, plan, drawn, base, suite)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
             raise
-
-
-@contextmanager
-def _lock(where: RunDir) -> Iterator[None]:
-    """Hold the run's directory alone. The workers hold it too, so that one still dying keeps the next from starting."""
-    with where.lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process works on {where.folder}. Wait for it, or stop it.") from None
-        _LOCKS.append(file.fileno())
-        try:
-            yield
-        finally:
-            _LOCKS.remove(file.fileno())
-
-
-_LOCKS: list[int] = []  # descriptors that workers inherit
 
 
 def _clear(folder: Path) -> None:
@@ -151,15 +124,21 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
     return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
-def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path) -> RunDir:
-    """Score, train round by round, score again; what is done already is not done again."""
+def _walk(
+    where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path, suite: Suite
+) -> RunDir:
+    """Score, train round by round, score again; what is done already is not done again.
+
+    The suite's benchmarks and probes are scored at the start and at the end only; its sets of rows and the data's own
+    test sets after each round of several as well.
+    """
     tests = {
         step.task: Task(step.test, step.metric, test_format(config.data))
         for step in plan
         if step.test is not None and not step.replays
     }
-    known = _Known(read_json(where.plan)["base_sha256"], base, config)
-    before = _score(where, "before", base, config, tests, known=known)
+    start = Scored(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
+    before = _score(where, "before", start, config, suite, tests)
     model, adapter = base, None
     outcomes, scores = [], []
     for step, chosen in zip(plan, drawn, strict=True):
@@ -170,15 +149,18 @@ def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequenc
         if plan[-1].round > 1 and step.number == max(other.number for other in plan if other.round == step.round):
             seen = {other.task for other in plan if other.round <= step.round}
             asked = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
-            scores.append(_score(where, f"round-{step.round:02d}", model, config, asked))
+            whole = suite if step.round == plan[-1].round else replace(suite, benchmarks={}, probes={})
+            scores.append(_score(where, f"round-{step.round:02d}", Scored(model, config.model), config, whole, asked))
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
         after = scores[-1]
     elif config.method.save_model:
-        after = _score(where, "after", where.model, config, tests)
+        after = _score(where, "after", Scored(where.model, config.model), config, suite, tests)
     else:
-        after = _score(where, "after", base, config, tests, reset=drawn[0])
+        back = str(fetch(locate(str(config.model.base))))
+        reset = Scored(base, config.model, base=back, reset=drawn[0].updated)
+        after = _score(where, "after", reset, config, suite, tests)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
     return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual)
 
@@ -204,7 +186,7 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
     out = where.model if where.model.exists() else folder.model
     if not folder.outcome.exists() and step.stage == "half_reset":
         folder.folder.mkdir(parents=True, exist_ok=True)
-        _say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
+        say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
         begun = time.perf_counter()
         if config.method.save_model:
             write_pieces(_reset_pieces(step, chosen, model, config), folder.delta)
@@ -222,8 +204,9 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
             frozen=chosen.frozen,
             adapter=str(adapter) if adapter else None,
         ).write(folder.step)
-        _say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
-        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.round}, {step.name}")
+        say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
+        ranks = None if config.engine.zero_stage is None else config.engine.num_processes
+        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
@@ -246,197 +229,17 @@ def _size(chosen: Draw) -> str:
     return f"{chosen.level}, {tensors}, {chosen.updated_fraction:.1%} of the elements,"
 
 
-def _launcher(config: RunConfig) -> list[str]:
-    if config.engine.zero_stage is None:
-        return [sys.executable, "-m"]
-    ranks = str(config.engine.num_processes)
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m"]
-
-
-def _work(command: list[str], folder: RoundDir, label: str) -> None:
-    """Run a worker, its output into the round's log, a progress bar here; when we are stopped, so are all its ranks."""
-    folder.mistake.unlink(missing_ok=True)
-    folder.progress.unlink(missing_ok=True)
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    ranks = command[command.index("--nproc_per_node") + 1] if "--nproc_per_node" in command else "1"
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
-    if "--nproc_per_node" not in command:  # with several GPUs in sight, transformers would split each batch over them
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with folder.log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-            pass_fds=_LOCKS,
-            preexec_fn=_die_with_parent,
-        )
-        try:
-            _follow(process, folder.progress, label)
-        finally:
-            _end(process)
-    if process.returncode == 0:
-        return
-    if folder.mistake.exists():
-        raise UserError(folder.mistake.read_text())
-    _say(_tail(folder.log))
-    _say(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
-    raise subprocess.CalledProcessError(process.returncode, command)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a worker's whole process group: politely, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
-    """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
-    with tqdm(
-        desc=label,
-        bar_format="{desc} [{elapsed}]",
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-        total=0,
-    ) as bar:
-        while process.poll() is None:
-            time.sleep(0.1)
-            _show(bar, progress, label)
-        _show(bar, progress, label)
-        bar.refresh()
-
-
-def _show(bar: Any, progress: Path, label: str) -> None:
-    try:
-        at = json.loads(progress.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or in the middle of being written
-        return
-    if not bar.total:
-        bar.reset(total=at["of"])
-        bar.bar_format = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        bar.initial = at["step"] - 1
-        bar.n = bar.initial
-    loss = "" if at["loss"] is None else f"loss {at['loss']:.3f}, "
-    bar.set_postfix_str(f"{loss}{at['tokens_per_second']:,.0f} tokens/s", refresh=False)
-    bar.update(at["step"] - bar.n)
-
-
 def _score(
-    where: RunDir,
-    when: str,
-    model: Path,
-    config: RunConfig,
-    tests: dict[str, Task],
-    reset: Draw | None = None,
-    known: _Known | None = None,
+    where: RunDir, when: str, model: Scored, config: RunConfig, suite: Suite, tests: dict[str, Task]
 ) -> dict[str, Any]:
-    """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked.
-
-    With `reset` the model is scored as Half-Reset would leave it, without writing that. What is `known` of the model
-    from other runs is taken from there, and added to.
-    """
-    tasks: dict[str, dict[str, Task]] = {}
-    if config.suite.tasks:
-        tasks[config.suite.name] = {name: Task(place) for name, place in config.suite.tasks.items()}
-    if tests:
-        tasks["data"] = tests
-    if not tasks:
-        return {}
+    """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked."""
     folder = RoundDir(where.folder / "eval" / when)
-    out = folder.folder / "scores.json"
-    if not out.exists():
-        folder.folder.mkdir(parents=True, exist_ok=True)
-        cells = {folder.score(suite, name): task for suite, own in tasks.items() for name, task in own.items()}
-        if known:
-            known.take(cells)
-        job = folder.folder / "job.json"
-        base = str(fetch(locate(str(config.model.base)))) if reset else None
-        names = reset.updated if reset else ()
-        Job(
-            model=config.model,
-            path=str(model),
-            tasks=tasks,
-            batch_size=config.suite.batch_size,
-            generation=config.generation,
-            seed=config.seed,
-            out=str(out),
-            base=base,
-            reset=names,
-        ).write(job)
-        if all(cell.exists() for cell in cells):
-            write_json(out, {s: {n: read_json(folder.score(s, n)) for n in own} for s, own in tasks.items()})
-        else:
-            _work([sys.executable, "-m", "hft_cli.evaluate", str(job)], folder, f"Scoring {when}")
-        if known:
-            known.add(cells)
-    scores: dict[str, Any] = read_json(out)
+    ranks = config.engine.num_processes
+    files = score(suite, model, folder, tests=tests, generation=config.generation, seed=config.seed, ranks=ranks)
+    scores = scores_of(files)
+    if files:
+        write_json(folder.folder / "scores.json", scores)
     return scores
-
-
-class _Known:
-    """Scores of a run's start, shared between runs: in the user's cache, under a hash of all that they hang on."""
-
-    def __init__(self, weights: str, base: Path, config: RunConfig) -> None:
-        self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "scores"
-        template = config.model.chat_template
-        own = Path(template).expanduser() if template else None
-        self.settings: dict[str, Any] = {
-            "weights": weights,
-            "files": {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(base.iterdir())
-                if path.suffix in NOT_WEIGHTS
-            },
-            "template": own.read_text() if own and own.is_file() else template,
-            "model": [config.model.dtype, config.model.attention],
-            "batch_size": config.suite.batch_size,  # it may tip a tie
-            "environment": {key: value for key, value in _environment().items() if key in ("gpus", "packages", "hft")},
-        }
-        self.config = config
-
-    def _cell(self, task: Task) -> Path:
-        settings = dict(self.settings)
-        if task.metric != "exact_match":
-            settings["generation"] = [asdict(self.config.generation), self.config.seed]
-        settings["task"] = [task.metric, content_hash(read_chats(locate(task.path), format=task.format, split="test"))]
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{key}.json"
-
-    def take(self, cells: dict[Path, Task]) -> None:
-        """Copy what is known into the run, the rows first: a cell whose scores are there is whole."""
-        taken = 0
-        for cell, task in cells.items():
-            source = self._cell(task)
-            if source.exists() and not cell.exists():
-                cell.parent.mkdir(parents=True, exist_ok=True)
-                write_text(cell.with_suffix(".jsonl"), source.with_suffix(".jsonl").read_text())
-                write_json(cell, read_json(source))
-                taken += 1
-        if taken:
-            _say(f"The start has been scored before: {taken} of {len(cells)} tasks taken from {self.folder}.")
-
-    def add(self, cells: dict[Path, Task]) -> None:
-        for cell, task in cells.items():
-            target = self._cell(task)
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_text(target.with_suffix(".jsonl"), cell.with_suffix(".jsonl").read_text())
-                write_json(target, read_json(cell))
 
 
 def _finish(
@@ -518,7 +321,7 @@ def _seal(
 ) -> None:
     """Write what the run is, config.yaml last: a directory with it has all the rest."""
     write_text(where.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
-    write_json(where.environment, _environment())
+    write_json(where.environment, environment())
     write_json(where.plan, inputs)
     names = [entry["name"] for entry in inputs["rounds"]]
     entries = [{"name": name, **chosen.as_dict()} for name, chosen in zip(names, drawn, strict=True)]
@@ -597,40 +400,8 @@ def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
         repeated, shared = repeats(chats, test)
         known |= {"rows_repeated": repeated, "rows_in_test": shared}
         if repeated or shared:
-            _say(
+            say(
                 f"{step.name}: of {known['rows']:,} rows {repeated:,} repeat an earlier one and {shared:,} are in the "
                 "test set too."
             )
     return known
-
-
-def _environment() -> dict[str, Any]:
-    """Versions and hardware, as far as they can be told without importing torch."""
-    packages = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "hydra-core", "omegaconf")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]),
-        "packages": {name: metadata.version(name) for name in packages},
-        "hft": metadata.version("hft-cli"),
-        "git_commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
-    }
-
-
-def _output(command: list[str]) -> list[str]:
-    """A command's lines; none if there is no such command or it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line]
-    return "\n".join(errors[-1:] or lines[-5:])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

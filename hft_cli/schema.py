@@ -220,14 +220,47 @@ class GenerationConfig:
 
 @dataclass
 class SuiteConfig:
-    """Group `suite`: what is scored before and after training."""
+    """Group `suite`: what is scored: by `hft train` before and after training, by `hft eval` of any model."""
 
     name: str = REQUIRED
-    """Label in tables: none or pocket."""
+    """Label in tables: none, pocket, general, knowledge, quick, probe or harness."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task -> rows (as in data.path) whose answers must come out exactly, under greedy decoding."""
     batch_size: int = 64
-    """Rows scored at once; at least 1."""
+    """Rows scored at once, or prompts answered; at least 1."""
+    seed: int = 42
+    """Seed of sampled answers and of what a probe asks: one for all runs, which so answer the same; at least 0."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """Benchmark -> its settings (task, shots, metric, chat, limit, sampling); their source is in the file."""
+    harness: list[str] = field(default_factory=list)
+    """More tasks, groups or tags of lm-evaluation-harness, by its names and with its settings."""
+    only: list[str] = field(default_factory=list)
+    """Run these benchmarks of the suite alone; empty runs all."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """Relations whose right answer is ranked among wrong ones: set -> its facts and settings."""
+    data_dir: str | None = None
+    """Folder with a sub-folder of files for each benchmark, and nothing is downloaded; null: from the hub."""
+    limit: int | None = None
+    """Items of each benchmark's task (MMLU: subject; a probe: relation), not of sets of rows; at least 1. null: all."""
+    chat: str = "auto"
+    """Prompts through the chat template: auto (if there is one, as the benchmark says), true or false."""
+    allow_code: bool = False
+    """Run programs that the model writes (HumanEval), in a process with limits. Read about them first."""
+
+
+@dataclass
+class EvalConfig:
+    """All that `hft eval` is told: the primary config conf/eval.yaml."""
+
+    run: str | None = None
+    """A finished run whose models are scored, instead of model.path. Results go below it."""
+    models: list[str] = field(default_factory=lambda: ["after"])
+    """With `run`: after (the model that the run made), before (the one that it started from), or both."""
+    output_dir: str = REQUIRED
+    """Without `run`: results go to OUTPUT_DIR/eval/SUITE. What is there and still holds is not scored again."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
 
 
 @dataclass
@@ -333,16 +366,11 @@ def check(config: RunConfig) -> None:
         UserError: one line with what, where, the choices and the fix.
     """
     resets = config.method.name == "half_reset"
-    for path, value in _leaves(config):
-        if value == REQUIRED and path == "method.name":
-            raise UserError(f"No method: give one of +method={'|'.join(METHODS)}. For instance: hft train +method=hft")
-        if value == REQUIRED:
-            raise UserError(f"{path} is not set. Give it on the command line: {path}=…")
+    _check_missing(config)
     model, data, selection, engine, train = config.model, config.data, config.selection, config.engine, config.train
     choose("method.name", config.method.name, METHODS)
-    choose("model.dtype", model.dtype, ("float32", "bfloat16"))
-    if model.attention is not None:
-        choose("model.attention", model.attention, ("sdpa", "eager", "flash_attention_2"))
+    _check_model(model)
+    _check_suite(config.suite)
     choose("data.format", data.format, ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "trace"))
     choose("data.loss", data.loss, ("assistant", "all"))
     choose("selection.level", selection.level, ("all", "category", "layer", "model"))
@@ -369,7 +397,6 @@ def check(config: RunConfig) -> None:
         ("generation.temperature", config.generation.temperature, 0),
         ("seed", config.seed, 0),
         ("selection.seed", selection.seed, 0),
-        ("suite.batch_size", config.suite.batch_size, 1),
         ("train.batch_size", train.batch_size, 1),
         ("train.log_every", train.log_every, 1),
         ("train.max_grad_norm", train.max_grad_norm, 0),
@@ -380,8 +407,7 @@ def check(config: RunConfig) -> None:
         ("train.save_limit", train.save_limit, 1),
         ("train.weight_decay", train.weight_decay, 0),
     ):
-        if value is not None and not value >= low:
-            raise UserError(f"{path}={value} is too small: it must be at least {low}.")
+        _at_least(path, value, low)
     for path, value in (("seed", config.seed), ("selection.seed", selection.seed)):
         if value is not None and value >= 2**32:
             raise UserError(f"{path}={value} is too large: it must be below 2^32.")
@@ -428,6 +454,11 @@ def check(config: RunConfig) -> None:
         )
     if not resets and not (config.method.save_model and not config.method.shared_rows):
         raise UserError(f"method.save_model and method.shared_rows are not for method={config.method.name}.")
+    if not config.method.save_model and (config.suite.benchmarks or config.suite.harness or config.suite.probe):
+        raise UserError(
+            f"method.save_model=false leaves no model that the benchmarks of suite={config.suite.name} could be scored "
+            "on. Use suite=pocket or data.test_path, or write the model."
+        )
     if resets and engine.zero_stage is not None:
         raise UserError(f"method=half_reset copies files and needs no ranks: leave out engine={engine.name}.")
     every = config.method.name in ("fft", "dpo")
@@ -488,6 +519,51 @@ def check(config: RunConfig) -> None:
             f"data.test_path names {len(test_sets(data))} sets for {len(rounds)} training sets: "
             "give none, one, or one for each."
         )
+
+
+def check_eval(config: EvalConfig) -> None:
+    """The same for `hft eval`.
+
+    Raises:
+        UserError: one line with what, where, the choices and the fix.
+    """
+    _check_missing(config)
+    _check_model(config.model)
+    _check_suite(config.suite)
+    _at_least("engine.num_processes", config.engine.num_processes, 1)
+    if not config.models:
+        raise UserError("models is empty: give after, before or both.")
+    for name in config.models:
+        choose("models", name, ("after", "before"))
+
+
+def _check_missing(config: RunConfig | EvalConfig) -> None:
+    for path, value in _leaves(config):
+        if value == REQUIRED and path == "method.name":
+            raise UserError(f"No method: give one of +method={'|'.join(METHODS)}. For instance: hft train +method=hft")
+        if value == REQUIRED:
+            raise UserError(f"{path} is not set. Give it on the command line: {path}=…")
+
+
+def _check_model(model: ModelConfig) -> None:
+    choose("model.dtype", model.dtype, ("float32", "bfloat16"))
+    if model.attention is not None:
+        choose("model.attention", model.attention, ("sdpa", "eager", "flash_attention_2"))
+
+
+def _check_suite(suite: SuiteConfig) -> None:
+    for path, value, low in (
+        ("suite.batch_size", suite.batch_size, 1),
+        ("suite.limit", suite.limit, 1),
+        ("suite.seed", suite.seed, 0),
+    ):
+        _at_least(path, value, low)
+    choose("suite.chat", suite.chat.lower(), ("auto", "true", "false"))
+
+
+def _at_least(path: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:
+        raise UserError(f"{path}={value} is too small: it must be at least {low}.")
 
 
 def _check_continual(config: RunConfig) -> None:

@@ -1,0 +1,143 @@
+"""Start a worker and follow it: its ranks, its output in a log, a progress bar here, and its end together with ours."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hft_cli.run_dir import RoundDir
+from hft_cli.schema import UserError
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold the directory of `lock` alone. Workers hold it too, so that one still dying keeps the next from starting."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process works on {lock.parent}. Wait for it, or stop it.") from None
+        _LOCKS.append(file.fileno())
+        try:
+            yield
+        finally:
+            _LOCKS.remove(file.fileno())
+
+
+_LOCKS: list[int] = []  # descriptors that workers inherit
+
+
+def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None) -> None:
+    """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
+
+    With `ranks` torchrun starts that many; without it is a plain process.
+
+    Raises:
+        UserError: for a user's mistake that only the worker could see.
+        subprocess.CalledProcessError: if it fails; its log is named on stderr.
+    """
+    several = [] if ranks is None else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    command = [sys.executable, "-m", *several, module, str(job)]
+    folder.mistake.unlink(missing_ok=True)
+    folder.progress.unlink(missing_ok=True)
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
+    if ranks is None:  # with several GPUs in sight, transformers would split each batch over them
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with folder.log.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            pass_fds=_LOCKS,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            _follow(process, folder.progress, label)
+        finally:
+            _end(process)
+    if process.returncode == 0:
+        return
+    if folder.mistake.exists():
+        raise UserError(folder.mistake.read_text())
+    say(_tail(folder.log))
+    say(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
+    raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a worker's whole process group: politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
+    """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
+    with tqdm(
+        desc=label,
+        bar_format="{desc} [{elapsed}]",
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+        total=0,
+    ) as bar:
+        while process.poll() is None:
+            time.sleep(0.1)
+            _show(bar, progress, label)
+        _show(bar, progress, label)
+        bar.refresh()
+
+
+def _show(bar: Any, progress: Path, label: str) -> None:
+    try:
+        at = json.loads(progress.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or in the middle of being written
+        return
+    if bar.total != at["of"]:
+        bar.reset(total=at["of"])
+        bar.bar_format = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        bar.initial = at["step"] - 1
+        bar.n = bar.initial
+    shown = [] if at["loss"] is None else [f"loss {at['loss']:.3f}"]
+    shown += [] if at["tokens_per_second"] is None else [f"{at['tokens_per_second']:,.0f} tokens/s"]
+    shown += [at["what"]] if "what" in at else []
+    bar.set_postfix_str(", ".join(shown), refresh=False)
+    bar.update(at["step"] - bar.n)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return "\n".join(errors[-1:] or lines[-5:])
+
+
+def say(text: str) -> None:
+    """Tell the user something that is not a result."""
+    print(text, file=sys.stderr, flush=True)
