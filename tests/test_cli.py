@@ -149,7 +149,9 @@ def test_method_is_spelled_with_or_without_a_plus(spelling):
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_config_file_composes_and_is_accepted(group, option):
     method = [] if group == "method" else ["+method=fft" if option == "all" else "+method=hft"]
-    rest = [f"{group}.path=of-your-own"] if group in ("model", "data") and option in ("local", "trace") else []  # they have none by themselves
+    rest = (
+        [f"{group}.path=of-your-own"] if group in ("model", "data") and option in ("local", "trace") else []
+    )  # they have none by themselves
     if group == "continual":
         method, rest = [f"+method={'fft' if option == 'lora' else 'hft'}"], ["data=pocket_sequence"]
     if option in ("none", "half_reset", "half_reset_explorer") and group in ("data", "method", "experiment"):
@@ -169,13 +171,13 @@ def sized_experiments() -> list[str]:
 
 @pytest.mark.parametrize("name", sized_experiments())
 def test_an_experiment_has_the_size_of_the_paper_unless_the_embedded_one_is_asked_for(name):
-    method, rest = "+method=hft", ["data.path=of-your-own"]
+    method, rest = "+method=hft", ["data.path=[a,b]" if name == "dpo" else "data.path=of-your-own"]
     if name == "half_reset_pilot":
         method, rest = "+method=half_reset", ["model.path=tuned", "model.base=base"]
     paper = composed(method, f"experiment={name}", "size=paper", *rest)
     pocket = composed(method, f"experiment={name}", "size=pocket", *rest)
     check(paper)
-    assert paper.engine.num_processes == 8
+    assert paper.engine.num_processes == (1 if name == "half_reset_pilot" else 8)
     assert pocket.engine.num_processes == 1
     assert pocket.suite.tasks == {"facts": "pocket:facts.jsonl"}
     if name != "half_reset_pilot":
