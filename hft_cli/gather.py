@@ -19,6 +19,7 @@ from hft_cli.sweeps import jobs
 
 COUNTED = ("verified", "no model written")  # statuses of runs that means are taken over
 Matrix = tuple[tuple[float | None, ...], ...]
+Scores = dict[str, dict[str, float | None]]  # SUITE/TASK -> before, after; None where it was not scored
 # Keys of config.yaml in which runs of one setting may differ.
 FREE = ("seed", "selection.seed", "output_dir", "resume", "train.save_every", "train.save_limit", "train.log_every")
 
@@ -46,7 +47,7 @@ class Row:
     ratio: float | None = None  # asked for
     tokens_per_second: float | None = None
     note: str = ""  # what is wrong
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> before, after
+    scores: Scores = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -84,6 +85,7 @@ class Run:
     folder: Path
     stages: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)  # SUITE/TASK -> the task's own metric
+    records: Mapping[str, dict[str, Path]] = field(default_factory=dict)  # the same -> files of items before, after
     tasks: Tasks | None = None
     draws: tuple[Drawn, ...] = ()
     setting: Mapping[str, str] = field(default_factory=dict)
@@ -165,6 +167,9 @@ def _progress(run: RunDir) -> str:
 
 def _read(run: RunDir, results: dict[str, Any]) -> Run:
     scores, metrics = _scores(results["eval"])
+    skill = _mean(_after(pair) for task, pair in scores.items() if task.startswith("data/"))
+    retained = _mean(_after(pair) for task, pair in scores.items() if not task.startswith("data/"))
+    later, records = _evals(run, scores, metrics)
     rounds, selection = results["rounds"], results["selection"]
     passed = results["verification"]["passed"]
     status = {True: "verified", False: "failed", None: "no model written"}[passed]
@@ -187,8 +192,8 @@ def _read(run: RunDir, results: dict[str, Any]) -> Run:
         seed=results["seed"],
         draw_seed=selection["seed"],
         updated=_mean({entry["round"]: number(entry["updated_fraction"]) for entry in rounds}.values()),
-        skill=_mean(pair["after"] for task, pair in scores.items() if task.startswith("data/")),
-        retained=_mean(pair["after"] for task, pair in scores.items() if not task.startswith("data/")),
+        skill=skill,
+        retained=retained,
         train_seconds=sum(seconds),
         peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
         op=_maybe(sequence.get("OP")),
@@ -198,13 +203,14 @@ def _read(run: RunDir, results: dict[str, Any]) -> Run:
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=sum(v * s for v, s in speeds) / sum(s for _, s in speeds) if speeds else None,
         note="; ".join(part for part in (note, problem) if part),
-        scores=scores,
+        scores=scores | later,
     )
     return Run(
         row=row,
         folder=run.folder,
         stages=_stages(run, str(results["stage"])),
         metrics=metrics,
+        records=records,
         tasks=tasks,
         draws=draws,
         setting=_setting(run, row, results),
@@ -229,12 +235,13 @@ def _maybe(value: Any) -> float | None:
     return None if value is None else number(value)
 
 
-def _scores(evaluation: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def _scores(evaluation: Mapping[str, Any]) -> tuple[Scores, dict[str, str]]:
     """SUITE/TASK -> the task's own metric before and after, and its name; `data` is the suite of what was trained.
 
     A task's own metric is the first; what follows is its error and counts.
     """
-    scores, metrics = {}, {}
+    scores: Scores = {}
+    metrics: dict[str, str] = {}
     for suite, tasks in evaluation.get("before", {}).items():
         for task, measured in tasks.items():
             after = evaluation["after"][suite][task]
@@ -242,6 +249,33 @@ def _scores(evaluation: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]],
             scores[f"{suite}/{task}"] = {"before": number(measured[metric]), "after": number(after[metric])}
             metrics[f"{suite}/{task}"] = str(metric)
     return scores, metrics
+
+
+def _after(pair: Mapping[str, float | None]) -> float:
+    return number(pair["after"])
+
+
+def _evals(run: RunDir, known: Scores, metrics: dict[str, str]) -> tuple[Scores, dict[str, dict[str, Path]]]:
+    """What `hft eval` scored of the run later and is not `known`, with the files of items; its metrics go to `metrics`.
+
+    Not part of `retained`, which is to be of the same tasks in all runs of a sweep.
+    """
+    scores: Scores = {}
+    records: dict[str, dict[str, Path]] = {}
+    for file in sorted(run.folder.glob("eval/*.json")):
+        made = read_json(file)
+        suite, models = str(made["suite"]), made["models"]
+        for when in ("before", "after"):
+            one = models.get(when)
+            for name, measured in (one["eval"][suite] if one else {}).items():
+                task = f"{suite}/{name}"
+                if task in known:
+                    continue
+                metric = next(iter(measured))
+                metrics[task] = str(metric)
+                scores.setdefault(task, {"before": None, "after": None})[when] = number(measured[metric])
+                records.setdefault(task, {})[when] = run.folder / "eval" / one["details"][name]["items"]
+    return scores, records
 
 
 def _tasks(sequence: Mapping[str, Any]) -> Tasks:
@@ -338,15 +372,21 @@ def _mean(values: Iterable[float]) -> float | None:
 def items(run: Run, task: str) -> tuple[list[float], list[float]] | None:
     """What each item of SUITE/TASK scored before and after, the items of both only; None without such records."""
     metric = run.metrics[task]
+    if kept := run.records.get(task):
+        return _both(_records(kept[when], metric) if when in kept else None for when in ("before", "after"))
     last = [run.folder / "eval" / "after", *sorted(run.folder.glob("eval/round-*"), reverse=True)]
     after = next((folder for folder in last if folder.is_dir()), None)
     if after is None:
         return None
-    both = [_records(folder / f"{task}.jsonl", metric) for folder in (run.folder / "eval" / "before", after)]
-    if both[0] is None or both[1] is None:
+    return _both(_records(folder / f"{task}.jsonl", metric) for folder in (run.folder / "eval" / "before", after))
+
+
+def _both(found: Iterable[dict[Any, float] | None]) -> tuple[list[float], list[float]] | None:
+    before, after = found
+    if before is None or after is None:
         return None
-    rows = [row for row in both[0] if row in both[1]]
-    return ([both[0][row] for row in rows], [both[1][row] for row in rows]) if rows else None
+    rows = [row for row in before if row in after]
+    return ([before[row] for row in rows], [after[row] for row in rows]) if rows else None
 
 
 def _records(path: Path, metric: str) -> dict[Any, float] | None:

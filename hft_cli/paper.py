@@ -12,6 +12,15 @@ MARK = "The paper's figures (Hui et al., ACL 2025; Llama 2; read from summaries 
 GENERAL = ("MMLU", "GSM8K", "BBH", "TyDiQA", "TruthfulQA", "HumanEval")
 KNOWLEDGE = ("NQ", "TriviaQA", "HotpotQA")
 
+# Our names of the paper's benchmarks. Which of TruthfulQA's scores the paper has is not known to us.
+OURS = dict(
+    zip(
+        ("mmlu", "gsm8k", "bbh", "tydiqa", "truthfulqa_mc2", "humaneval", "nq_open", "triviaqa", "hotpotqa"),
+        (*GENERAL, *KNOWLEDGE),
+        strict=True,
+    )
+)
+
 _SFT = {
     "7B base": (41.6, 12.0, 39.9, 48.4, 38.5, 26.2, 34.4, 12.9, 40.2, 15.6, 22.9),
     "7B FFT": (48.5, 25.0, 42.2, 51.2, 41.7, 36.9, 41.0, 3.2, 26.4, 14.5, 14.7),

@@ -29,7 +29,7 @@ from hft_cli.compare import (
     series_of,
     setting_of,
 )
-from hft_cli.gather import Group, Matrix, Run, groups, items, order
+from hft_cli.gather import Group, Matrix, Row, Run, groups, items, order
 from hft_cli.inside import draws, norms_section, variance
 from hft_cli.stats import Estimate, estimate
 from hft_cli.tables import (
@@ -56,7 +56,7 @@ def sections(runs: Sequence[Run], norms: bool) -> list[Section]:
     made: list[Section | None] = [_overview(runs)]
     for i, (name, own) in enumerate(_contexts(counted)):
         lot = Lot(name, "" if i == 0 else name, own)
-        made += [part(lot) for part in (_methods, _ratios, _levels, _frontier, _matrices, variance)]
+        made += [part(lot) for part in (_methods, _benchmarks, _ratios, _levels, _frontier, _matrices, variance)]
     made += [draws(counted), norms_section(counted) if norms else None, _items(counted), _cost(counted)]
     return _once([section for section in made if section is not None])
 
@@ -164,6 +164,51 @@ def _methods(lot: Lot) -> Section | None:
             "lower general abilities and basic knowledge clearly restored; it is not in the tables that we have of it."
         )
     return Section(lot.title("Methods"), text, parts)
+
+
+def _benchmarks(lot: Lot) -> Section | None:
+    """The paper's benchmarks as its main table has them, of the start and of each setting."""
+    there = [name for name in paper.OURS if any(_benchmark(name, "after", run.row) is not None for run in lot.runs)]
+    if not there:
+        return None
+    measures = {paper.OURS[name]: [name] for name in there}
+    for average, heads in (("general avg", paper.GENERAL), ("knowledge avg", paper.KNOWLEDGE)):
+        own = [name for name, head in paper.OURS.items() if head in heads]
+        if set(own) <= set(there):
+            measures[average] = own
+
+    def mean(names: Sequence[str], when: str) -> Measure:
+        def of(row: Row) -> float | None:
+            found = [value for name in names if (value := _benchmark(name, when, row)) is not None]
+            return fmean(found) if len(found) == len(names) else None
+
+        return of
+
+    found = groups(lot.runs)
+    start = {run.setting.get("model.name", ""): run.row for run in lot.runs}
+    records: list[Record] = [
+        {
+            "setting": f"{model or 'the model'} before",
+            **{head: mean(names, "before")(row) for head, names in measures.items()},
+        }
+        for model, row in start.items()
+    ]
+    for group in found:
+        record = setting_of(group)
+        for head, names in measures.items():
+            record |= estimated(head, over_seeds(group, mean(names, "after"))[0])
+        records.append(record)
+    columns = [("setting", plain("setting")), *((head, spread(head)) for head in measures)]
+    caption = (
+        "Benchmarks after training, over seeds: mean ± standard deviation [95% interval of the mean], in %. TruthfulQA "
+        f"is mc2; an average is there if all of its benchmarks are. {behind(found)}"
+    )
+    return Section(lot.title("Benchmarks"), (), [Table(lot.stem("benchmarks"), caption, columns, records), paper.sft()])
+
+
+def _benchmark(name: str, when: str, row: Row) -> float | None:
+    """A benchmark's score by whatever suite has it."""
+    return next((pair[when] for task, pair in row.scores.items() if task.partition("/")[2] == name), None)
 
 
 def _forest_caption(found: Sequence[Group], shown: Sequence[Group]) -> str:
@@ -515,7 +560,9 @@ def before_after(run: Run) -> list[Record]:
             "before": pair["before"], "after": pair["after"],
         }  # fmt: skip
         both = items(run, task)
-        difference = stats.paired_bootstrap(*both) if both else Estimate(pair["after"] - pair["before"], 0)
+        before, after = pair["before"], pair["after"]
+        difference = None if before is None or after is None else Estimate(after - before, 0)
+        difference = stats.paired_bootstrap(*both) if both else difference
         records.append(made | estimated("change", difference))
     return records
 

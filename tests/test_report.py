@@ -169,6 +169,39 @@ def test_jobs_that_a_sweep_never_began_are_missing_by_name(tmp_path):
     assert "+method=hft x=9 seed=1 data.path=[a,b]" in missing["method=hft,seed=1"]
 
 
+def eval_later(run: Path, suite: str, before: dict[str, list[float]], after: dict[str, list[float]]) -> None:
+    """What `hft eval run=RUN models=[before,after] suite=SUITE` leaves: item by item, under names with a key."""
+    models = {}
+    for when, own in (("before", before), ("after", after)):
+        scores, details = {}, {}
+        for name, values in own.items():
+            file = run / "eval" / when / suite / f"{name}-0123456789ab.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps({"row": f"{name}/{i}", "acc": v}) + "\n" for i, v in enumerate(values)))
+            scores[name] = {"acc": sum(values) / len(values), "acc_stderr": 0.1, "items": len(values)}
+            details[name] = {"items": str(file.relative_to(run / "eval"))}
+        models[when] = {"eval": {suite: scores}, "details": details}
+    (run / "eval" / f"{suite}.json").write_text(json.dumps({"suite": suite, "left_out": [], "models": models}))
+
+
+def test_what_was_scored_later_is_beside_the_papers_table_and_paired_item_by_item(tmp_path):
+    knowledge = ("nq_open", "triviaqa", "hotpotqa")
+    for method, own in (("fft", [0.0, 0.0, 1.0, 0.0]), ("hft", [1.0, 0.0, 1.0, 0.0])):
+        make(tmp_path / method, method=method)
+        before = {name: [1.0, 0.0, 1.0, 1.0] for name in knowledge}
+        eval_later(tmp_path / method, "knowledge", before, dict.fromkeys(knowledge, own))
+    report([tmp_path], tmp_path / "out")
+    rows = {row["setting"].split()[0]: row for row in table(tmp_path / "out", "benchmarks")}
+    assert [float(rows[name]["knowledge avg"]) for name in ("pocket", "FFT", "HFT")] == [0.75, 0.25, 0.5]
+    assert float(rows["HFT"]["NQ"]) == 0.5
+    assert "general avg" not in rows["HFT"]
+    changes = {(row["method"], row["task"]): row for row in table(tmp_path / "out", "before_after")}
+    assert float(changes["FFT", "knowledge/nq_open"]["change"]) == -0.5
+    assert changes["FFT", "knowledge/nq_open"]["change_n"] == "4"
+    (fft,) = (run for run in gather([tmp_path]) if run.row.method == "fft")
+    assert fft.row.retained == 0.7  # of the suite that all runs of a sweep have
+
+
 def test_a_run_given_twice_is_there_once(tmp_path):
     run = make(tmp_path / "run")
     assert len(gather([tmp_path, run, tmp_path / "run/../run"])) == 1
