@@ -19,7 +19,7 @@ from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, UserError, check, locate, test_format
-from hft_cli.scoring import Scored, Suite, read_suite, score, scores_of, uses_template
+from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
@@ -56,10 +56,10 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if plan[0].stage == "half_reset":
         _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
-    suite = read_suite(config.suite)
+    asked = read_suite(config.suite)
     uses_template(config.suite, config.model, base)  # or says why it cannot
     inputs = {
-        "suite_sha256": suite.rows,
+        "suite_sha256": asked.rows,
         "base": str(base.resolve()),
         "base_sha256": weights_hash(base),
         "rounds": [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan],
@@ -77,7 +77,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             _same_inputs(where, inputs)
             say(f"Continuing the run in {where.folder}.")
         try:
-            return _walk(where, config, plan, drawn, base, suite)
+            return _walk(where, config, plan, drawn, base, asked)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
@@ -125,7 +125,7 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
 
 
 def _walk(
-    where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path, suite: Suite
+    where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path, asked: Asked
 ) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again.
 
@@ -138,7 +138,7 @@ def _walk(
         if step.test is not None and not step.replays
     }
     start = Scored(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
-    before = _score(where, "before", start, config, suite, tests)
+    before = _score(where, "before", start, config, asked, tests)
     model, adapter = base, None
     outcomes, scores = [], []
     for step, chosen in zip(plan, drawn, strict=True):
@@ -148,19 +148,19 @@ def _walk(
         outcomes.append(read_json(folder.outcome))
         if plan[-1].round > 1 and step.number == max(other.number for other in plan if other.round == step.round):
             seen = {other.task for other in plan if other.round <= step.round}
-            asked = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
-            whole = suite if step.round == plan[-1].round else replace(suite, benchmarks={}, probes={})
-            scores.append(_score(where, f"round-{step.round:02d}", Scored(model, config.model), config, whole, asked))
+            due = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
+            whole = asked if step.round == plan[-1].round else replace(asked, benchmarks={}, probes={})
+            scores.append(_score(where, f"round-{step.round:02d}", Scored(model, config.model), config, whole, due))
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
         after = scores[-1]
     elif config.method.save_model:
-        after = _score(where, "after", Scored(where.model, config.model), config, suite, tests)
+        after = _score(where, "after", Scored(where.model, config.model), config, asked, tests)
     else:
         back = str(fetch(locate(str(config.model.base))))
         reset = Scored(base, config.model, base=back, reset=drawn[0].updated)
-        after = _score(where, "after", reset, config, suite, tests)
+        after = _score(where, "after", reset, config, asked, tests)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
     return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual)
 
@@ -230,12 +230,12 @@ def _size(chosen: Draw) -> str:
 
 
 def _score(
-    where: RunDir, when: str, model: Scored, config: RunConfig, suite: Suite, tests: dict[str, Task]
+    where: RunDir, when: str, model: Scored, config: RunConfig, asked: Asked, tests: dict[str, Task]
 ) -> dict[str, Any]:
     """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked."""
     folder = RoundDir(where.folder / "eval" / when)
     ranks = config.engine.num_processes
-    files = score(suite, model, folder, tests=tests, generation=config.generation, seed=config.seed, ranks=ranks)
+    files = score(asked, model, folder, tests=tests, generation=config.generation, seed=config.seed, ranks=ranks)
     scores = scores_of(files)
     if files:
         write_json(folder.folder / "scores.json", scores)

@@ -34,10 +34,10 @@ VERSION = 2  # of how benchmarks and probes are scored: a higher one scores anew
 
 
 @dataclass(frozen=True)
-class Suite:
+class Asked:
     """A suite, checked: what it scores by name, and the hash of each one's rows ("hub" where they come from there)."""
 
-    config: SuiteConfig
+    suite: SuiteConfig
     tasks: dict[str, Task]  # sets of rows, by exact match
     benchmarks: dict[str, BenchmarkConfig | None]  # None: a task by the harness's name
     probes: dict[str, ProbeConfig]
@@ -76,7 +76,7 @@ Files = dict[str, dict[str, Path]]  # suite -> name -> file of scores
 # ----------------------------------------------------------------------------------------------------------- a suite
 
 
-def read_suite(suite: SuiteConfig) -> Suite:
+def read_suite(suite: SuiteConfig) -> Asked:
     """A suite with its settings checked and its files found and read.
 
     Raises:
@@ -113,8 +113,8 @@ def read_suite(suite: SuiteConfig) -> Suite:
             raise UserError(f"There is no fact in {found.facts} with a pattern that ends in its object.")
         probes[f"{name}_ranking"] = found  # beside a set of rows of the same name
     tasks = {name: Task(suite.tasks[name]) for name in _wanted(suite, suite.tasks)}
-    return Suite(
-        config=suite,
+    return Asked(
+        suite=suite,
         tasks=tasks,
         benchmarks={**own, **dict.fromkeys(harness)},
         probes=probes,
@@ -155,7 +155,7 @@ def uses_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:
 
 
 def score(
-    suite: Suite,
+    asked: Asked,
     model: Scored,
     folder: RoundDir,
     *,
@@ -169,7 +169,7 @@ def score(
 
     `generation` and `seed` are of answers to the test sets. With `keyed` the files' names tell what they hang on.
     """
-    cells = _cells(suite, model, tests or {}, [asdict(generation or GenerationConfig()), seed])
+    cells = _cells(asked, model, tests or {}, [asdict(generation or GenerationConfig()), seed])
     if not cells:
         return {}
     identity = _identity(model)
@@ -182,15 +182,15 @@ def score(
     keys = {}
     if model.shared:
         # batch_size may tip a tie
-        keys = {files[c.suite, c.name]: known.key(identity, c.hangs_on, suite.config.batch_size) for c in cells}
+        keys = {files[c.suite, c.name]: known.key(identity, c.hangs_on, asked.suite.batch_size) for c in cells}
         if taken := known.take(keys):
             say(f"{model.path.name} has been scored before: {taken} of {len(cells)} taken from {known.kept()}.")
     new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-    _score_rows(new, suite, model, folder, generation or GenerationConfig(), seed)
-    _score_benchmarks(new, suite, model, folder, ranks)
-    _score_probes(new, suite, model, folder, ranks)
+    _score_rows(new, asked, model, folder, generation or GenerationConfig(), seed)
+    _score_benchmarks(new, asked, model, folder, ranks)
+    _score_probes(new, asked, model, folder, ranks)
     known.add(keys)
     found: Files = {}
     for (suite_name, name), file in files.items():
@@ -209,33 +209,33 @@ def _read(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return (one["scores"], {key: one[key] for key in one if key != "scores"}) if "scores" in one else (one, {})
 
 
-def _cells(suite: Suite, model: Scored, tests: Mapping[str, Task], generated: list[Any]) -> list[_Cell]:
-    config = suite.config
+def _cells(asked: Asked, model: Scored, tests: Mapping[str, Task], generated: list[Any]) -> list[_Cell]:
+    suite = asked.suite
     cells: list[_Cell] = []
     for where, name, task in (
-        *((config.name, name, task) for name, task in suite.tasks.items()),
+        *((suite.name, name, task) for name, task in asked.tasks.items()),
         *(("data", name, task) for name, task in tests.items()),
     ):
-        rows = suite.rows[name] if where != "data" else _rows(task)
-        how = generated if task.metric != "exact_match" else None
-        cells.append(_Cell(where, name, task, ("rows", task.metric, rows, how)))
-    if not (suite.benchmarks or suite.probes):
+        rows = asked.rows[name] if where != "data" else _rows(task)
+        answers = generated if task.metric != "exact_match" else None
+        cells.append(_Cell(where, name, task, ("rows", task.metric, rows, answers)))
+    if not (asked.benchmarks or asked.probes):
         return cells
-    template = uses_template(config, model.config, model.path)
-    for name, own in suite.benchmarks.items():
-        limits = (config.limit, None if own is None else own.limit)
+    template = uses_template(suite, model.config, model.path)
+    for name, own in asked.benchmarks.items():
+        limits = (suite.limit, None if own is None else own.limit)
         limit = min((most for most in limits if most is not None), default=None)
-        chat = template and (own is None or own.chat or config.chat.lower() == "true")
+        chat = template and (own is None or own.chat or suite.chat.lower() == "true")
         settings = None if own is None else asdict(own)
-        seed = config.seed if own is None or own.temperature else None
+        seed = suite.seed if own is None or own.temperature else None
         harness = metadata.version("lm-eval")
         todo = Todo(name, settings, limit, chat, "")
-        asked = {**asdict(todo), "settings": {**(settings or {}), "source": ""}}
-        cells.append(_Cell(config.name, name, todo, ("benchmark", VERSION, asked, suite.rows[name], seed, harness)))
-    for name, one in suite.probes.items():
+        how = {**asdict(todo), "settings": {**(settings or {}), "source": ""}}
+        cells.append(_Cell(suite.name, name, todo, ("benchmark", VERSION, how, asked.rows[name], seed, harness)))
+    for name, one in asked.probes.items():
         without = replace(one, facts="", patterns=None)  # what is there counts, and not where
-        asked = {**asdict(without), "limit": config.limit, "chat": template, "seed": config.seed}
-        cells.append(_Cell(config.name, name, one, ("probe", VERSION, asked, suite.rows[name])))
+        how = {**asdict(without), "limit": suite.limit, "chat": template, "seed": suite.seed}
+        cells.append(_Cell(suite.name, name, one, ("probe", VERSION, how, asked.rows[name])))
     return cells
 
 
@@ -257,7 +257,7 @@ def _identity(model: Scored) -> dict[str, Any]:
 
 def _score_rows(
     new: list[tuple[_Cell, Path]],
-    suite: Suite,
+    asked: Asked,
     model: Scored,
     folder: RoundDir,
     generation: GenerationConfig,
@@ -273,7 +273,7 @@ def _score_rows(
         model=model.config,
         path=str(model.path),
         tasks=tasks,
-        batch_size=suite.config.batch_size,
+        batch_size=asked.suite.batch_size,
         generation=generation,
         seed=seed,
         base=model.base,
@@ -282,24 +282,24 @@ def _score_rows(
     work("hft_cli.evaluate", folder.folder / "job.json", folder, f"Scoring {folder.folder.name}")
 
 
-def _score_benchmarks(new: list[tuple[_Cell, Path]], suite: Suite, model: Scored, folder: RoundDir, ranks: int) -> None:
+def _score_benchmarks(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored, folder: RoundDir, ranks: int) -> None:
     todo = [replace(cell.what, out=str(file)) for cell, file in new if isinstance(cell.what, Todo)]
     if not todo:
         return
-    data_dir = suite.config.data_dir
+    data_dir = asked.suite.data_dir
     HarnessJob(
         model=model.config,
         path=str(model.path),
         todo=tuple(todo),
         data_dir=None if data_dir is None else str(Path(data_dir).expanduser().resolve()),
-        batch_size=suite.config.batch_size,
-        seed=suite.config.seed,
+        batch_size=asked.suite.batch_size,
+        seed=asked.suite.seed,
     ).write(folder.folder / "harness.json")
     label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
     work("hft_cli.harness", folder.folder / "harness.json", folder, label, ranks if ranks > 1 else None)
 
 
-def _score_probes(new: list[tuple[_Cell, Path]], suite: Suite, model: Scored, folder: RoundDir, ranks: int) -> None:
+def _score_probes(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored, folder: RoundDir, ranks: int) -> None:
     probes = {cell.name: (cell.what, file) for cell, file in new if isinstance(cell.what, ProbeConfig)}
     if not probes:
         return
@@ -308,10 +308,10 @@ def _score_probes(new: list[tuple[_Cell, Path]], suite: Suite, model: Scored, fo
         path=str(model.path),
         probes={name: config for name, (config, _) in probes.items()},
         outs={name: str(file) for name, (_, file) in probes.items()},
-        limit=suite.config.limit,
-        chat=uses_template(suite.config, model.config, model.path),
-        batch_size=suite.config.batch_size,
-        seed=suite.config.seed,
+        limit=asked.suite.limit,
+        chat=uses_template(asked.suite, model.config, model.path),
+        batch_size=asked.suite.batch_size,
+        seed=asked.suite.seed,
     ).write(folder.folder / "probe.json")
     label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
     work("hft_cli.probe", folder.folder / "probe.json", folder, label, ranks if ranks > 1 else None)
@@ -335,11 +335,11 @@ def run_eval(config: EvalConfig) -> Path:
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check_eval(config)
-    suite = read_suite(config.suite)
+    asked = read_suite(config.suite)
     name = config.suite.name
-    if not suite.rows:
+    if not asked.rows:
         raise UserError(
-            f"suite={name} has nothing to score{': ' if suite.left_out else ''}{'; '.join(suite.left_out)}. Use "
+            f"suite={name} has nothing to score{': ' if asked.left_out else ''}{'; '.join(asked.left_out)}. Use "
             "suite=general, knowledge, quick, probe or pocket, or suite=harness suite.harness=[TASK,…]."
         )
     models = _models(config)
@@ -349,7 +349,7 @@ def run_eval(config: EvalConfig) -> Path:
     with alone(folder / ".lock"):
         results: dict[str, Any] = read_json(file)["models"] if file.exists() else {}
         for when, model in models.items():
-            files = score(suite, model, RoundDir(folder / when), ranks=config.engine.num_processes, keyed=True)[name]
+            files = score(asked, model, RoundDir(folder / when), ranks=config.engine.num_processes, keyed=True)[name]
             scores, details = {}, {}
             for one, kept in files.items():
                 scores[one], how = _read(kept)
@@ -365,7 +365,7 @@ def run_eval(config: EvalConfig) -> Path:
                 "eval": {name: scores},
                 "details": details,
             }
-        write_json(file, {"suite": name, "left_out": suite.left_out, "models": results})
+        write_json(file, {"suite": name, "left_out": asked.left_out, "models": results})
     return file
 
 

@@ -208,8 +208,8 @@ def test_a_run_scores_benchmarks_and_probes_before_and_after_and_its_start_once_
 def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_dir, tmp_path, monkeypatch):
     asked = []
 
-    def note(suite, model, folder, **options):
-        asked.append((folder.folder.name, *suite.tasks, *suite.benchmarks, *suite.probes))
+    def note(own, model, folder, **options):
+        asked.append((folder.folder.name, *own.tasks, *own.benchmarks, *own.probes))
         return {}
 
     monkeypatch.setattr(runner, "score", note)
