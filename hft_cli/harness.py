@@ -403,7 +403,7 @@ def _as_reported(results: dict[str, Any], tasks: dict[str, Any]) -> dict[str, An
         figures = {
             re.sub(r"^(.*)_stderr,(.*)$", r"\1,\2_stderr", key).replace(",none", ""): value
             for key, value in results["results"][task].items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if "," in key and isinstance(value, int | float)  # "metric,filter"; other keys say what the task is
         }
         of_tasks[task] = figures | {"items": results["n-samples"][task]["effective"]}
     if len(of_tasks) == 1:

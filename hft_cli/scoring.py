@@ -184,7 +184,7 @@ def score(
         # batch_size may tip a tie
         keys = {files[c.suite, c.name]: known.key(identity, c.hangs_on, asked.suite.batch_size) for c in cells}
         if taken := known.take(keys):
-            say(f"{model.path.name} has been scored before: {taken} of {len(cells)} taken from {known.kept()}.")
+            say(f"The start has been scored before: {taken} of {len(cells)} tasks taken from {known.kept()}.")
     new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -161,3 +161,17 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_is_scor
     todo = Todo("gsm8k", asdict(settings("gsm8k", {"metric": "exact_match,flexible"})), None, False, "")
     with pytest.raises(UserError, match=r"Did you mean 'exact_match,flexible-extract'\?"):
         build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
+
+
+def test_figures_of_a_task_that_goes_by_the_harness_name_keep_each_filter_s_error_beside_it():
+    from hft_cli.harness import _as_reported
+
+    figures = {
+        "name": "t", "alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1,
+        "exact_match,strict": 0.2, "exact_match_stderr,strict": 0.3, "bleu_stderr,none": "N/A",
+    }  # fmt: skip
+    measured = _as_reported({"results": {"t": figures}, "n-samples": {"t": {"effective": 4}}}, {"t": None})
+    assert list(measured["scores"].items()) == [
+        ("acc", 0.5), ("acc_stderr", 0.1), ("exact_match,strict", 0.2), ("exact_match,strict_stderr", 0.3),
+        ("items", 4),
+    ]  # fmt: skip
