@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ from hft_cli.layout import MOST_TOKENS, from_folder, positions
 from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import Job, RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import RunConfig, UserError, check, locate, test_format
+from hft_cli.schema import RunConfig, TrackingConfig, UserError, check, locate, test_format
 from hft_cli.selection import Draw
+from hft_cli.tracking import Tracked, require, track
 from hft_cli.verify import verify
 from hft_cli.weights import NOT_WEIGHTS, Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 
 # Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
-FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
+# Keys that may differ when a run is continued.
+FREE = ("output_dir", "resume", *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)))
 
 
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir:
@@ -49,6 +52,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check(config)
+    require(config.tracking)
     base = fetch(locate(config.model.path))
     config = _settled(config, base)
     where = _find(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
@@ -86,7 +90,8 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             _same_inputs(where, inputs)
             _say(f"Continuing the run in {where.folder}.")
         try:
-            return _walk(where, config, plan, drawn, base)
+            with track(config.tracking, where.folder, _flat(asdict(config))) as tracked:
+                return _walk(where, config, plan, drawn, base, tracked)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
@@ -151,7 +156,9 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
     return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
-def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path) -> RunDir:
+def _walk(
+    where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path, tracked: Tracked
+) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again."""
     tests = {
         step.task: Task(step.test, step.metric, test_format(config.data))
@@ -160,17 +167,22 @@ def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequenc
     }
     known = _Known(read_json(where.plan)["base_sha256"], base, config)
     before = _score(where, "before", base, config, tests, known=known)
+    tracked.scores("before", before, 0)
     model, adapter = base, None
-    outcomes, scores = [], []
+    outcomes, scores, trained = [], [], 0  # optimizer steps so far
     for step, chosen in zip(plan, drawn, strict=True):
-        model = _round(where, step, chosen, model, config, adapter)
+        send = partial(tracked.lines, where.metrics, step.name, trained)
+        model = _round(where, step, chosen, model, config, adapter, send)
+        send()
         folder = where.round(step.number, step.name)
         adapter = folder.adapter if config.continual.name == "lora" else None
         outcomes.append(read_json(folder.outcome))
+        trained += outcomes[-1].get("steps", 1)  # a Half-Reset counts as one
         if plan[-1].round > 1 and step.number == max(other.number for other in plan if other.round == step.round):
             seen = {other.task for other in plan if other.round <= step.round}
             asked = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
             scores.append(_score(where, f"round-{step.round:02d}", model, config, asked))
+            tracked.scores(f"round-{step.round:02d}", scores[-1], trained)
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
@@ -179,8 +191,11 @@ def _walk(where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequenc
         after = _score(where, "after", where.model, config, tests)
     else:
         after = _score(where, "after", base, config, tests, reset=drawn[0])
+    if not scores:
+        tracked.scores("after", after, trained)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
-    return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual)
+    send = partial(tracked.results, step=trained)
+    return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual, send)
 
 
 def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -194,9 +209,18 @@ def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[st
     return {"tasks": tasks, "metrics": [step.metric for step in rounds], **measures}
 
 
-def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig, adapter: Path | None) -> Path:
+def _round(
+    where: RunDir,
+    step: Step,
+    chosen: Draw,
+    model: Path,
+    config: RunConfig,
+    adapter: Path | None,
+    send: Callable[[], None],
+) -> Path:
     """Train one round from the model at `model`, unless it is done, and return the folder of the model after it.
 
+    While it trains, `send` is called a few times a second.
     LoRA goes on from the adapters of the round before, beside the base: merged into it, they are the model at `model`.
     """
     start = fetch(locate(config.model.path)) if adapter else model
@@ -223,7 +247,8 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
             adapter=str(adapter) if adapter else None,
         ).write(folder.step)
         _say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
-        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, f"Round {step.round}, {step.name}")
+        label = f"Round {step.round}, {step.name}"
+        _work([*_launcher(config), "hft_cli.train", str(folder.step)], folder, label, send)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
@@ -253,7 +278,7 @@ def _launcher(config: RunConfig) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m"]
 
 
-def _work(command: list[str], folder: RoundDir, label: str) -> None:
+def _work(command: list[str], folder: RoundDir, label: str, send: Callable[[], None] = lambda: None) -> None:
     """Run a worker, its output into the round's log, a progress bar here; when we are stopped, so are all its ranks."""
     folder.mistake.unlink(missing_ok=True)
     folder.progress.unlink(missing_ok=True)
@@ -276,7 +301,7 @@ def _work(command: list[str], folder: RoundDir, label: str) -> None:
             preexec_fn=_die_with_parent,
         )
         try:
-            _follow(process, folder.progress, label)
+            _follow(process, folder.progress, label, send)
         finally:
             _end(process)
     if process.returncode == 0:
@@ -291,7 +316,11 @@ def _work(command: list[str], folder: RoundDir, label: str) -> None:
 def _die_with_parent() -> None:
     """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        _PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+# Looked up ahead: after the fork a thread of ours (a tracker's) may have left the loader's lock held.
+_PRCTL: Any = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -306,7 +335,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
+def _follow(process: subprocess.Popen[bytes], progress: Path, label: str, send: Callable[[], None]) -> None:
     """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
     with tqdm(
         desc=label,
@@ -317,6 +346,7 @@ def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> Non
         while process.poll() is None:
             time.sleep(0.1)
             _show(bar, progress, label)
+            send()
         _show(bar, progress, label)
         bar.refresh()
 
@@ -447,6 +477,7 @@ def _finish(
     outcomes: Sequence[dict[str, Any]],
     scores: dict[str, Any],
     continual: dict[str, Any],
+    send: Callable[[dict[str, Any]], None],
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.round} {p.name}: {fault}" for p in proofs for fault in p.faults]
@@ -482,6 +513,7 @@ def _finish(
             "verification": {"passed": not faults if proofs else None, "faults": faults},
         },
     )
+    send(read_json(where.results))
     if faults:
         raise RuntimeError(f"The run does not verify: {faults[0]}. See `hft verify {where.folder}`.")
     write_text(where.done, time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
