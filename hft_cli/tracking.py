@@ -25,19 +25,18 @@ SETTLES = {"tensorboard": 0.0, "wandb": 2.0, "trackio": 2.0}
 RESULTS = ("OP", "BWT", "verified")
 
 
-def require(config: TrackingConfig) -> None:
+def require(tracking: TrackingConfig) -> None:
     """Refuse a tracker whose package is not installed.
 
     Raises:
         UserError: with the command that installs it.
     """
-    if config.name == "none":
+    if tracking.name == "none":
         return
-    found = find_spec(config.name)
+    name = tracking.name
+    found = find_spec(name)
     if found is None or found.origin is None:  # without an origin: only a folder of that name, such as W&B leaves
-        raise UserError(
-            f"tracking={config.name} needs {config.name}, which is not installed: pip install 'hft-cli[{config.name}]'"
-        )
+        raise UserError(f"tracking={name} needs {name}, which is not installed: pip install 'hft-cli[{name}]'")
 
 
 class Tracked:
@@ -123,7 +122,7 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
 
 
 @contextmanager
-def track(config: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracked]:
+def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracked]:
     """The run in `folder` at its tracker, begun there with its `settings` or continued, and closed in the end.
 
     Another project or run name, like another tracker, begins anew, and is sent all that there has been.
@@ -131,17 +130,17 @@ def track(config: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> 
     Raises:
         UserError: if the tracker does not let us in.
     """
-    if config.name == "none":
+    if tracking.name == "none":
         yield Tracked()
         return
     file = RunDir(folder).tracking
-    name = config.run_name or folder.resolve().name
-    place = f"{config.name}:{config.project}/{name}"
+    name = tracking.run_name or folder.resolve().name
+    place = f"{tracking.name}:{tracking.project}/{name}"
     state: State | None = (read_json(file) if file.exists() else {}).get(place)
     # Lists and null are not for all of them.
     plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
     with redirect_stdout(sys.stderr):  # trackio says where it logs to; ours is the table of results
-        tracker, state = _OPEN[config.name](config.project, name, folder, plain, state)
+        tracker, state = _OPEN[tracking.name](tracking.project, name, folder, plain, state)
     tracked = Tracked(tracker, file, place, state)
     tracked.keep(now=True)
     ended = False
@@ -155,15 +154,15 @@ def track(config: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> 
 
 
 def log_scores(
-    config: TrackingConfig, folder: Path, when: str, scores: Mapping[str, Any], settings: Mapping[str, Any]
+    tracking: TrackingConfig, folder: Path, when: str, scores: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Send scores from outside a training run: to the tracked run of `folder`, at its last step, or to a new one.
 
     Raises:
         UserError: if the tracker is not installed or does not let us in.
     """
-    require(config)
-    with track(config, folder, settings) as tracked:
+    require(tracking)
+    with track(tracking, folder, settings) as tracked:
         tracked.scores(when, scores, max(tracked.state["step"], 0))
 
 
