@@ -326,7 +326,7 @@ def _help(name: str = "train") -> str:
 
     groups = sorted(path.name for path in _conf().iterdir() if path.is_dir() and path.name != "hydra")
     if name == "eval":
-        groups = ["engine", "model", "suite"]
+        groups = ["engine", "model", "suite", "tracking"]
     usage = {
         "train": "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
         "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]   once;  -m and key=a,b,c: a sweep",

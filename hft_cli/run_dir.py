@@ -170,6 +170,11 @@ class RunDir:
         return self.folder / "DONE"
 
     @property
+    def tracking(self) -> Path:
+        """What of the run its trackers were sent."""
+        return self.folder / "tracking.json"
+
+    @property
     def lock(self) -> Path:
         """Held by whoever works on the run."""
         return self.folder / ".lock"

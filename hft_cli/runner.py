@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from hft_cli.layout import MOST_TOKENS, from_folder, positions
 from hft_cli.methods import Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import RunConfig, UserError, check, locate, test_format
+from hft_cli.schema import RunConfig, TrackingConfig, UserError, check, locate, test_format
 from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
+from hft_cli.tracking import Tracked, require, track
 from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 from hft_cli.workers import alone, say, work
 
 # Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
-FREE = ("output_dir", "resume")  # keys that may differ when a run is continued
+# Keys that may differ when a run is continued.
+FREE = ("output_dir", "resume", *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)))
 
 
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir:
@@ -40,6 +43,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check(config)
+    require(config.tracking)
     base = fetch(locate(config.model.path))
     config = _settled(config, base)
     where = _find(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
@@ -77,7 +81,8 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             _same_inputs(where, inputs)
             say(f"Continuing the run in {where.folder}.")
         try:
-            return _walk(where, config, plan, drawn, base, asked)
+            with track(config.tracking, where.folder, _flat(asdict(config))) as tracked:
+                return _walk(where, config, plan, drawn, base, asked, tracked)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
@@ -125,7 +130,13 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
 
 
 def _walk(
-    where: RunDir, config: RunConfig, plan: Sequence[Step], drawn: Sequence[Draw], base: Path, asked: Asked
+    where: RunDir,
+    config: RunConfig,
+    plan: Sequence[Step],
+    drawn: Sequence[Draw],
+    base: Path,
+    asked: Asked,
+    tracked: Tracked,
 ) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again.
 
@@ -139,18 +150,23 @@ def _walk(
     }
     start = Scored(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
     before = _score(where, "before", start, config, asked, tests)
+    tracked.scores("before", before, 0)
     model, adapter = base, None
-    outcomes, scores = [], []
+    outcomes, scores, trained = [], [], 0  # optimizer steps so far
     for step, chosen in zip(plan, drawn, strict=True):
-        model = _round(where, step, chosen, model, config, adapter)
+        send = partial(tracked.lines, where.metrics, step.name, trained)
+        model = _round(where, step, chosen, model, config, adapter, send)
+        send()
         folder = where.round(step.number, step.name)
         adapter = folder.adapter if config.continual.name == "lora" else None
         outcomes.append(read_json(folder.outcome))
+        trained += outcomes[-1].get("steps", 1)  # a Half-Reset counts as one
         if plan[-1].round > 1 and step.number == max(other.number for other in plan if other.round == step.round):
             seen = {other.task for other in plan if other.round <= step.round}
             due = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
             whole = asked if step.round == plan[-1].round else replace(asked, benchmarks={}, probes={})
             scores.append(_score(where, f"round-{step.round:02d}", Scored(model, config.model), config, whole, due))
+            tracked.scores(f"round-{step.round:02d}", scores[-1], trained)
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
@@ -161,8 +177,11 @@ def _walk(
         back = str(fetch(locate(str(config.model.base))))
         reset = Scored(base, config.model, base=back, reset=drawn[0].updated)
         after = _score(where, "after", reset, config, asked, tests)
+    if not scores:
+        tracked.scores("after", after, trained)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
-    return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual)
+    send = partial(tracked.results, step=trained)
+    return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual, send)
 
 
 def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -176,9 +195,18 @@ def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[st
     return {"tasks": tasks, "metrics": [step.metric for step in rounds], **measures}
 
 
-def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConfig, adapter: Path | None) -> Path:
+def _round(
+    where: RunDir,
+    step: Step,
+    chosen: Draw,
+    model: Path,
+    config: RunConfig,
+    adapter: Path | None,
+    send: Callable[[], None],
+) -> Path:
     """Train one round from the model at `model`, unless it is done, and return the folder of the model after it.
 
+    While it trains, `send` is called a few times a second.
     LoRA goes on from the adapters of the round before, beside the base: merged into it, they are the model at `model`.
     """
     start = fetch(locate(config.model.path)) if adapter else model
@@ -206,7 +234,7 @@ def _round(where: RunDir, step: Step, chosen: Draw, model: Path, config: RunConf
         ).write(folder.step)
         say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
-        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks)
+        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks, send)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
@@ -250,6 +278,7 @@ def _finish(
     outcomes: Sequence[dict[str, Any]],
     scores: dict[str, Any],
     continual: dict[str, Any],
+    send: Callable[[dict[str, Any]], None],
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.round} {p.name}: {fault}" for p in proofs for fault in p.faults]
@@ -285,6 +314,7 @@ def _finish(
             "verification": {"passed": not faults if proofs else None, "faults": faults},
         },
     )
+    send(read_json(where.results))
     if faults:
         raise RuntimeError(f"The run does not verify: {faults[0]}. See `hft verify {where.folder}`.")
     write_text(where.done, time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))

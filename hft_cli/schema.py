@@ -249,6 +249,18 @@ class SuiteConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Group `tracking`: where metrics, scores and results go besides the run's own files. May change on resuming."""
+
+    name: str = "none"
+    """none, tensorboard (event files in the run's directory), wandb (Weights & Biases) or trackio."""
+    project: str = "hft"
+    """wandb and trackio: the project that the run is put into."""
+    run_name: str | None = None
+    """The run's name there; null: that of output_dir."""
+
+
+@dataclass
 class EvalConfig:
     """All that `hft eval` is told: the primary config conf/eval.yaml."""
 
@@ -261,6 +273,7 @@ class EvalConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass
@@ -283,6 +296,7 @@ class RunConfig:
     continual: ContinualConfig = field(default_factory=ContinualConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
@@ -380,6 +394,7 @@ def check(config: RunConfig) -> None:
     choose("continual", config.continual.name, ("seqft", "replay", "gem", "lora"))
     for metric in data.metric.values() if isinstance(data.metric, dict) else [data.metric]:
         choose("data.metric", metric, METRICS)
+    choose("tracking", config.tracking.name, TRACKERS)
     choose("train.schedule", train.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
     for name in ("embeddings", "head", "final_norm"):
         choose(f"selection.{name}", getattr(selection, name), ("update", "freeze"))
@@ -614,6 +629,7 @@ METRICS = (
     "code_edit_similarity",
     "sari",
 )
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 METHODS = ("fft", "hft", "half_reset", "dpo", "hft_dpo")
 
 

@@ -27,6 +27,7 @@ from hft_cli.harness import HarnessJob, Todo
 from hft_cli.probe import ProbeConfig, ProbeJob
 from hft_cli.run_dir import Job, RoundDir, Task, finished, read_config, read_json, write_json
 from hft_cli.schema import EvalConfig, GenerationConfig, ModelConfig, SuiteConfig, UserError, check_eval, choose, locate
+from hft_cli.tracking import log_scores, require
 from hft_cli.weights import NOT_WEIGHTS, fetch, weights_hash
 from hft_cli.workers import alone, say, work
 
@@ -335,6 +336,7 @@ def run_eval(config: EvalConfig) -> Path:
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check_eval(config)
+    require(config.tracking)
     asked = read_suite(config.suite)
     name = config.suite.name
     if not asked.rows:
@@ -366,6 +368,10 @@ def run_eval(config: EvalConfig) -> Path:
                 "details": details,
             }
         write_json(file, {"suite": name, "left_out": asked.left_out, "models": results})
+    for when in models:
+        log_scores(
+            config.tracking, folder.parent, f"{when} {name}", results[when]["eval"], {"path": results[when]["path"]}
+        )
     return file
 
 

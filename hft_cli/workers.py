@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,17 @@ def alone(lock: Path) -> Iterator[None]:
 _LOCKS: list[int] = []  # descriptors that workers inherit
 
 
-def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None) -> None:
+def work(
+    module: str,
+    job: Path,
+    folder: RoundDir,
+    label: str,
+    ranks: int | None = None,
+    send: Callable[[], None] = lambda: None,
+) -> None:
     """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
 
-    With `ranks` torchrun starts that many; without it is a plain process.
+    With `ranks` torchrun starts that many; without it is a plain process. Meanwhile `send` is called all the time.
 
     Raises:
         UserError: for a user's mistake that only the worker could see.
@@ -70,7 +77,7 @@ def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None
             preexec_fn=_die_with_parent,
         )
         try:
-            _follow(process, folder.progress, label)
+            _follow(process, folder.progress, label, send)
         finally:
             _end(process)
     if process.returncode == 0:
@@ -85,7 +92,11 @@ def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None
 def _die_with_parent() -> None:
     """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        _PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+# Looked up ahead: after the fork a thread of ours (a tracker's) may have left the loader's lock held.
+_PRCTL: Any = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -100,7 +111,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> None:
+def _follow(process: subprocess.Popen[bytes], progress: Path, label: str, send: Callable[[], None]) -> None:
     """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
     with tqdm(
         desc=label,
@@ -111,6 +122,7 @@ def _follow(process: subprocess.Popen[bytes], progress: Path, label: str) -> Non
         while process.poll() is None:
             time.sleep(0.1)
             _show(bar, progress, label)
+            send()
         _show(bar, progress, label)
         bar.refresh()
 
