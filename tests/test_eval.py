@@ -23,6 +23,8 @@ from hft_cli.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig, User
 from hft_cli.scoring import Scored, read_suite, run_eval, score, scores_of
 from hft_cli.weights import fetch, weights_hash
 
+pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
