@@ -95,7 +95,7 @@ def _train(argv: list[str]) -> int:
     argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
-    argv = [re.sub(r"^(method|model\.kinds|suite\.tasks)=", r"+\1=", argument) for argument in argv]
+    argv = [re.sub(r"^method=", "+method=", re.sub(OF_MAPS, r"++\1=", argument)) for argument in argv]
     _sized(argv)
     if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
         a.startswith("-") for a in argv
@@ -162,6 +162,9 @@ PATHS = (
     "run",
     "suite.data_dir",
 )
+
+
+OF_MAPS = r"^(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds)="  # keys that may be new
 
 
 def _plain(argument: str, sweep: bool) -> str:
@@ -367,8 +370,7 @@ def _eval(argv: list[str]) -> int:
     if "model.path" in keys and "model" not in keys:
         argv.insert(0, "model=local")
     argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-    new = r"^(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds)="  # keys of maps
-    return _status(_hydra("eval", [re.sub(new, r"++\1=", argument) for argument in argv]), argv)
+    return _status(_hydra("eval", [re.sub(OF_MAPS, r"++\1=", argument) for argument in argv]), argv)
 
 
 def _score(composed: Any, argv: Sequence[str]) -> None:

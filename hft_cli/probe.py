@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,7 @@ def log_likelihoods(
     """
     import torch
 
+    keeps = "logits_to_keep" in signature(model.forward).parameters
     longest = positions(model.config.to_dict()) or MOST_TOKENS
     rows: dict[
         tuple[int, ...], list[tuple[int, int, int, int]]
@@ -335,7 +337,7 @@ def log_likelihoods(
             shared = next(
                 (i for i, (a, b) in enumerate(zip(own, whole, strict=False)) if a != b), min(len(own), len(whole))
             )
-            shared = min(shared, len(whole) - 1)
+            shared = max(1, min(shared, len(whole) - 1))  # the first token of all has nothing before it
             cut += len(whole) - 1 > longest
             given = tuple(whole[:-1])[-longest:]
             rows.setdefault(given, []).append((number, place, len(whole) - shared, whole[-1]))
@@ -348,11 +350,13 @@ def log_likelihoods(
             tick(start + len(batch), len(order), sum(map(len, batch)))
         # Right padding needs no mask under causal attention: no real token sees a later one.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=model.device)
+        # Only what stands before a continuation's tokens is wanted: over a whole vocabulary the rest would be large.
+        first = min(len(row) - max(tokens for _, _, tokens, _ in rows[row]) for row in batch) if keeps else 0
         with torch.inference_mode():
-            logits = model(ids).logits
+            logits = model(ids, **({"logits_to_keep": width - first} if keeps else {})).logits
         for row, of_row in zip(batch, logits, strict=True):
             most = max(tokens for _, _, tokens, _ in rows[row])
-            scored = of_row[len(row) - most : len(row)].float().log_softmax(-1)
+            scored = of_row[len(row) - most - first : len(row) - first].float().log_softmax(-1)
             for number, place, tokens, last in rows[row]:
                 wanted = torch.tensor([*row[len(row) - tokens + 1 :], last], device=model.device)
                 picked = scored[most - tokens :].gather(1, wanted[:, None])

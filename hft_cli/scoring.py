@@ -15,7 +15,6 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,6 @@ def _wanted(suite: SuiteConfig, names: Iterable[str]) -> list[str]:
     return [name for name in names if not suite.only or name in suite.only]
 
 
-@cache
 def _rows(task: Task) -> str:
     return content_hash(read_chats(locate(task.path), format=task.format, split="test"))
 

@@ -23,6 +23,8 @@ from hft_cli.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig, User
 from hft_cli.scoring import Scored, read_suite, run_eval, score, scores_of
 from hft_cli.weights import fetch, weights_hash
 
+pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
@@ -249,6 +251,13 @@ def test_a_mistake_is_one_line_that_says_how_to_mend_it(arguments, said, tmp_pat
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("train", "+method=hft"), ("eval",)])
+def test_any_setting_of_a_benchmark_can_be_typed_without_a_plus(command):
+    done = hft(*command, "suite=knowledge", "suite.benchmarks.nq_open.limit=3", "--cfg", "job")
+    assert done.status == 0, done.err
+    assert yaml.safe_load(done.out)["suite"]["benchmarks"]["nq_open"]["limit"] == 3
 
 
 def test_training_refuses_what_eval_would_before_anything_is_written(tmp_path, data_dir):
