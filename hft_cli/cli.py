@@ -378,6 +378,8 @@ def _score(composed: Any, argv: Sequence[str]) -> None:
     from hft_cli.scoring import run_eval, table
 
     values, typed = _values(composed, argv)
+    if values["output_dir"] == "evals/local":  # each model of one's own has a folder of its own
+        values["output_dir"] = str(Path("evals", Path(values["model"]["path"]).name))
     config = from_dict(EvalConfig, values)
     if config.run is not None and RunDir(Path(config.run)).config.exists():
         # The run's own precision and template, unless others are typed.

@@ -269,7 +269,7 @@ class EvalConfig:
     models: list[str] = field(default_factory=lambda: ["after"])
     """With `run`: after (the model that the run made), before (the one that it started from), or both."""
     output_dir: str = REQUIRED
-    """Without `run`: results go to OUTPUT_DIR/eval/SUITE. What is there and still holds is not scored again."""
+    """Without `run`: results go to OUTPUT_DIR/eval/SUITE.json. What is there and still holds is not scored again."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)

@@ -374,25 +374,24 @@ def run_eval(config: EvalConfig) -> Path:
 
 
 def _models(config: EvalConfig) -> dict[str, Scored]:
-    """What to score: after and before of a run, or the model alone."""
+    """What to score, by the name of its folder: after and before of a run, or the model alone."""
+    found: dict[str, Scored] = {}
     if config.run is None:
         path = fetch(locate(config.model.path))
-        found = {"model": Scored(path, config.model, weights_hash(path))}
+        found["model"] = Scored(path, config.model, weights_hash(path))
     else:
         run = finished(config.run)
         sealed = read_config(run).model
+        own = replace(config.model, name=sealed.name)
         if "after" in config.models and not run.model.is_dir():
             raise UserError(f"The run in {config.run} has no model (method.save_model=false?). Use models=[before].")
-        paths = {"after": run.model, "before": fetch(locate(sealed.path))} if "before" in config.models else {}
-        paths = {"after": run.model, **paths}
-        own = replace(config.model, name=sealed.name)
-        found = {
-            when: Scored(paths[when], own, weights_hash(paths[when]), shared=when == "before") for when in config.models
-        }
+        for when in config.models:
+            path = run.model if when == "after" else fetch(locate(sealed.path))
+            found[when] = Scored(path, own, weights_hash(path), shared=when == "before")
         if "before" in found and found["before"].weights != read_json(run.plan)["base_sha256"]:
             raise UserError(
-                f"The weights in {paths['before']} have changed since the run in {config.run} began with them. Restore "
-                "them, or use models=[after]."
+                f"The weights in {found['before'].path} have changed since the run in {config.run} began with them. "
+                "Restore them, or use models=[after]."
             )
     for model in found.values():
         uses_template(config.suite, model.config, model.path)
