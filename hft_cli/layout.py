@@ -278,6 +278,59 @@ def from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Par
     return _params(shapes, {name: (name,) for name in shapes}, kinds)
 
 
+def from_fields(config: Mapping[str, Any], kinds: Mapping[str, str] = {}) -> tuple[Param, ...] | None:
+    """What `from_config` gives, from the fields of config.json alone and without torch; None unless the model type is
+    in FIELDS and all the fields that its shapes hang on are there.
+
+    Raises:
+        UserError: `kinds` holds a bad expression or an unknown kind.
+    """
+    family = config.get("model_type")
+    if family not in FIELDS or any(config.get(key) is None for key in (*_SIZES, *FIELDS[family])):
+        return None
+    hidden, inner, layers, heads, vocabulary = (config[key] for key in _SIZES)
+    width = config.get("head_dim") or hidden // heads
+    queries, keys = heads * width, (config.get("num_key_value_heads") or heads) * width
+    inside: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight" if family == "olmo2" else "input_layernorm.weight": (hidden,),
+    }
+    if config.get("attention_bias") or family == "qwen2":
+        biased = "qkv" if family == "qwen2" else "qkvo"
+        inside |= {f"self_attn.{x}_proj.bias": inside[f"self_attn.{x}_proj.weight"][:1] for x in biased}
+    if family in ("qwen3", "olmo2"):  # over each head, and over all of them
+        inside["self_attn.q_norm.weight"] = (width if family == "qwen3" else queries,)
+        inside["self_attn.k_norm.weight"] = (width if family == "qwen3" else keys,)
+    if family == "mixtral":
+        experts = config["num_local_experts"]
+        inside["mlp.gate.weight"] = (experts, hidden)
+        inside["mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+        inside["mlp.experts.down_proj"] = (experts, hidden, inner)
+    else:
+        matrices = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        inside |= {f"mlp.{name}.weight": shape for name, shape in matrices.items()}
+        if config.get("mlp_bias"):
+            inside |= {f"mlp.{name}.bias": shape[:1] for name, shape in matrices.items()}
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in inside.items()}
+    shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    return _params(shapes, {name: (name,) for name in shapes}, kinds)
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Model types whose shapes `from_fields` knows (none ties its head unless its config says so), and what else it needs of
+# their configs, because the type's default is not one for all sizes.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "llama": (), "olmo2": (), "mistral": ("num_key_value_heads",), "qwen2": ("num_key_value_heads",),
+    "qwen3": ("num_key_value_heads", "head_dim"), "mixtral": ("num_key_value_heads", "num_local_experts"),
+}  # fmt: skip
+
+
 def _meta_model(config_or_path: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -30,6 +30,8 @@ class ModelConfig:
     """Label in tables and figures."""
     path: str = REQUIRED
     """Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."""
+    architecture: str | None = None
+    """For `hft plan` where the weights are not here: a config.json, or the name of one that ships (llama2_70b, …)."""
     base: str | None = None
     """Half-Reset only: the model to go back to. The tuned one is model.path, which model.tuned is a name for."""
     dtype: str = "float32"
@@ -297,6 +299,22 @@ class RunConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """What `hft plan` is told besides. It prints, and neither trains nor writes anything."""
+
+    gpu_memory: float | None = None
+    """Memory of a GPU in GiB, above 0: which engines fit into it, under the worst draw."""
+    tflops: float | None = None
+    """Peak rate of a GPU in the dtype of training, in TFLOP/s, above 0 (A100 312, H100 989 in bfloat16): hours."""
+    utilization: float = 0.4
+    """Share of `tflops` that training reaches, in (0, 1]. An assumption: measure yours, and put it here."""
+    rows: int | None = None
+    """Rows of each training set that is not on this machine, at least 1."""
+    row_tokens: int | None = None
+    """Tokens of a row on average, at least 1; null takes every row as full (train.max_length). Not for memory."""
 
 
 def choose(what: str, value: str, choices: Iterable[str]) -> str:

@@ -118,6 +118,37 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     )
 
 
+def heaviest(params: Sequence[Param], config: SelectionConfig) -> tuple[str, ...]:
+    """Names of parameters with at least as many elements as any draw has, whatever its round and seed: the worst draw.
+
+    With balance=matrices it is a draw, the one whose order is by size. With balance=elements a draw misses its share by
+    at most half of its largest unit, and what is returned is the largest units that are more than that.
+
+    Raises:
+        UserError: if the config cannot be met on this model.
+    """
+    draw(params, config, 1, 0)  # refuses what cannot be met
+    everything = units(params)
+    inside = [u for u in everything if u.layer is not None]
+    if config.balance == "matrices" or config.level == "all":
+        chosen = list(STRATEGIES[config.level](inside, config, _by_size(inside, _exact(config))))
+    else:
+        chosen = []
+        for kind in sorted({u.kind for u in inside}) if config.level == "category" else [None]:
+            group = [u for u in inside if kind in (u.kind, None)]
+            sizes = [u.elements for u in group]
+            if config.level == "layer":
+                sizes = [_elements(u for u in group if u.layer == layer) for layer in {u.layer for u in group}]
+            most = _elements(group) * _exact(config) + Fraction(max(sizes), 2)
+            for u in sorted(group, key=lambda u: -u.elements):
+                if most > 0:
+                    chosen.append(u)
+                    most -= u.elements
+    names = {u.name for u in chosen}
+    names |= {u.name for u in everything if u.layer is None and _outside(u.kind, config) == "update"}
+    return tuple(sorted(p for u in everything if u.name in names for p in u.params))
+
+
 def adapted(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
     """What LoRA changes: the weight matrices of attention and feed-forward, without biases, norms and experts.
 
@@ -204,6 +235,29 @@ class _Order:
     def second(self) -> bool:
         """Whether this is the second round of a complementary pair."""
         return self.redraw == "complementary" and self.round % 2 == 0
+
+
+@dataclass(frozen=True)
+class _BySize(_Order):
+    """The largest first, in place of a drawn order."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __call__(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: -self.sizes[name])
+
+
+def _by_size(inside: Iterable[Unit], ratio: Fraction) -> _BySize:
+    """For units, for layers, and for the layers that may take one unit of a kind more than the others."""
+    sizes: Counter[str] = Counter()
+    groups: dict[str, list[int]] = {}
+    for unit in inside:
+        sizes[unit.name] += unit.elements
+        sizes[f"layer\0{unit.layer}"] += unit.elements
+        groups.setdefault(f"{unit.kind}\0{unit.layer}", []).append(unit.elements)
+    for name, group in groups.items():  # what a layer would take next, after those that it has anyway
+        sizes[name] = [*sorted(group, reverse=True), 0][floor(len(group) * ratio)]
+    return _BySize(0, 1, "independent", sizes=sizes)
 
 
 def _nearest(share: Fraction, order: _Order) -> int:
