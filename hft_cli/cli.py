@@ -14,14 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hft_cli.schema import EvalConfig, RunConfig, UserError, choose, from_dict
+from hft_cli.schema import EvalConfig, PlanConfig, RunConfig, UserError, choose, from_dict
+
+if TYPE_CHECKING:
+    from hft_cli.plan import Plan
 
 USAGE = """\
 hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
 
   hft train +method=hft [group=option …] [key=value …]   run a fine-tuning; -m sweeps over a,b,c
+  hft plan +method=hft model=llama2_70b engine=zero3 …    what that would train and cost; no weights, no GPU
   hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
   hft verify RUN                                         prove from the files that frozen matrices kept every bit
   hft show draws RUN                                     what each round updated, as layers by matrices
@@ -83,6 +87,12 @@ def _train(argv: list[str]) -> int:
     if set(argv) & {"-h", "--help"}:
         print(_help())
         return 0
+    argv = _arguments("train", argv)
+    return _status(_hydra("train", argv), argv)
+
+
+def _arguments(name: str, argv: Sequence[str]) -> list[str]:
+    """What was typed after `hft train` or `hft plan`, as Hydra's grammar has it."""
     # Hydra asks for a + before a group without a default and before a new key of a map; we do not.
     argv = [_plain(argument, sweep=bool({"-m", "--multirun"} & set(argv))) for argument in argv]
     keys = {argument.split("=")[0].lstrip("+") for argument in argv}
@@ -96,15 +106,15 @@ def _train(argv: list[str]) -> int:
     if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
     argv = [re.sub(r"^method=", "+method=", re.sub(OF_MAPS, r"++\1=", argument)) for argument in argv]
-    _sized(argv)
+    _sized(name, argv)
     if not any(re.match(r"[+~]*(method|experiment)[=@.]", a) for a in argv) and not any(
         a.startswith("-") for a in argv
     ):
         raise UserError(
             f"No method: what should the run do? Available: {', '.join(_options('method'))}. "
-            "For instance: hft train +method=hft"
+            f"For instance: hft {name} +method=hft"
         )
-    return _status(_hydra("train", argv), argv)
+    return argv
 
 
 def _status(failures: list[Failure], argv: Sequence[str]) -> int:
@@ -119,7 +129,7 @@ def _status(failures: list[Failure], argv: Sequence[str]) -> int:
     return failures[0].status
 
 
-def _sized(argv: list[str]) -> None:
+def _sized(name: str, argv: list[str]) -> None:
     """See that an experiment which sweeps is swept, and give it the paper's size unless another is typed."""
     place = next((i for i, text in enumerate(argv) if re.match(r"\+?experiment=", text)), None)
     sized = [text.partition("=")[2] for text in argv if re.match(r"\+?size=", text)]
@@ -130,15 +140,15 @@ def _sized(argv: list[str]) -> None:
             raise UserError("size= is of an experiment: experiment=NAME size=paper|pocket.")
         return
     argv[place] = argv[place].lstrip("+")
-    name = argv[place].partition("=")[2]
-    choose("experiment", name, _options("experiment"))
-    text = (_conf() / "experiment" / f"{name}.yaml").read_text()
+    experiment = argv[place].partition("=")[2]
+    choose("experiment", experiment, _options("experiment"))
+    text = (_conf() / "experiment" / f"{experiment}.yaml").read_text()
     if "sweeper:" in text and not {"-m", "--multirun", "--cfg", "-c"} & set(argv):
-        raise UserError(f"experiment={name} is a sweep: hft train -m experiment={name} …")
+        raise UserError(f"experiment={experiment} is a sweep: hft {name} -m experiment={experiment} …")
     if "size=pocket" in text and not sized:
         argv.append("size=paper")
     elif sized and "size=pocket" not in text:
-        raise UserError(f"experiment={name} has one size only: leave out size=.")
+        raise UserError(f"experiment={experiment} has one size only: leave out size=.")
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ PATHS = (
     "data.path",
     "data.test_path",
     "continual.replay_general",
+    "model.architecture",
     "output_dir",
     "run",
     "suite.data_dir",
@@ -227,12 +238,17 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
         write_json(told / f"{number:06d}", vars(Failure(" ".join(task.overrides.task), str(failed), status)))
 
     try:
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=name)(job)()
+        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=_primary(name))(job)()
         return [Failure(**read_json(path)) for path in sorted(told.iterdir())]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, argv, name)) from None
     finally:
         shutil.rmtree(told)
+
+
+def _primary(name: str) -> str:
+    """The file in conf/ that an application composes: a plan is of what `hft train` composes, and a few keys more."""
+    return "train" if issubclass(APPLICATIONS[name][0], RunConfig) else name
 
 
 def _run(composed: Any, argv: Sequence[str]) -> None:
@@ -332,6 +348,7 @@ def _help(name: str = "train") -> str:
         groups = ["engine", "model", "suite", "tracking"]
     usage = {
         "train": "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
+        "plan": "hft plan …   all that hft train takes, and the keys of PlanConfig below;  -m compares",
         "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]   once;  -m and key=a,b,c: a sweep",
     }
     options = [f"  {group:<11} {', '.join(_options(group))}" for group in groups if _options(group)]
@@ -341,7 +358,7 @@ def _help(name: str = "train") -> str:
             "--cfg job prints what a command composes.",
             "\nGroups and their options:",
             *options,
-            *section(APPLICATIONS[name][0].__name__, ""),
+            *(line for cls in reversed(APPLICATIONS[name][0].__mro__[:-1]) for line in section(cls.__name__, "")),
         ]
     )
 
@@ -354,6 +371,46 @@ def _keys(cls: type[Any], where: str = "") -> list[str]:
     for name, hint in get_type_hints(cls).items():
         keys += _keys(hint, f"{where}{name}.") if is_dataclass(hint) and isinstance(hint, type) else [where + name]
     return keys
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+def _plan(argv: list[str]) -> int:
+    import tempfile
+
+    from hft_cli.plan import comparison
+
+    if set(argv) & {"-h", "--help"}:
+        print(_help("plan"))
+        return 0
+    argv = _arguments("plan", argv)
+    if not {"-m", "--multirun"} & set(argv):
+        return _status(_hydra("plan", argv), argv)
+    _PLANNED.clear()
+    argv = [text for text in argv if not re.match(r"hydra[/.]launcher", text)]  # one process, which has all the plans
+    with tempfile.TemporaryDirectory(prefix="hft-") as folder:  # where Hydra notes a sweep
+        failures = _hydra("plan", [*argv, f"hydra.sweep.dir={folder}", "hydra/hydra_logging=none"])
+    if _PLANNED:
+        print(comparison(_PLANNED))
+    return _status(failures, argv)
+
+
+_PLANNED: list[tuple[str, Plan]] = []  # of a sweep: what was swept, and the plan
+
+
+def _print_plan(composed: Any, argv: Sequence[str]) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from hft_cli.plan import plan, text
+
+    values, _ = _values(composed, argv)
+    made = plan(from_dict(PlanConfig, values))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _PLANNED.append((Path(values["output_dir"]).name, made))
+    else:
+        print(text(made))
 
 
 # -------------------------------------------------------------------------------------------------------------- eval
@@ -394,6 +451,7 @@ def _score(composed: Any, argv: Sequence[str]) -> None:
 # What Hydra composes: command -> its config's dataclass and what is done with it.
 APPLICATIONS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "train": (RunConfig, _run),
+    "plan": (PlanConfig, _print_plan),
     "eval": (EvalConfig, _score),
 }
 
@@ -462,6 +520,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 # Adding a sub-command is one function and one row.
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "verify": _verify,
     "show": _show,

@@ -138,7 +138,7 @@ Place = tuple[int, int]  # layer (-1: embeddings, the number of layers: final no
 
 
 def place(param: Param, layers: int) -> Place:
-    """Where in the forward pass a parameter is used. An unknown name counts as early in its layer: needs more, not less."""
+    """Where in the forward pass a parameter is used. An unknown name counts as early: that needs more, not less."""
     if param.layer is None:
         return {"embedding": (-1, 0), "head": (layers + 1, 0)}.get(param.kind, (layers, 0))
     name = re.sub(r"\.lora_.*", "", param.unit)
@@ -228,14 +228,12 @@ def memory(params: Sequence[Param], trained: Collection[str], net: Shape, setup:
     reference = 0.0
     if setup.stage == "dpo" and setup.reference != "precomputed":
         reference = float(size * ours) if setup.reference == "shared" else weights
-    # ZeRO-3 in float32 steps the shards themselves; ZeRO-1 and 2 always copy.
-    copied = stage is not None and not (stage == 3 and size == 4)
     grouped = min(part, SUB_GROUP) if stage == 3 else part
     return Memory(
         weights=weights,
         gradients=float(gradients),
         optimizer=8.0 * part,
-        masters=4.0 * part if copied else 0.0,
+        masters=0.0 if stage is None else 4.0 * part,  # also beside float32 weights: DeepSpeed always copies
         reference=reference,
         activations=activations(params, trained, net, setup),
         buffers=_buffers(params, trained, net, setup),
@@ -277,18 +275,17 @@ def activations(params: Sequence[Param], trained: Collection[str], net: Shape, s
     own linear layer always does. With checkpointing, each layer's input, and all of the one layer that is recomputed.
     """
     first = lowest(params, trained, net.layers)
-    inside: dict[int, list[Param]] = {}
+    passed: dict[int, list[Param]] = {}
     for p in params:
         if p.layer is not None and p.layer >= first[0]:  # below, no gradient passes
-            inside.setdefault(p.layer, []).append(p)
-    layers = [_layer(own, trained, net, setup) for own in inside.values()]
+            passed.setdefault(p.layer, []).append(p)
+    layers = [_layer(own, trained, net, setup) for own in passed.values()]
     stream = setup.weight_bytes  # of the residual stream: float32 under autocast
     outside = (4 + setup.compute_bytes + stream) * net.hidden  # the final norm, and what the head reads
+    inside = sum(layers)
     if setup.checkpointing:
-        inner = len(layers) * stream * net.hidden + max(layers, default=0.0)
-    else:
-        inner = sum(layers)
-    return float(setup.tokens * (inner + outside))
+        inside = len(layers) * stream * net.hidden + max(layers, default=0.0)
+    return float(setup.tokens * (inside + outside))
 
 
 def _layer(own: Sequence[Param], trained: Collection[str], net: Shape, setup: Setup) -> float:
@@ -301,12 +298,13 @@ def _layer(own: Sequence[Param], trained: Collection[str], net: Shape, setup: Se
     matrices = [step for step, p in updated if p.kind != "norm" and len(p.shape) > 1]
     # Each norm saves its input in float32, and for its weight what that multiplies, which is float32 too in the models
     # with norms after their blocks (OLMo 2, Gemma).
-    normal = 4 if any("post_feedforward" in p.name for p in own) else stream
+    late = any("post_feedforward" in p.name for p in own)
     total = 0.0
     for p in own:
         if p.kind == "norm" and p.name.endswith("weight"):
-            width = {"q": queries, "k": keys}.get(found[1], 0) if (found := _HEADS.search(p.name)) else net.hidden
-            total += (4 + normal * (p.name in trained)) * width
+            found = _HEADS.search(p.name)
+            width = {"q": queries, "k": keys}[found[1]] if found else net.hidden
+            total += (4 + (4 if late else e if found else stream) * (p.name in trained)) * width
     for step in (1, 4):  # what q, k, v read, and what gate and up read; autocast casts it for each of them
         readers = matrices.count(step)
         copies = (readers if setup.autocast and net.experts == 1 else 1) * (net.experts_used if step == 4 else 1)
@@ -425,12 +423,12 @@ def flops(
     )
 
 
-# --------------------------------------------------------------------------------------------- the network, and the disk
+# -------------------------------------------------------------------------------------------- the network, and the disk
 
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes that one rank sends in an optimizer step, by what for; it receives as many. Rings: Patarasuk & Yuan 2009."""
+    """Bytes that one rank sends in an optimizer step, by what for, in rings; it receives as many."""
 
     gradients: float = 0.0
     weights: float = 0.0
@@ -490,5 +488,3 @@ def checkpoint(params: Sequence[Param], trained: Collection[str], setup: Setup) 
 def hours(total: float, ranks: int, tflops: float, utilization: float) -> float:
     """Hours for so many FLOPs on `ranks` GPUs of that peak rate (in TFLOP/s), reaching that share of it."""
     return total / (ranks * tflops * 1e12 * utilization) / 3600
-
-

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from hft_cli.layout import Param
 from hft_cli.schema import RunConfig, choose, of_task, places, test_sets, training_sets
@@ -143,7 +143,10 @@ def _label(path: str) -> str:
     return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
-def step_config(config: RunConfig, step: Step) -> RunConfig:
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+
+def step_config(config: AnyRun, step: Step) -> AnyRun:
     """The config of one step: what a DPO round, a task or a replay sets for itself stands in `train`."""
     own: dict[str, Any] = {"epochs": step.epochs}
     if step.stage == "dpo":

@@ -16,7 +16,7 @@ from hft_cli.continual import backward_transfer, overall_performance, read_sourc
 from hft_cli.data import content_hash, read_chats, repeats
 from hft_cli.known import environment
 from hft_cli.layout import MOST_TOKENS, from_folder, positions
-from hft_cli.methods import Step, draws, step_config, steps
+from hft_cli.methods import AnyRun, Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
 from hft_cli.schema import RunConfig, TrackingConfig, UserError, check, locate, test_format
@@ -45,7 +45,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
     check(config)
     require(config.tracking)
     base = fetch(locate(config.model.path))
-    config = _settled(config, base)
+    config = settled(config, read_json(base / "config.json"), base.name)
     where = _find(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
     if config.resume and not where.config.exists():
         raise UserError(f"resume=true, but there is no run in {where.folder}.")
@@ -100,19 +100,18 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def _settled(config: RunConfig, base: Path) -> RunConfig:
-    """The config with what hangs on the model filled in.
+def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
+    """The config with what hangs on the model filled in: `model` is its config.json, `name` what errors call it.
 
     Raises:
         UserError: for what the model's own config rules out.
     """
-    model: dict[str, Any] = read_json(base / "config.json")
     model = model.get("text_config") or model
     longest = positions(model)
     asked = config.train.max_length
     if longest and asked and asked > longest:
         raise UserError(
-            f"train.max_length={asked} is more than the {longest} positions of {base.name}. "
+            f"train.max_length={asked} is more than the {longest} positions of {name}. "
             f"Set train.max_length={longest} or less."
         )
     if config.train.packing and model.get("model_type") not in PACKABLE:
@@ -124,7 +123,7 @@ def _settled(config: RunConfig, base: Path) -> RunConfig:
     if longest and answers >= longest - 1 and any(step.test and step.metric != "exact_match" for step in steps(config)):
         raise UserError(
             f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
-            f"{base.name}. Set generation.max_new_tokens={longest // 2} or less."
+            f"{name}. Set generation.max_new_tokens={longest // 2} or less."
         )
     return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
