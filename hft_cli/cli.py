@@ -25,7 +25,7 @@ USAGE = """\
 hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
 
   hft train +method=hft [group=option …] [key=value …]   run a fine-tuning; -m sweeps over a,b,c
-  hft plan +method=hft model=llama2_70b engine=zero3 …    what that would train and cost; no weights, no GPU
+  hft plan +method=hft [group=option …] [key=value …]    what that would train, need and cost; -m compares
   hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
   hft verify RUN                                         prove from the files that frozen matrices kept every bit
   hft show draws RUN                                     what each round updated, as layers by matrices
@@ -379,38 +379,34 @@ def _keys(cls: type[Any], where: str = "") -> list[str]:
 def _plan(argv: list[str]) -> int:
     import tempfile
 
-    from hft_cli.plan import comparison
+    from hft_cli.plan import comparison, text
 
     if set(argv) & {"-h", "--help"}:
         print(_help("plan"))
         return 0
     argv = _arguments("plan", argv)
-    if not {"-m", "--multirun"} & set(argv):
-        return _status(_hydra("plan", argv), argv)
     _PLANNED.clear()
-    argv = [text for text in argv if not re.match(r"hydra[/.]launcher", text)]  # one process, which has all the plans
-    with tempfile.TemporaryDirectory(prefix="hft-") as folder:  # where Hydra notes a sweep
-        failures = _hydra("plan", [*argv, f"hydra.sweep.dir={folder}", "hydra/hydra_logging=none"])
-    if _PLANNED:
-        print(comparison(_PLANNED))
+    if {"-m", "--multirun"} & set(argv):
+        argv = [word for word in argv if not re.match(r"hydra[/.]launcher", word)]  # one process, for one table
+        with tempfile.TemporaryDirectory(prefix="hft-") as folder:  # where Hydra notes a sweep
+            failures = _hydra("plan", [*argv, f"hydra.sweep.dir={folder}", "hydra/hydra_logging=none"])
+        if _PLANNED:
+            print(comparison(_PLANNED))
+    else:
+        failures = _hydra("plan", argv)
+        for _, made in _PLANNED:  # none, if only --cfg was asked for
+            print(text(made))
     return _status(failures, argv)
 
 
-_PLANNED: list[tuple[str, Plan]] = []  # of a sweep: what was swept, and the plan
+_PLANNED: list[tuple[str, Plan]] = []  # what the jobs leave: what was swept, and the plan
 
 
-def _print_plan(composed: Any, argv: Sequence[str]) -> None:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from hft_cli.plan import plan, text
+def _make_plan(composed: Any, argv: Sequence[str]) -> None:
+    from hft_cli.plan import plan
 
     values, _ = _values(composed, argv)
-    made = plan(from_dict(PlanConfig, values))
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _PLANNED.append((Path(values["output_dir"]).name, made))
-    else:
-        print(text(made))
+    _PLANNED.append((Path(values["output_dir"]).name, plan(from_dict(PlanConfig, values))))
 
 
 # -------------------------------------------------------------------------------------------------------------- eval
@@ -451,7 +447,7 @@ def _score(composed: Any, argv: Sequence[str]) -> None:
 # What Hydra composes: command -> its config's dataclass and what is done with it.
 APPLICATIONS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "train": (RunConfig, _run),
-    "plan": (PlanConfig, _print_plan),
+    "plan": (PlanConfig, _make_plan),
     "eval": (EvalConfig, _score),
 }
 

@@ -402,11 +402,13 @@ def _head(made: Plan) -> str:
         f"layers; shapes from {model.source}; stored as {model.dtype}",
     ]
     if made.fits:
-        spread = "one process" if setup.zero_stage is None else f"ZeRO-{setup.zero_stage} on {setup.ranks} GPUs"
+        spread = (
+            "one process" if setup.zero_stage is None else f"ZeRO-{setup.zero_stage} on {several(setup.ranks, 'GPU')}"
+        )
         lines += [
             f"engine  {spread}, {config.model.dtype}{' by autocast' * setup.autocast}, attention {setup.attention}",
-            f"step    {config.train.batch_size} rows = {setup.ranks} GPUs x {setup.rows} x {setup.accumulation} micro "
-            f"batches; rows of {setup.length:,} tokens"
+            f"step    {config.train.batch_size:,} rows = {several(setup.ranks, 'GPU')} x {several(setup.rows, 'row')} "
+            f"x {several(setup.accumulation, 'micro batch', 'es')}; a row has {setup.length:,} tokens"
             + (f", {config.row_tokens:,} on average" if config.row_tokens and not config.train.packing else ""),
         ]
     return "\n".join(lines)
@@ -525,8 +527,7 @@ def _engines(made: Plan) -> str:
         cells.setdefault(fit.engine, []).append(word)
     body = [[name + ("" if ENGINES[name] else " (1 GPU)"), *own] for name, own in cells.items()]
     asked = "; gpu_memory=N (GiB) says what fits" if limit is None else f", against {limit:g} GiB"
-    gpus = ranks(made.config.engine)
-    title = f"Engines on {gpus} GPU{'s' * (gpus > 1)}{', worst draw' * made.draws}{asked}"
+    title = f"Engines on {several(ranks(made.config.engine), 'GPU')}{', worst draw' * made.draws}{asked}"
     return f"{title}\n\n{grid(['engine', 'in all', 'with checkpointing'], body)}"
 
 
@@ -553,7 +554,9 @@ def _work(made: Plan) -> str:
         "",
         grid(["PFLOP", "this draw", "FFT", "ratio"], body),
         "",
-        f"Network: each GPU sends {size(sent.total)} a step ({size(sent.gradients)} of gradients, "
+        "Network: nothing."
+        if found.setup.shards == 1
+        else f"Network: each GPU sends {size(sent.total)} a step ({size(sent.gradients)} of gradients, "
         f"{size(sent.weights)} of weights), and receives as much.",
     ]
     if config.tflops is None:
@@ -584,6 +587,11 @@ def size(value: float) -> str:
             break
         value /= 1024
     return f"{value:,.0f} {unit}" if unit == "B" or value >= 100 else f"{value:,.1f} {unit}"
+
+
+def several(number: int, what: str, ending: str = "s") -> str:
+    """1 GPU, 64 GPUs."""
+    return f"{number:,} {what}{ending * (number != 1)}"
 
 
 def count(elements: float) -> str:

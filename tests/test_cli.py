@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("trian",), r"Unknown command 'trian'\. Did you mean 'train'\? Available: train, eval, verify"),
+        (("trian",), r"Unknown command 'trian'\. Did you mean 'train'\? Available: train, plan, eval, verify"),
         (("verify", "nowhere"), r"There is no run directory nowhere"),
         (("verify", "."), r"is not the directory of a run"),
         (("show", "draws", "."), r"draws\.json is missing"),
