@@ -174,7 +174,7 @@ class Memory:
 
     Attributes:
         weights: of the model, in the dtype that it computes with (of a single process: float32).
-        gradients: of what is trained, as held when a step's last backward pass has ended.
+        gradients: of what is trained, at their most between a step's first backward pass and the optimizer.
         optimizer: AdamW's two moments, float32.
         masters: float32 copies of the trained weights, beside bfloat16 ones or as DeepSpeed keeps them.
         reference: DPO's second model.
@@ -307,8 +307,9 @@ def _layer(own: Sequence[Param], trained: Collection[str], net: Shape, setup: Se
             total += (4 + (4 if late else e if found else stream) * (p.name in trained)) * width
     for step in (1, 4):  # what q, k, v read, and what gate and up read; autocast casts it for each of them
         readers = matrices.count(step)
-        copies = (readers if setup.autocast and net.experts == 1 else 1) * (net.experts_used if step == 4 else 1)
-        total += (f if step == 4 else e) * net.hidden * copies * bool(readers or always)
+        by_experts = step == 4 and net.experts > 1
+        copies = net.experts_used if by_experts else readers if setup.autocast else 1
+        total += (f if by_experts else e) * net.hidden * copies * bool(readers or always)
     # Queries, keys, values, and the output, which o reads; a mask of padding makes sdpa repeat keys and values.
     shared = keys if setup.attention == "flash_attention_2" or setup.rows * setup.answers == 1 else queries
     total += e * (2 * queries + 2 * shared) + 4 * net.heads
@@ -339,12 +340,19 @@ def _buffers(params: Sequence[Param], trained: Collection[str], net: Shape, setu
     if setup.autocast:
         # Copies in bfloat16: of what is trained for as long as the forward pass lasts, and without checkpointing of
         # every matrix, for the gradient of its input.
-        cast = ours if setup.checkpointing else sum(p.elements for p in params if len(p.shape) > 1)
-        total += 2 * cast
+        matrices = [p for p in params if len(p.shape) > 1 and p.kind != "embedding"]
+        total += 2 * sum(p.elements for p in matrices if p.name in trained or not setup.checkpointing)
     if setup.zero_stage is not None:
         total += size * (BUCKET + min(BUCKET, ours))  # the bucket that is filled, and the one that is sent
+    if setup.zero_stage in (2, 3):  # the newest gradient, before it goes into the bucket
+        total += size * max((p.elements for p in params if p.name in trained), default=0)
     if setup.zero_stage == 3:
-        total += size * min(LIVE, sum(p.elements for p in params if p.elements > PERSISTENT))
+        modules: dict[str, int] = {}  # what a module needs is gathered at once, also if that is more
+        for p in params:
+            if p.elements > PERSISTENT:
+                own = p.unit.rpartition(".")[0] if len(p.shape) == 3 else p.unit
+                modules[own] = modules.get(own, 0) + p.elements
+        total += size * min(max(LIVE, *modules.values(), 0), sum(modules.values()))
     if setup.tasks:
         total += 4 * ours * setup.tasks + size * ours  # GEM: see gem.py
     return float(total)

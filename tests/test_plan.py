@@ -12,13 +12,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import command, environment, hft
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_cli import costs
@@ -156,9 +156,10 @@ def test_the_heaviest_draw_of_a_grouped_attention_takes_queries_and_output():
 
 def planned(**changes: Any) -> PlanConfig:
     """A plan's config over the embedded model."""
-    from dataclasses import fields
+    return as_plan(composed("+method=hft", *(f"{key}={value}" for key, value in changes.items())))
 
-    config = composed("+method=hft", *(f"{key}={value}" for key, value in changes.items()))
+
+def as_plan(config: RunConfig) -> PlanConfig:
     return PlanConfig(**{spec.name: getattr(config, spec.name) for spec in fields(RunConfig)})
 
 
@@ -549,9 +550,7 @@ def test_a_plan_of_data_that_are_elsewhere_asks_for_rows_or_steps():
     assert plan(replace(config, rows=1280, tflops=1.0)).rounds[0].hours > 0
 
 
-@example("half_reset")
-@given(st.sampled_from(["sft_then_dpo", "trace"]))
-@settings(deadline=None, max_examples=3)
+@pytest.mark.parametrize("kind", ["half_reset", "sft_then_dpo", "trace"])
 def test_other_methods_and_sequences_have_plans(kind):
     from hft_cli.plan import text
 
@@ -560,10 +559,7 @@ def test_other_methods_and_sequences_have_plans(kind):
         "sft_then_dpo": ("+method=hft", "data=pocket_sft_then_dpo", "method.stages=[sft,dpo]"),
         "trace": ("+method=hft", "data=trace", "data.path=/data/TRACE", "continual=gem", "model=mixtral_8x7b"),
     }[kind]
-    from dataclasses import fields
-
-    config = composed(*overrides)
-    made = plan(PlanConfig(**{spec.name: getattr(config, spec.name) for spec in fields(RunConfig)}))
+    made = plan(as_plan(composed(*overrides)))
     assert len(made.rounds) == {"half_reset": 1, "sft_then_dpo": 2, "trace": 8}[kind]
     assert "Disk:" in text(made)
     if kind == "trace":
