@@ -29,7 +29,7 @@ hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL
   hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
   hft verify RUN                                         prove from the files that frozen matrices kept every bit
   hft show draws RUN                                     what each round updated, as layers by matrices
-  hft report RUN…                                        compare finished runs: a table and a figure
+  hft report RUN…                                        compare runs and sweeps: tables, figures, one page
 
 Try it, without a GPU or a download:  hft train +method=hft suite=pocket
 What there is to set:                 hft train --help"""
