@@ -29,6 +29,8 @@ hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL
   hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
   hft verify RUN                                         prove from the files that frozen matrices kept every bit
   hft show draws RUN                                     what each round updated, as layers by matrices
+  hft materialize RUN round=K out=DIR                    the model after any round, from the base and the deltas
+  hft publish RUN out=DIR                                what a run changed, with a model card; materialize loads it
   hft report RUN…                                        compare runs and sweeps: tables, figures, one page
 
 Try it, without a GPU or a download:  hft train +method=hft suite=pocket
@@ -494,6 +496,58 @@ def _show(argv: list[str]) -> int:
     return 0
 
 
+def _materialize(argv: list[str]) -> int:
+    from hft_cli.deltas import apply, materialize
+    from hft_cli.run_dir import RunDir
+
+    place, given = _keys_after("materialize", "RUN [round=K]|DELTA base=BASE", argv, ("round", "base", "out"))
+    if (place / "config.yaml").exists() and "base" not in given:
+        materialize(RunDir(place), _round_number(given), Path(given["out"]))
+    else:
+        if "round" in given:
+            raise UserError(
+                f"{place} is not the directory of a run, and a published delta has no rounds: leave out round."
+            )
+        if "base" not in given:
+            raise UserError(f"{place} is not the directory of a run. If it is a published delta, give its base: base=…")
+        apply(place, given["base"], Path(given["out"]))
+    print(f"Model: {given['out']}")
+    return 0
+
+
+def _publish(argv: list[str]) -> int:
+    from hft_cli.deltas import publish
+    from hft_cli.run_dir import RunDir
+
+    place, given = _keys_after("publish", "RUN [round=K]", argv, ("round", "out"))
+    publish(RunDir(place), _round_number(given), Path(given["out"]))
+    print(f"Delta with its model card: {given['out']}")
+    return 0
+
+
+def _keys_after(name: str, what: str, argv: list[str], keys: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """A place, and then KEY=VALUE, of which out= must be there."""
+    usage = f"hft {name} {what} out=FOLDER"
+    if set(argv) & {"-h", "--help"}:
+        print(usage)
+        raise SystemExit(0)
+    places = [word for word in argv if word.partition("=")[0] not in keys and "=" not in word]
+    given = dict(word.split("=", 1) for word in argv if word not in places)
+    for key in given:
+        choose("key", key, keys)
+    if len(places) != 1 or not given.get("out"):
+        raise UserError(f"{usage}: give one place, and out=.")
+    return Path(places[0]).expanduser(), given | {"out": os.path.expanduser(given["out"])}
+
+
+def _round_number(given: dict[str, str]) -> int | None:
+    if "round" not in given:
+        return None
+    if not given["round"].isdigit():
+        raise UserError(f"round={given['round']} is not a number.")
+    return int(given["round"])
+
+
 def _report(argv: list[str]) -> int:
     from hft_cli.report import report
 
@@ -520,6 +574,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "verify": _verify,
     "show": _show,
+    "materialize": _materialize,
+    "publish": _publish,
     "report": _report,
 }
 

@@ -184,7 +184,8 @@ class RunDir:
 class SealedStep:
     """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
 
-    `adapter` is the folder of the LoRA adapters to go on from.
+    `adapter` is the folder of the LoRA adapters to go on from, `base_sha256` the hash of the weights that the run began
+    with.
     """
 
     config: RunConfig
@@ -194,6 +195,7 @@ class SealedStep:
     updated: tuple[str, ...]
     frozen: tuple[str, ...]
     adapter: str | None = None
+    base_sha256: str = ""
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

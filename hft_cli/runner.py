@@ -209,6 +209,7 @@ def _round(
     LoRA goes on from the adapters of the round before, beside the base: merged into it, they are the model at `model`.
     """
     start = fetch(locate(config.model.path)) if adapter else model
+    base_sha256 = read_json(where.plan)["base_sha256"]
     folder = where.round(step.number, step.name)
     out = where.model if where.model.exists() else folder.model
     if not folder.outcome.exists() and step.stage == "half_reset":
@@ -216,7 +217,7 @@ def _round(
         say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
         begun = time.perf_counter()
         if config.method.save_model:
-            write_pieces(_reset_pieces(step, chosen, model, config), folder.delta)
+            write_pieces(_reset_pieces(step, chosen, model, config), folder.delta, {"base_sha256": base_sha256})
         write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - begun, 3)})
     if not config.method.save_model:
         return model
@@ -230,6 +231,7 @@ def _round(
             updated=chosen.updated,
             frozen=chosen.frozen,
             adapter=str(adapter) if adapter else None,
+            base_sha256=base_sha256,
         ).write(folder.step)
         say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
@@ -239,7 +241,7 @@ def _round(
     if not out.exists():
         own = config.model.chat_template is None
         extra = {folder.template.name: folder.template.read_text()} if folder.template.exists() and not own else {}
-        lay_over(start, folder.delta, out, extra)
+        lay_over(start, [folder.delta], out, extra)
     if model.is_relative_to(where.folder) and model != out:
         shutil.rmtree(model, ignore_errors=True)  # the last round's model has served
     return out

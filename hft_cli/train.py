@@ -481,7 +481,8 @@ def _write_delta(
     """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
     base = tensors(Path(sealed.model))
     announced = {stored: base[stored][1] for name in sealed.updated for stored in params[name].stored}
-    with Writer(path, announced, {"format": "pt", "round": str(sealed.step.round)}) as writer:
+    metadata = {"format": "pt", "round": str(sealed.step.round), "base_sha256": sealed.base_sha256}
+    with Writer(path, announced, metadata) as writer:
         for name in sealed.updated:
             parts = to_stored(model, {name: value(name)}, [params[name]])
             for stored in params[name].stored:

@@ -109,18 +109,19 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def lay_over(base: Path, delta: Path, out: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Write the model that has the delta's tensors, in their dtypes, and for the rest the base's, file by file.
+def lay_over(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, str] | None = None) -> None:
+    """Write the model that has the deltas' tensors (the last one's, of several), in their dtypes, and for the rest the
+    base's, file by file.
 
     The base's other files (config, tokenizer) come along; `extra` (name -> text) replaces or adds some. The folder gets
     its name only when it is whole.
 
     Raises:
-        UserError: if a tensor of the delta is not in the base with the same shape.
+        UserError: if a tensor of a delta is not in the base with the same shape.
     """
-    changes: dict[str, Place] = {name: (delta, info) for name, info in read_header(delta).items()}
+    changes: dict[str, Place] = {name: (delta, info) for delta in deltas for name, info in read_header(delta).items()}
     where = tensors(base)
-    for name, (_, info) in changes.items():
+    for name, (delta, info) in changes.items():
         if name not in where or where[name][1].shape != info.shape:
             raise UserError(f"{delta} has {name} as {list(info.shape)}, which {base} has not.")
     part = out.with_name(out.name + ".part")
@@ -190,7 +191,7 @@ def reset_pieces(
     return pieces
 
 
-def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path) -> None:
+def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path, metadata: Mapping[str, str]) -> None:
     """Stream a delta together from tensors that lie in other files; the pieces of one are joined along its rows."""
     announced = {}
     for name, places in pieces.items():
@@ -200,7 +201,7 @@ def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path) -> None:
             size = sum(info.stop - info.start for _, info in places)
             first = replace(first, shape=(rows, *first.shape[1:]), start=0, stop=size)
         announced[name] = first
-    with Writer(out, announced, {"format": "pt"}) as writer:
+    with Writer(out, announced, {"format": "pt", **metadata}) as writer:
         for name, places in pieces.items():
             writer.add(name, chain.from_iterable(read(place) for place in places))
 

@@ -43,8 +43,8 @@ def reset(tuned: Path, base: Path, out: Path, config: SelectionConfig, seed: int
     own, theirs = from_folder(tuned), from_folder(base)
     names = draw(own, config, 1, seed).updated
     delta = out.with_name("delta.safetensors")
-    write_pieces(reset_pieces(own, theirs, (tuned, base), names, join), delta)
-    lay_over(tuned, delta, out)
+    write_pieces(reset_pieces(own, theirs, (tuned, base), names, join), delta, {})
+    lay_over(tuned, [delta], out)
     return set(names)
 
 

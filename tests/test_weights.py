@@ -77,7 +77,7 @@ def test_a_model_is_the_base_with_the_delta_over_it(tmp_path, shards):
     base = checkpoint(tmp_path / "base", shards)
     delta = {"b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half()}
     save_file(delta, tmp_path / "delta.safetensors")
-    lay_over(base, tmp_path / "delta.safetensors", tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
+    lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
     made, expected = everything(tmp_path / "out"), everything(base) | delta
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in made)
@@ -92,7 +92,7 @@ def test_a_delta_that_does_not_fit_is_refused_and_writes_nothing(tmp_path, delta
     base = checkpoint(tmp_path / "base", SHARDS)
     save_file(delta, tmp_path / "delta.safetensors")
     with pytest.raises(UserError, match=r"has [az] as \[.*\], which .* has not"):
-        lay_over(base, tmp_path / "delta.safetensors", tmp_path / "out")
+        lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         base = checkpoint(tmp_path / f"base{number}", [{"big": torch.zeros(size)}])
         save_file({"big": torch.ones(size)}, tmp_path / "delta.safetensors")
         tracemalloc.start()
-        lay_over(base, tmp_path / "delta.safetensors", tmp_path / f"out{number}")
+        lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / f"out{number}")
         assert not same_bytes(tensors(base)["big"], tensors(tmp_path / f"out{number}")["big"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
