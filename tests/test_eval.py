@@ -21,6 +21,7 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.runner import run
 from hft_cli.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig, UserError, locate
 from hft_cli.scoring import Scored, read_suite, run_eval, score, scores_of
+from hft_cli.tracking import Tracked
 from hft_cli.weights import fetch, weights_hash
 
 pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
@@ -225,7 +226,7 @@ def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_d
     where = runner.RunDir(tmp_path)
     base = fetch(locate("pocket:model"))
     plan, drawn = steps(two), draws(two, from_folder(base, {}))
-    runner._walk(where, two, plan, drawn, base, read_suite(two.suite))
+    runner._walk(where, two, plan, drawn, base, read_suite(two.suite), Tracked())
     whole = ("facts", "nq_open", "facts_ranking")
     assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
 

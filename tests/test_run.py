@@ -300,7 +300,12 @@ def test_models_whose_files_do_not_hold_the_modules_own_names_train_and_verify(t
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command("train", *QUICK, f"output_dir={out}", *arguments), env=environment())
+    return subprocess.Popen(
+        command("train", *QUICK, f"output_dir={out}", *arguments),
+        env=environment(),
+        # A shell may have started us in the background, where it has SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
