@@ -531,7 +531,8 @@ def _keys_after(name: str, what: str, argv: list[str], keys: Sequence[str]) -> t
     if set(argv) & {"-h", "--help"}:
         print(usage)
         raise SystemExit(0)
-    places = [word for word in argv if word.partition("=")[0] not in keys and "=" not in word]
+    # The folders of a sweep's runs have = in their names.
+    places = [word for word in argv if "=" not in word or (word.split("=")[0] not in keys and Path(word).exists())]
     given = dict(word.split("=", 1) for word in argv if word not in places)
     for key in given:
         choose("key", key, keys)

@@ -80,6 +80,7 @@ def test_another_base_is_refused_and_nothing_is_left(two_rounds, tmp_path):
         (("RUN", "round=one", "out=new"), r"round=one is not a number"),
         (("RUN", "rond=1", "out=new"), r"Unknown key 'rond'\. Did you mean 'round'"),
         (("RUN",), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
+        (("RUN", "out"), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
         (("RUN", "out=."), r"out=\. is there already"),
         ((".", "out=new"), r"\. is not the directory of a run\. If it is a published delta, give its base"),
         ((".", "base=x", "out=new"), r"\. is neither a run nor a published delta"),
@@ -91,6 +92,12 @@ def test_mistakes_are_one_line(words, said, two_rounds, tmp_path, monkeypatch):
         _command(["materialize", *(str(two_rounds) if word == "RUN" else word for word in words)])
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_a_sweep_is_found_by_its_name(two_rounds, tmp_path):
+    run = shutil.copytree(two_rounds, tmp_path / "method=hft,seed=1")
+    assert _command(["materialize", str(run), "round=1", f"out={tmp_path / 'model'}"]) == 0
+    assert model(tmp_path / "model") == model(BASE) | deltas(run)[0]
 
 
 def test_a_round_that_is_not_finished_is_refused(two_rounds, tmp_path):
