@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.schema import EvalConfig, PlanConfig, RunConfig, UserError, choose, from_dict
+from hft_cli.schema import EvalConfig, PlanConfig, RunConfig, Stopped, UserError, choose, from_dict
 
 if TYPE_CHECKING:
     from hft_cli.plan import Plan
@@ -39,7 +39,8 @@ What there is to set:                 hft train --help"""
 
 def main() -> None:
     """Entry point. Exit status: 0 done, 2 a user's mistake, 1 anything else, 128+n for signal n."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's, when time is up or the nodes are wanted
+        signal.signal(number, _interrupt)
     argv = sys.argv[1:]
     try:
         status = _command(argv)
@@ -57,13 +58,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     sys.exit(status)
-
-
-class Stopped(BaseException):
-    """A signal asked us to end."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

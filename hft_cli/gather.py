@@ -21,7 +21,16 @@ COUNTED = ("verified", "no model written")  # statuses of runs that means are ta
 Matrix = tuple[tuple[float | None, ...], ...]
 Scores = dict[str, dict[str, float | None]]  # SUITE/TASK -> before, after; None where it was not scored
 # Keys of config.yaml in which runs of one setting may differ.
-FREE = ("seed", "selection.seed", "output_dir", "resume", "train.save_every", "train.save_limit", "train.log_every")
+FREE = (
+    "seed",
+    "selection.seed",
+    "output_dir",
+    "resume",
+    "train.save_every",
+    "train.save_minutes",
+    "train.save_limit",
+    "train.log_every",
+)
 
 
 @dataclass(frozen=True)

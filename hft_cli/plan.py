@@ -120,7 +120,7 @@ def plan(config: PlanConfig) -> Plan:
     deltas = sum(model.stored[name] for chosen in drawn for name in chosen.updated) * config.method.save_model
     whole = sum(model.stored.values()) * config.method.save_model
     kept = 0.0
-    if trains and config.train.save_every:
+    if trains and (config.train.save_every or config.train.save_minutes):
         kept = max(
             costs.checkpoint(*_trained(config, model, chosen.updated), found.setup)
             for chosen, found in zip(drawn, rounds, strict=True)

@@ -113,6 +113,11 @@ class RoundDir:
         return self.folder / "worker.log"
 
     @property
+    def stop(self) -> Path:
+        """Its being there asks a training worker to keep a checkpoint of the step that it is at, and end."""
+        return self.folder / "stop"
+
+    @property
     def mistake(self) -> Path:
         """A user's mistake that only the worker could see, for the parent to report."""
         return self.folder / "mistake.txt"

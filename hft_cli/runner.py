@@ -235,7 +235,7 @@ def _round(
         ).write(folder.step)
         say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
-        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks, send)
+        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks, send, checkpoints=True)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():

@@ -151,7 +151,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int | None = None
-    """Steps between checkpoints that a stopped run resumes from; null keeps none within a round."""
+    """Steps between checkpoints that a stopped run resumes from; null: by save_minutes, and when asked to stop."""
+    save_minutes: float | None = None
+    """Minutes between checkpoints, above 0, besides those of save_every; null: none by time."""
     save_limit: int = 1
     """Checkpoints kept of the running round; at least 1."""
     log_every: int = 10
@@ -317,6 +319,13 @@ class PlanConfig(RunConfig):
     """Tokens of a row on average, at least 1; null takes every row as full (train.max_length). Not for memory."""
 
 
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`; otherwise raise a UserError with the nearest one.
 
@@ -446,6 +455,7 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{path}={value} is too large: it must be below 2^32.")
     for path, value in (
         ("train.learning_rate", train.learning_rate),
+        ("train.save_minutes", train.save_minutes),
         *_each("train.epochs", train.epochs),
         ("continual.replay_ratio", config.continual.replay_ratio),
         ("continual.replay_epochs", config.continual.replay_epochs),

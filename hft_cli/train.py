@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import DPOConfig, SFTConfig
 
+_SIGNALS: list[int] = []  # that came and asked us to stop
 MARKER = "hft.json"  # written last into a checkpoint: without it the checkpoint is not whole
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(sealed: SealedStep, folder: RoundDir) -> None:
-    """Train one round and write delta.safetensors and, last, outcome.json.
+    """Train one round and write delta.safetensors and, last, outcome.json; none of them if it was asked to stop.
 
     Raises:
         UserError: for data with nothing to train on, or a checkpoint made under another draw, data or number of ranks.
@@ -58,6 +60,8 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
     import torch
     from transformers import AutoTokenizer, set_seed
 
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's, or our parent's end
+        signal.signal(number, lambda number, _: _SIGNALS.append(number))
     config = sealed.config
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -105,7 +109,13 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         )
         projections.projected = before.get("projected", 0)
         watch.projections = projections
+    if _most(_asked(folder, rank), world):  # while all was being loaded
+        _leave(world)
+        return
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if watch.stopped:
+        _leave(world)
+        return
 
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if config.continual.name == "lora":
@@ -133,6 +143,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
                 **watch.last,
+                **({"checkpoint_seconds": round(watch.saving, 3)} if watch.saving else {}),
                 **({"steps_projected": projections.projected} if projections else {}),
                 **({"memory_rows": [len(memory) for memory in memories]} if memories else {}),
                 **counts,
@@ -365,7 +376,7 @@ def _watch(
     import torch
     from transformers import TrainerCallback
 
-    metrics = Path(sealed.metrics)
+    metrics, minutes = Path(sealed.metrics), sealed.config.train.save_minutes
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -376,6 +387,9 @@ def _watch(
             self.last: dict[str, float] = {}  # what DPO logged last
             self.checksums: list[int] = []
             self.projections: gem.Steps | None = None
+            self.stopped = False
+            self.saved = self.step_end = 0.0  # when
+            self.saving = 0.0  # seconds that the last checkpoint took
             self.losses, self.logged = list(before.get("losses", (0.0, 0))), 0  # their sum and number, up to a log
 
         def seconds(self) -> float:
@@ -409,13 +423,23 @@ def _watch(
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
             self.logged = self.first = state.global_step
-            self.start = time.perf_counter()
+            self.start = self.saved = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.tokens = state.num_input_tokens_seen
             if rank == 0:
                 progress = {"step": state.global_step, "of": state.max_steps, "loss": self.loss}
                 folder.progress.write_text(json.dumps(progress | {"tokens_per_second": self.tokens_per_second()}))
+            self.step_end = time.perf_counter()
+            if state.global_step == state.max_steps:  # the round's end is better than a checkpoint
+                return
+            wanted = _asked(folder, rank) * STOP
+            if rank == 0 and minutes is not None and self.step_end - self.saved >= 60 * minutes:
+                wanted = max(wanted, SAVE)
+            wanted = _most(wanted, world)
+            control.should_save = control.should_save or wanted >= SAVE
+            self.stopped = wanted == STOP
+            control.should_training_stop = control.should_training_stop or self.stopped
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs and not math.isfinite(logs["loss"]):
@@ -447,6 +471,8 @@ def _watch(
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
                 marker |= {"projected": self.projections.projected} if self.projections else {}
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
+            self.saved = time.perf_counter()
+            self.saving = self.saved - self.step_end
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.end = time.perf_counter()
@@ -574,6 +600,26 @@ def _gather(value: int, world: int) -> list[int]:
     values: list[int] = [0] * world
     dist.all_gather_object(values, value)
     return values
+
+
+SAVE, STOP = 1, 2  # what a rank may ask for after a step
+
+
+def _asked(folder: RoundDir, rank: int) -> bool:
+    """Whether this rank was asked to stop: by a signal, or the first one by its file."""
+    return bool(_SIGNALS) or (rank == 0 and folder.stop.exists())
+
+
+def _most(value: int, world: int) -> int:
+    """The largest of the ranks' values, so that they all do the same after the same step."""
+    if world == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    held = torch.tensor(value, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return int(held)
 
 
 def _barrier(world: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_cli.run_dir import RoundDir
-from hft_cli.schema import UserError
+from hft_cli.schema import Stopped, UserError
 
 
 @contextmanager
@@ -46,10 +46,12 @@ def work(
     label: str,
     ranks: int | None = None,
     send: Callable[[], None] = lambda: None,
+    checkpoints: bool = False,
 ) -> None:
     """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
 
     With `ranks` torchrun starts that many; without it is a plain process. Meanwhile `send` is called all the time.
+    One that `checkpoints` is asked to do so when we are stopped, and is ended at a second signal.
 
     Raises:
         UserError: for a user's mistake that only the worker could see.
@@ -59,6 +61,7 @@ def work(
     command = [sys.executable, "-m", *several, module, str(job)]
     folder.mistake.unlink(missing_ok=True)
     folder.progress.unlink(missing_ok=True)
+    folder.stop.unlink(missing_ok=True)
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
@@ -78,6 +81,12 @@ def work(
         )
         try:
             _follow(process, folder.progress, label, send)
+        except (Stopped, KeyboardInterrupt):
+            if checkpoints and process.poll() is None:
+                say("Stopping after this step, with a checkpoint. A second signal ends it at once.")
+                folder.stop.touch()
+                _follow(process, folder.progress, label, send)
+            raise
         finally:
             _end(process)
     if process.returncode == 0:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -365,11 +366,36 @@ def test_killed_and_resumed_ends_with_the_same_bits_as_uninterrupted(tmp_path, e
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_ranks_and_the_status_says_which(tmp_path, number):
-    process = start(tmp_path / "run", *LONG, *ZERO2, "train.micro_batch_size=2")
+    process = start(tmp_path / "run", "+method=hft", "train.max_steps=100", *ZERO2, "train.micro_batch_size=2")
     wait_for(tmp_path / "run/rounds/01-order/progress.json", process)
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     wait_until_gone(tmp_path / "run")
+    (marker,) = (tmp_path / "run/rounds/01-order/checkpoints").glob(
+        "checkpoint-*/hft.json"
+    )  # though none was asked for
+    assert 0 < int(marker.parent.name.split("-")[1]) < 100
+    assert not (tmp_path / "run/rounds/01-order/outcome.json").exists()
+
+
+def test_stopped_five_times_at_random_points_it_ends_with_the_same_bits_as_uninterrupted(tmp_path):
+    settings = ("+method=hft", "train.max_steps=120")
+    whole = train(tmp_path / "whole", *settings)
+    out, random = tmp_path / "stopped", Random(5)
+    for number in range(5):
+        progress = out / "rounds/01-order/progress.json"
+        progress.unlink(missing_ok=True)
+        process = start(out, *settings)
+        wait_for(progress, process)
+        time.sleep(random.uniform(0, 0.3))
+        process.send_signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
+        assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGUSR1), f"stop {number}"
+        wait_until_gone(out)
+    ended = hft("train", *QUICK, *settings, f"output_dir={out}")
+    assert ended.status == 0, ended.err
+    assert weights(out) == weights(whole)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 121))
 
 
 def interrupted(out: Path) -> None:
