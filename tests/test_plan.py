@@ -184,7 +184,11 @@ def test_training_less_never_costs_more(family, setup, selection, seed):
     params, net = of(family)
     drawn = frozenset(draw(params, replace(selection, redraw="independent"), 1, seed).updated)
     half, full = (costs.memory(params, trained, net, setup) for trained in (drawn, names(params)))
-    assert all(getattr(half, part) <= getattr(full, part) for part in PARTS)
+    # ZeRO-2 keeps whole gradients of the parameters at both ends of a rank's part, and which those are changes with
+    # what is trained.
+    ends = 2 * max(p.elements for p in params) * 4 * 2 if setup.zero_stage == 2 else 0
+    slack = {"gradients": ends}
+    assert all(getattr(half, part) <= getattr(full, part) + slack.get(part, 0) for part in PARTS)
     less, more = (costs.flops(params, trained, net, setup, 8, 32) for trained in (drawn, names(params)))
     assert less.total <= more.total
     assert less.forward == more.forward
