@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -190,7 +193,6 @@ def _plain(argument: str, sweep: bool) -> str:
 
 def _hydra(name: str, argv: list[str]) -> list[Failure]:
     """Compose conf/NAME.yaml with the overrides in argv and run it, once or as a sweep. Returns the failed jobs."""
-    import shutil
     import tempfile
 
     import hydra
@@ -201,19 +203,25 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
 
     from hft_cli.run_dir import read_json, write_json
 
+    argv = _launched(argv)
     schema, run = APPLICATIONS[name]
     ConfigStore.instance().store(name="schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
     sys.argv = ["hft " + name, *argv]
-    # What fails is told by files: the jobs of a parallel launcher are processes of their own.
+    # What fails is told by files: the jobs of a parallel launcher are processes of their own. Those of submitit, which
+    # may be on other machines, return it.
     told = Path(tempfile.mkdtemp(prefix="hft-"))
+    returned: dict[int, dict[str, Any]] = {}
+    waited_for, requeued = _submitit(argv)
 
-    def job(composed: Any) -> None:
+    def job(composed: Any) -> dict[str, Any] | None:
         # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
         task = hydra.core.hydra_config.HydraConfig.get()
+        submitted = task.mode == RunMode.MULTIRUN and "submitit" in task.launcher._target_
         failed: Exception
         try:
-            run(composed, argv)
+            with requeued() if submitted else nullcontext():
+                run(composed, argv)
         except (UserError, subprocess.CalledProcessError) as error:
             failed = error
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
@@ -224,22 +232,82 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
             traceback.print_exc()
             failed = error
         else:
-            return
-        if not told.is_dir():  # we are on another machine, whose launcher has ways of its own to tell
+            return None
+        if not submitted and not told.is_dir():  # another machine, whose launcher has ways of its own to tell
             raise failed
         number = task.job.num if task.mode == RunMode.MULTIRUN else 0
         status = 2 if isinstance(failed, UserError) else 1
         if isinstance(failed, subprocess.CalledProcessError) and failed.returncode < 0:
             status = 128 - failed.returncode
-        write_json(told / f"{number:06d}", vars(Failure(" ".join(task.overrides.task), str(failed), status)))
+        failure = vars(Failure(" ".join(task.overrides.task), str(failed), status))
+        if submitted:
+            print(f"hft: {failed}", file=sys.stderr)  # in its log
+            return {"number": number, **failure}
+        write_json(told / f"{number:06d}", failure)
+        return None
 
     try:
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=_primary(name))(job)()
-        return [Failure(**read_json(path)) for path in sorted(told.iterdir())]
+        with waited_for(returned):
+            hydra.main(version_base="1.3", config_path=str(_conf()), config_name=_primary(name))(job)()
+        return [Failure(**returned[number]) for number in sorted(returned)] + [
+            Failure(**read_json(path)) for path in sorted(told.iterdir())
+        ]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, argv, name)) from None
     finally:
         shutil.rmtree(told)
+
+
+# The launchers that are packages of their own, and the module that shows that one is there.
+LAUNCHERS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+}
+
+
+def _launched(argv: list[str]) -> list[str]:
+    """`argv` with our defaults for the launcher in it, if that has any.
+
+    Raises:
+        UserError: if what the launcher needs is not there.
+    """
+    named = [text.partition("=")[2] for text in argv if re.match(r"\+*hydra/launcher=", text)]
+    if not named or named[-1] not in LAUNCHERS:
+        return argv
+    launcher = named[-1]
+    if importlib.util.find_spec(LAUNCHERS[launcher].partition(".")[0]) is None or (
+        importlib.util.find_spec(LAUNCHERS[launcher]) is None
+    ):
+        raise UserError(
+            f"hydra/launcher={launcher} needs a package that is not there: pip install 'hft-cli[cluster]', or "
+            f"{LAUNCHERS[launcher].partition('.')[2].replace('_', '-')} alone."
+        )
+    if not {"-m", "--multirun"} & set(argv):
+        raise UserError(f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. One run needs no launcher.")
+    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
+    if launcher == "joblib":
+        return argv
+    given = dict(text.partition("=")[::2] for text in argv)
+    # submitit's own are an hour, no second start, and on one machine an hour too.
+    ours = {"hydra.launcher.timeout_min": str(7 * 24 * 60)}
+    if launcher == "submitit_slurm":
+        minutes = given.get("hydra.launcher.timeout_min", "60")
+        sooner = min(300, 15 * int(minutes)) if minutes.isdigit() else 300  # a quarter of a short time
+        ours = {"hydra.launcher.signal_delay_s": str(sooner), "hydra.launcher.max_num_timeout": "20"}
+    return [*argv, *(f"{key}={value}" for key, value in ours.items() if key not in given)]
+
+
+def _submitit(argv: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What hft_cli/slurm.py does for a sweep and for each of its jobs, if submitit is there."""
+    if not {"-m", "--multirun"} & set(argv) or importlib.util.find_spec("submitit") is None:
+        return nullcontext, nullcontext
+    # Before it is imported. Its own choice, USR2, would kill a worker on clusters that signal all processes of a job.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    from hft_cli.slurm import requeued, waited_for
+
+    return waited_for, requeued
 
 
 def _primary(name: str) -> str:

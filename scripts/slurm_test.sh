@@ -1,0 +1,137 @@
+#!/bin/bash
+# make test-slurm: a SLURM of two nodes, both this machine, without accounting; in it tests/test_slurm.py; and all gone
+# at the end. Wants Debian's packages slurm-wlm and munge, and installs them if it may.
+#   scripts/slurm_test.sh PYTHON [ARGUMENTS OF PYTEST]
+set -euo pipefail
+python=$1
+shift
+PATH=$PATH:/usr/sbin:/sbin
+needed=(slurmctld slurmd munged sbatch)
+if ! command -v "${needed[@]}" >/dev/null || [ "$(command -v "${needed[@]}" | wc -l)" -lt ${#needed[@]} ]; then
+    if [ "$(id -u)" != 0 ]; then
+        echo "make test-slurm needs SLURM: as root, apt-get install slurm-wlm slurm-wlm-basic-plugins munge" >&2
+        exit 2
+    fi
+    # Debian starts the daemons that it installs; this says no, and is taken away again.
+    policy=/usr/sbin/policy-rc.d
+    [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && trap 'rm -f $policy' EXIT; }
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+        slurm-wlm slurm-wlm-basic-plugins munge >/dev/null
+    trap - EXIT
+    [ "$(tail -1 $policy 2>/dev/null)" != "exit 101" ] || rm -f $policy
+fi
+
+home=$(mktemp -d "${TMPDIR:-/tmp}/hft-slurm-XXXXXX")
+chmod 755 "$home"
+daemons=()
+export SLURM_CONF=$home/slurm.conf
+
+# Also when a test fails or somebody presses Ctrl-C: no job, no daemon and no file stays.
+down() {
+    status=$?
+    trap - EXIT INT TERM
+    if [ ${#daemons[@]} -gt 1 ]; then
+        scancel --signal=KILL --full --user="$(id -un)" 2>/dev/null || true
+        scancel --user="$(id -un)" 2>/dev/null || true
+        for _ in $(seq 40); do
+            [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+            sleep 0.5
+        done
+    fi
+    for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
+        kill "${daemons[i]}" 2>/dev/null || true
+        wait "${daemons[i]}" 2>/dev/null || true
+    done
+    for pid in $(pgrep -x slurmstepd || true); do # one that hangs; only of this SLURM
+        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$SLURM_CONF"; then
+            kill -KILL "$pid"
+        fi
+    done
+    if [ $status -ne 0 ] && [ -n "${HFT_SLURM_KEEP:-}" ]; then
+        echo "Kept: $home" >&2
+    else
+        rm -rf "$home"
+    fi
+    exit $status
+}
+trap down EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+read -r -a port <<<"$("$python" - <<'END'
+import socket
+held = [socket.socket() for _ in range(3)]
+for one in held:
+    one.bind(("127.0.0.1", 0))
+print(*(one.getsockname()[1] for one in held))
+END
+)"
+mkdir "$home/state" "$home/n1" "$home/n2"
+user=$(id -un)
+cat >"$SLURM_CONF" <<END
+ClusterName=hft
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=${port[0]}
+SlurmUser=$user
+SlurmdUser=$user
+AuthType=auth/munge
+# A requeued job starts again after this many seconds; 120 if it is not said.
+AuthInfo=socket=$home/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation=$home/state
+SlurmdSpoolDir=$home/%n
+SlurmctldPidFile=$home/slurmctld.pid
+SlurmdPidFile=$home/%n.pid
+SlurmctldLogFile=$home/slurmctld.log
+SlurmdLogFile=$home/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=2,sched_min_interval=500000
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=10
+MinJobAge=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${port[1]} CPUs=2 RealMemory=1000
+NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${port[2]} CPUs=2 RealMemory=1000
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=2
+END
+dd if=/dev/urandom of="$home/munge.key" bs=128 count=1 status=none
+chmod 600 "$home/munge.key"
+
+munged --foreground --force --socket="$home/munge.socket" --key-file="$home/munge.key" \
+    --pid-file="$home/munged.pid" --seed-file="$home/munged.seed" --log-file="$home/munged.log" \
+    >"$home/munged.out" 2>&1 &
+daemons+=($!)
+for _ in $(seq 50); do
+    [ ! -S "$home/munge.socket" ] || break
+    sleep 0.1
+done
+slurmctld -D >"$home/slurmctld.out" 2>&1 &
+daemons+=($!)
+for node in n1 n2; do
+    slurmd -D -N $node >"$home/$node.out" 2>&1 &
+    daemons+=($!)
+done
+for _ in $(seq 60); do
+    [ "$(sinfo --noheader --format=%D --states=idle --partition=all 2>/dev/null)" != 2 ] || break
+    sleep 0.5
+done
+if [ "$(sinfo --noheader --format=%D --states=idle --partition=all 2>/dev/null)" != 2 ]; then
+    echo "SLURM did not come up:" >&2
+    tail -n 5 "$home"/*.log "$home"/*.out >&2
+    exit 1
+fi
+
+cd "$(dirname "$0")/.."
+HFT_TEST_SLURM=1 "$python" -m pytest tests/test_slurm.py "$@"
