@@ -208,18 +208,6 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
 
     config, train, engine = sealed.config, sealed.config.train, sealed.config.engine
     gpu = torch.cuda.is_available()
-    deepspeed = None
-    if engine.zero_stage is not None:
-        deepspeed = {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            # Always there: without the block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": engine.zero_stage}
-            | ({"stage3_gather_16bit_weights_on_model_save": True} if engine.zero_stage == 3 else {}),
-        }
     if sealed.step.stage == "dpo":
         make, own = DPOConfig, dpo.settings(config.dpo.reference, config.dpo.beta)
     else:
@@ -236,11 +224,12 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.num_processes),
+        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.ranks),
         max_length=train.max_length,
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
-        optim="adamw_torch_fused" if gpu else "adamw_torch",
+        # Where it steps on the CPU after all, one pass over the moments is what makes it bearable.
+        optim="adamw_torch_fused" if gpu or engine.offload_optimizer else "adamw_torch",
         weight_decay=train.weight_decay,
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
@@ -257,7 +246,7 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
         report_to=[],
-        deepspeed=deepspeed,
+        deepspeed=sealed.deepspeed or None,
         dataloader_pin_memory=gpu,
     )
 
