@@ -288,7 +288,9 @@ def _launched(argv: list[str]) -> list[str]:
             f"{LAUNCHERS[launcher].partition('.')[2].replace('_', '-')} alone."
         )
     if not {"-m", "--multirun"} & set(argv):
-        raise UserError(f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. One run needs no launcher.")
+        raise UserError(
+            f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
+        )
     if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
     if launcher == "joblib":

@@ -79,7 +79,7 @@ class Watcher(SlurmInfoWatcher):  # type: ignore[misc]
     """Asks squeue, which every SLURM answers; sacct, which submitit asks, knows nothing without accounting."""
 
     def __init__(self) -> None:
-        super().__init__(delay_s=15)
+        super().__init__(delay_s=10)
         self._ended: set[str] = set()  # at the last look
 
     def update(self) -> None:

@@ -25,12 +25,17 @@ fi
 home=$(mktemp -d "${TMPDIR:-/tmp}/hft-slurm-XXXXXX")
 chmod 755 "$home"
 daemons=()
+tests=
 export SLURM_CONF=$home/slurm.conf
 
 # Also when a test fails or somebody presses Ctrl-C: no job, no daemon and no file stays.
 down() {
     status=$?
-    trap - EXIT INT TERM
+    trap '' INT TERM
+    trap - EXIT
+    if [ -n "$tests" ] && kill -INT "$tests" 2>/dev/null; then
+        wait "$tests" || true
+    fi
     if [ ${#daemons[@]} -gt 1 ]; then
         scancel --signal=KILL --full --user="$(id -un)" 2>/dev/null || true
         scancel --user="$(id -un)" 2>/dev/null || true
@@ -98,7 +103,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
-MinJobAge=20
+MinJobAge=300
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${port[1]} CPUs=2 RealMemory=1000
@@ -134,4 +139,6 @@ if [ "$(sinfo --noheader --format=%D --states=idle --partition=all 2>/dev/null)"
 fi
 
 cd "$(dirname "$0")/.."
-HFT_TEST_SLURM=1 "$python" -m pytest tests/test_slurm.py "$@"
+HFT_TEST_SLURM=1 "$python" -m pytest tests/test_slurm.py "$@" &
+tests=$!
+wait "$tests" # so that a signal to this script is heeded at once

@@ -1,0 +1,104 @@
+"""What starts runs elsewhere, as far as it shows without a cluster: launchers of sweeps, and the files in scripts/."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, environment, hft, train, weights
+from test_run import wait_for
+
+from hft_cli import cli
+
+ROOT = Path(__file__).parents[1]
+SWEEP = ("train", "-m", *QUICK, "+method=hft")
+
+
+def test_a_sweep_by_submitit_on_one_machine_tells_its_failures(tmp_path):
+    ended = hft(*SWEEP, "train.max_length=3,64", "hydra/launcher=submitit_local", f"output_dir={tmp_path}")
+    assert ended.status == 2
+    assert ended.err.count("hft: failed: ") == 1
+    assert "train.max_length=3 " in ended.err
+    assert (tmp_path / "train.max_length=64/DONE").exists()
+
+
+def test_a_cluster_is_for_sweeps_and_must_be_there():
+    one = hft("train", *QUICK, "+method=hft", "hydra/launcher=submitit_slurm")
+    assert one.status == 2
+    assert one.err.splitlines() == [
+        "hft: hydra/launcher=submitit_slurm starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
+    ]
+    path = {"PATH": os.path.dirname(sys.executable)}
+    words = [sys.executable, "-m", "hft_cli.cli", *SWEEP, "seed=1,2", "hydra/launcher=submitit_slurm"]
+    none = subprocess.run(words, env=environment() | path, capture_output=True, text=True)
+    assert none.returncode == 2
+    assert none.stderr == "hft: hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.\n"
+
+
+def test_a_launcher_that_is_not_installed_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cli.UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
+        cli._launched(["-m", "hydra/launcher=submitit_slurm"])
+
+
+def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
+    """SLURM warns at once of an end that is nearer than the warning, and the job would go round for ever."""
+    monkeypatch.setattr(cli.shutil, "which", lambda name: name)
+    launcher = ["-m", "hydra/launcher=submitit_slurm"]
+    assert "hydra.launcher.signal_delay_s=300" in cli._launched(launcher)
+    assert "hydra.launcher.signal_delay_s=60" in cli._launched([*launcher, "hydra.launcher.timeout_min=4"])
+    typed = [*launcher, "hydra.launcher.signal_delay_s=7"]
+    assert [word for word in cli._launched(typed) if "signal_delay_s" in word] == typed[2:]
+
+
+@pytest.mark.parametrize("script", ["one_node", "several_nodes", "array"])
+def test_a_job_that_could_not_find_its_run_again_is_refused(tmp_path, script):
+    lines = tmp_path / "jobs.txt"
+    lines.write_text("+method=hft seed=1\n")
+    first = [str(lines)] if script == "array" else []
+    words = ["bash", str(ROOT / f"scripts/slurm/{script}.sbatch"), *first, "+method=hft"]
+    ended = subprocess.run(words, env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch("hft: give .*output_dir=….*\n", ended.stderr)
+
+
+def test_hosts_are_started_together_stopped_together_and_go_on(tmp_path):
+    """`ssh` is a shell here, and both hosts are this machine."""
+    for name, line in {
+        "ssh": 'shift; exec bash -c "$*"',
+        "hft": f'exec "{sys.executable}" -m hft_cli.cli "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    settings |= {"HFT_PORT": "29400"}
+    two = (*QUICK, "+method=hft", "engine=zero2", "train.micro_batch_size=2", "train.max_steps=60")
+    run = tmp_path / "run"
+    words = [str(ROOT / "scripts/hosts.sh"), "127.0.0.1", "127.0.0.1", "--", *two, f"output_dir={run}"]
+    with subprocess.Popen(words, env=settings, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(run / "rounds/01-order/progress.json", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert list(run.glob("rounds/01-order/checkpoints/checkpoint-*/hft.json"))
+    done = subprocess.run(words, env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Continuing the run" in done.stderr
+    assert weights(run) == weights(train(tmp_path / "whole", *two, "engine.num_processes=2"))
+
+
+@pytest.mark.parametrize("where", ["pocket", "node", "slurm"])
+def test_every_experiment_of_the_paper_has_its_line(where):
+    words = [str(ROOT / "scripts/experiments.sh"), where]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    named = {found[1] for line in lines if (found := re.search(r"experiment=(\w+)", line))}
+    paper = {path.stem for path in (ROOT / "conf/experiment").glob("*.yaml") if "the paper" in path.read_text()}
+    assert named >= paper - {"sft_then_dpo"}  # dpo's, for data of one's own
+    assert all(line.startswith("hft train ") and "output_dir=" in line for line in lines)
+    assert all(("submitit_slurm" in line) == (where == "slurm") for line in lines)
