@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test check lint types wheel-test clean
+.PHONY: help demo demo-continual test test-slurm check lint types wheel-test clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
 	@echo "make demo-continual  four skills one after the other, full against half fine-tuning: R, OP and BWT"
 	@echo "make test        the tests"
+	@echo "make test-slurm  the tests of scripts/slurm and of sweeps by submitit, on a SLURM set up for them (root, Debian)"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
 	@echo "make clean       remove the environment and what was built"
@@ -30,6 +31,9 @@ demo-continual: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-slurm: .venv/installed
+	scripts/slurm_test.sh $(BIN)/python
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def waited_for(failures: dict[int, dict[str, Any]]) -> Iterator[None]:
 
     def noted(job: Any) -> list[Any]:
         try:
-            (returned,) = results(job)
+            returned, *_ = results(job)  # of several nodes, the first one's
         except UncompletedJobError as error:
             overrides, _, number, *_ = job.submission().args
             reason = f"{_why(job, error)} Its log: {job.paths.stderr}"
@@ -128,10 +128,10 @@ def requeued() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
-    except Stopped:
-        if set(came) - {signal.SIGTERM} or _preempted():
-            put_back(came[-1])  # ends the process; raises an error if it was put back too often
-        sys.exit(128 + came[0])  # without a result
+    except Stopped as stopped:
+        if {stopped.number, *came} - {signal.SIGTERM} or _preempted():
+            put_back(signal.SIGUSR1)  # ends the process; raises an error if it was put back too often
+        sys.exit(128 + stopped.number)  # without a result
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # what is left to do is short

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, command, environment, results, train, weights
 
-pytestmark = pytest.mark.skipif(
-    "HFT_TEST_SLURM" not in os.environ, reason="needs a SLURM to itself: `make test-slurm` sets one up"
-)
+if "HFT_TEST_SLURM" not in os.environ:
+    pytest.skip("needs a SLURM to itself: `make test-slurm` sets one up", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 LONG = (*QUICK, "+method=hft", "train.max_steps=120")  # some ten seconds: time to be stopped in
