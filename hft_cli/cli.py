@@ -361,11 +361,11 @@ def _options(group: str) -> list[str]:
 def _one_line(error: BaseException, argv: Sequence[str], name: str = "train") -> str:
     """Hydra's and OmegaConf's errors, which take several lines, in one with the nearest name."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
+    if found := re.search(r"Could not find '(hydra/launcher|\w+)/([^']*)'", text):
         group, option = found.groups()
-        if (_conf() / group).is_dir():
+        if group == "hydra/launcher" or (_conf() / group).is_dir():
             try:
-                choose(group, option, _options(group))
+                choose(group, option, ["basic", *LAUNCHERS] if group == "hydra/launcher" else _options(group))
             except UserError as unknown:
                 return str(unknown)
     if found := re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text):
@@ -373,6 +373,8 @@ def _one_line(error: BaseException, argv: Sequence[str], name: str = "train") ->
         keys = _keys(APPLICATIONS[name][0]) + [path.name for path in _conf().iterdir() if path.is_dir()]
         if key not in keys:
             full = next((a.split("=")[0].lstrip("+~") for a in argv if a.split("=")[0].endswith(key)), key)
+            if full.startswith("hydra."):
+                return " ".join(line for line in map(str.strip, text.splitlines()) if not line.startswith("full_key:"))
             near = difflib.get_close_matches(full, keys, n=1, cutoff=0.5)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             return f"Unknown key '{full}'.{hint} All keys: hft {name} --help"

@@ -65,8 +65,7 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_bits(tmp_path, settings)
     run = tmp_path / "run"
     job = sbatch(settings, tmp_path, "one_node", *LONG, f"output_dir={run}")
     until(lambda: training(run))
-    before = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=sleep 3")
-    slurm("sbatch", "--parsable", *before)
+    preempt(tmp_path)
     assert ended(job) == ("COMPLETED", "0:0")
     assert "Restarts=1" in shown(job)
     assert "back into the queue" in (tmp_path / f"hft-{job}.out").read_text()
@@ -93,12 +92,15 @@ def test_an_array_runs_a_line_each_and_puts_back_only_the_task_whose_time_is_up(
     assert weights(tmp_path / "signalled") == weights(train(tmp_path / "whole", *LONG))
 
 
-def test_two_nodes_end_with_the_bits_of_one_node_with_as_many_ranks(tmp_path, settings):
+def test_two_nodes_preempted_on_the_way_end_with_the_bits_of_one_node_with_as_many_ranks(tmp_path, settings):
     run = tmp_path / "run"
-    two = (*QUICK, "+method=hft", "engine=zero3", "train.micro_batch_size=2")
+    two = (*QUICK, "+method=hft", "engine=zero3", "train.micro_batch_size=2", "train.max_steps=20")
     job = sbatch(settings | {"HFT_HEAD": "127.0.0.1"}, tmp_path, "several_nodes", *two, f"output_dir={run}")
+    until(lambda: training(run))
+    preempt(tmp_path)
     assert ended(job) == ("COMPLETED", "0:0"), (tmp_path / f"hft-{job}.out").read_text()
     assert "NodeList=n[1-2]" in shown(job)
+    assert "Restarts=1" in shown(job)
     assert weights(run) == weights(train(tmp_path / "whole", *two, "engine.num_processes=2"))
     assert results(run)["verification"]["passed"]
 
@@ -124,6 +126,11 @@ def sbatch(settings: dict[str, str], cwd: Path, script: str, *arguments: object,
     file = shutil.copy(ROOT / f"scripts/slurm/{script}.sbatch", cwd)
     words = ["sbatch", "--parsable", *options, file, *map(str, arguments)]
     return subprocess.run(words, check=True, capture_output=True, text=True, env=settings, cwd=cwd).stdout.strip()
+
+
+def preempt(cwd: Path) -> None:
+    """Want both nodes for something of more weight, for three seconds."""
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={cwd}/urgent.out", "--wrap=sleep 3")
 
 
 def shown(job: str) -> str:
