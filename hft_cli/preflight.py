@@ -14,6 +14,10 @@ from hft_cli.known import environment
 from hft_cli.plan import Plan, size
 from hft_cli.schema import RunConfig, UserError
 
+# What is wrong with versions that we do not take.
+WRONG = {
+    "deepspeed": "ZeRO-3 with activation checkpointing fails on frozen parameters before 0.19.4, transformers #47254",
+}
 LARGE = 1e9  # elements, of which a step takes minutes on a CPU
 
 
@@ -43,9 +47,9 @@ def check_packages(config: RunConfig) -> None:
             continue
         found = metadata.version(needed.name)
         if not needed.specifier.contains(found, prereleases=True):
-            # DeepSpeed before 0.19.4: ZeRO-3 with checkpointing and frozen parameters fails (transformers #47254).
+            why = f" ({WRONG[needed.name]})" if needed.name in WRONG else ""
             raise UserError(
-                f"{needed.name} {found} is installed; hft needs {needed.name}{needed.specifier}. Install it with: "
+                f"{needed.name} {found} is installed; hft needs {needed.name}{needed.specifier}{why}. Install it with: "
                 f"pip install '{needed.name}{needed.specifier}'"
             )
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:

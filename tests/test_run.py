@@ -239,7 +239,14 @@ def test_packing_checkpointing_and_a_cosine_schedule_train_and_verify(runs):
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
 
 
-@pytest.mark.parametrize("engine", [("engine=zero1", "engine.num_processes=2"), ZERO2, ZERO3], ids=lambda e: e[0])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        (f"engine={name}", "engine.num_processes=2")
+        for name in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    ],
+    ids=lambda engine: engine[0],
+)
 def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     run = train(runs / engine[0].replace("=", "-"), "+method=hft", *engine, "train.micro_batch_size=2")
     assert ledger(run) == ledger(hft_run)
@@ -249,6 +256,7 @@ def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     moved = sum((one[name] - start[name]).abs().sum() for name in one)
     apart = sum((one[name] - many[name]).abs().sum() for name in one)
     assert apart < 0.02 * moved
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(engine[0][11])
 
 
 @pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=lambda e: e[0])
