@@ -12,7 +12,7 @@ from pathlib import Path
 from hft_cli.costs import Memory
 from hft_cli.known import environment
 from hft_cli.plan import Plan, size
-from hft_cli.schema import RunConfig, UserError
+from hft_cli.schema import EngineConfig, RunConfig, UserError
 
 # What is wrong with versions that we do not take.
 WRONG = {
@@ -30,7 +30,7 @@ def preflight(config: RunConfig, planned: Plan, new: bool) -> None:
     check_packages(config)
     if planned.rounds[0].step.stage != "half_reset":
         memories = gpus()
-        check_device(config, memories, sum(p.elements for p in planned.model.params))
+        check_device(config.engine, memories, sum(p.elements for p in planned.model.params))
         if config.engine.check_memory:
             check_memory(config, planned, memories, host_memory())
     if new:
@@ -76,9 +76,9 @@ def gpus() -> list[float | None]:
     return chosen
 
 
-def check_device(config: RunConfig, memories: list[float | None], elements: int) -> None:
+def check_device(engine: EngineConfig, memories: list[float | None], elements: int) -> None:
     """Whether there are GPUs where they are meant, and one for each rank."""
-    asked, ranks = config.engine.device, config.engine.num_processes
+    asked, ranks = engine.device, engine.num_processes
     if asked == "cpu" and memories:
         raise UserError(
             "engine.device=cpu, but a worker would see a GPU and take it. Hide it: CUDA_VISIBLE_DEVICES= hft train …"

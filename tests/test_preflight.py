@@ -66,13 +66,15 @@ def test_gpus_that_are_missing_are_told_before_a_run_starts(gpus, cuda, override
     machine(gpus, cuda=cuda)
     config = composed("+method=hft", *overrides)
     with pytest.raises(UserError, match=words):
-        preflight.check_device(config, preflight.gpus(), 7_000_000_000 if "model=llama2_7b" in overrides else 500_000)
+        preflight.check_device(
+            config.engine, preflight.gpus(), 7_000_000_000 if "model=llama2_7b" in overrides else 500_000
+        )
 
 
 def test_a_small_model_trains_on_a_cpu_and_a_large_one_if_it_is_meant(machine):
     machine(0)
-    preflight.check_device(composed("+method=hft"), [], 500_000)
-    preflight.check_device(composed("+method=hft", "engine.device=cpu"), [], 7_000_000_000)
+    preflight.check_device(composed("+method=hft").engine, [], 500_000)
+    preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, [], 7_000_000_000)
 
 
 def test_the_build_of_torch_is_read_from_its_files():
@@ -111,7 +113,7 @@ def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
 def test_a_version_that_hft_does_not_take_is_refused_with_the_command(monkeypatch):
     own = importlib.metadata.version
     monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else own(name))
-    with pytest.raises(UserError, match=r"deepspeed 0.18.2 is installed; hft needs deepspeed>=0.19.4. .*pip install"):
+    with pytest.raises(UserError, match=r"deepspeed 0.18.2 is installed; hft needs deepspeed>=0.19.4 .*#47254.*pip install"):
         preflight.check_packages(composed("+method=hft"))
 
 
