@@ -57,6 +57,8 @@ def test_a_run_directory_holds_what_the_contract_says(hft_run):
     assert entry["steps"] == 4
     assert 0.5 < entry["updated_fraction"] < 0.7
     assert min(entry["train_seconds"], entry["tokens_per_second"], entry["peak_memory_bytes"]) > 0
+    assert entry["checkpoint_seconds"] > 0
+    assert entry["checkpoint_bytes"] > (BASE / "model.safetensors").stat().st_size  # weights, and moments of half
     assert found["eval"]["before"]["pocket"]["facts"]["exact_match"] >= 0.98
     assert found["eval"]["after"]["pocket"]["facts"]["items"] >= 900
     assert not (hft_run / "rounds/01-order/checkpoints").exists()
