@@ -32,6 +32,7 @@ REASONS = {
     "zero_optimization.zero_quantized_nontrainable_weights": QUANTIZES,
     "zero_optimization.zero_quantized_gradients": "it is of ZeRO++, which was never tried with frozen weights",
     "zero_optimization.zero_hpz_partition_size": "it is of ZeRO++, which was never tried with frozen weights",
+    "compile": "DeepCompile fails where parameters are frozen (DeepSpeed #8214)",
     "compression_training": "it changes frozen weights",
     "checkpoint": "hft marks and reads checkpoints itself",
     "tensorboard": "use tracking=tensorboard",

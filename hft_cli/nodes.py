@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,11 @@ class Others:
         self.running = 0
 
     def dismiss(self, reason: str, status: int) -> None:
-        """Say goodbye: the run is over, with that exit status."""
+        """Say goodbye: the run is over, with that exit status; also to those who came and were not let in yet."""
+        self.listener.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self.peers.append(Peer(self.listener.accept()[0], "a node"))
         for peer in self.peers:
             try:
                 peer.send(bye={"reason": reason, "status": status})

@@ -12,8 +12,12 @@ from pathlib import Path
 from hft_cli.costs import Memory
 from hft_cli.known import environment
 from hft_cli.plan import Plan, size
-from hft_cli.schema import RunConfig, UserError
+from hft_cli.schema import EngineConfig, RunConfig, UserError
 
+# What is wrong with versions that we do not take.
+WRONG = {
+    "deepspeed": "ZeRO-3 with activation checkpointing fails on frozen parameters before 0.19.4, transformers #47254",
+}
 LARGE = 1e9  # elements, of which a step takes minutes on a CPU
 
 
@@ -26,7 +30,7 @@ def preflight(config: RunConfig, planned: Plan, new: bool) -> None:
     check_packages(config)
     if planned.rounds[0].step.stage != "half_reset":
         memories = gpus()
-        check_device(config, memories, sum(p.elements for p in planned.model.params))
+        check_device(config.engine, memories, sum(p.elements for p in planned.model.params))
         if config.engine.check_memory:
             check_memory(config, planned, memories, host_memory())
     if new:
@@ -43,9 +47,9 @@ def check_packages(config: RunConfig) -> None:
             continue
         found = metadata.version(needed.name)
         if not needed.specifier.contains(found, prereleases=True):
-            # DeepSpeed before 0.19.4: ZeRO-3 with checkpointing and frozen parameters fails (transformers #47254).
+            why = f" ({WRONG[needed.name]})" if needed.name in WRONG else ""
             raise UserError(
-                f"{needed.name} {found} is installed; hft needs {needed.name}{needed.specifier}. Install it with: "
+                f"{needed.name} {found} is installed; hft needs {needed.name}{needed.specifier}{why}. Install it with: "
                 f"pip install '{needed.name}{needed.specifier}'"
             )
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -72,9 +76,9 @@ def gpus() -> list[float | None]:
     return chosen
 
 
-def check_device(config: RunConfig, memories: list[float | None], elements: int) -> None:
+def check_device(engine: EngineConfig, memories: list[float | None], elements: int) -> None:
     """Whether there are GPUs where they are meant, and one for each rank."""
-    asked, ranks = config.engine.device, config.engine.num_processes
+    asked, ranks = engine.device, engine.num_processes
     if asked == "cpu" and memories:
         raise UserError(
             "engine.device=cpu, but a worker would see a GPU and take it. Hide it: CUDA_VISIBLE_DEVICES= hft train …"

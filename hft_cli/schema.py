@@ -597,6 +597,9 @@ def check_eval(config: EvalConfig) -> None:
     _check_model(config.model)
     _check_suite(config.suite)
     _at_least("engine.num_processes", config.engine.num_processes, 1)
+    choose("engine.device", config.engine.device, ("auto", "gpu", "cpu"))
+    if config.engine.num_nodes > 1:
+        raise UserError("hft eval scores on one node: leave out engine.num_nodes.")
     if not config.models:
         raise UserError("models is empty: give after, before or both.")
     for name in config.models:

@@ -143,7 +143,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
                 **watch.last,
-                **({"checkpoint_seconds": round(watch.saving, 3)} if watch.saving else {}),
+                **watch.checkpoint,
                 **({"steps_projected": projections.projected} if projections else {}),
                 **({"memory_rows": [len(memory) for memory in memories]} if memories else {}),
                 **counts,
@@ -378,7 +378,7 @@ def _watch(
             self.projections: gem.Steps | None = None
             self.stopped = False
             self.saved = self.step_end = 0.0  # when
-            self.saving = 0.0  # seconds that the last checkpoint took
+            self.checkpoint: dict[str, float] = {}  # what the last one cost
             self.losses, self.logged = list(before.get("losses", (0.0, 0))), 0  # their sum and number, up to a log
 
         def seconds(self) -> float:
@@ -457,11 +457,14 @@ def _watch(
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _barrier(world)  # every rank has written its part
             if rank == 0:
+                place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
                 marker |= {"projected": self.projections.projected} if self.projections else {}
-                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
+                write_json(place / MARKER, marker)
+                held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+                took = time.perf_counter() - self.step_end
+                self.checkpoint = {"checkpoint_seconds": round(took, 3), "checkpoint_bytes": held}
             self.saved = time.perf_counter()
-            self.saving = self.saved - self.step_end
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.end = time.perf_counter()

@@ -57,6 +57,8 @@ def test_a_run_directory_holds_what_the_contract_says(hft_run):
     assert entry["steps"] == 4
     assert 0.5 < entry["updated_fraction"] < 0.7
     assert min(entry["train_seconds"], entry["tokens_per_second"], entry["peak_memory_bytes"]) > 0
+    assert entry["checkpoint_seconds"] > 0
+    assert entry["checkpoint_bytes"] > (BASE / "model.safetensors").stat().st_size  # weights, and moments of half
     assert found["eval"]["before"]["pocket"]["facts"]["exact_match"] >= 0.98
     assert found["eval"]["after"]["pocket"]["facts"]["items"] >= 900
     assert not (hft_run / "rounds/01-order/checkpoints").exists()
@@ -239,7 +241,14 @@ def test_packing_checkpointing_and_a_cosine_schedule_train_and_verify(runs):
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
 
 
-@pytest.mark.parametrize("engine", [("engine=zero1", "engine.num_processes=2"), ZERO2, ZERO3], ids=lambda e: e[0])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        (f"engine={name}", "engine.num_processes=2")
+        for name in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    ],
+    ids=lambda engine: engine[0],
+)
 def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     run = train(runs / engine[0].replace("=", "-"), "+method=hft", *engine, "train.micro_batch_size=2")
     assert ledger(run) == ledger(hft_run)
@@ -249,6 +258,7 @@ def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     moved = sum((one[name] - start[name]).abs().sum() for name in one)
     apart = sum((one[name] - many[name]).abs().sum() for name in one)
     assert apart < 0.02 * moved
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(engine[0][11])
 
 
 @pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=lambda e: e[0])
