@@ -26,6 +26,7 @@ home=$(mktemp -d "${TMPDIR:-/tmp}/hft-slurm-XXXXXX")
 chmod 755 "$home"
 daemons=()
 tests=
+set -m # each in a group of its own, out of reach of Ctrl-C, which is for this script
 export SLURM_CONF=$home/slurm.conf
 
 # Also when a test fails or somebody presses Ctrl-C: no job, no daemon and no file stays.
@@ -33,8 +34,12 @@ down() {
     status=$?
     trap '' INT TERM
     trap - EXIT
-    if [ -n "$tests" ] && kill -INT "$tests" 2>/dev/null; then
-        wait "$tests" || true
+    if [ -n "$tests" ] && kill -INT -- "-$tests" 2>/dev/null; then
+        for _ in $(seq 60); do
+            kill -0 -- "-$tests" 2>/dev/null || break
+            sleep 0.5
+        done
+        kill -KILL -- "-$tests" 2>/dev/null || true
     fi
     if [ ${#daemons[@]} -gt 1 ]; then
         scancel --signal=KILL --full --user="$(id -un)" 2>/dev/null || true
@@ -49,7 +54,7 @@ down() {
         wait "${daemons[i]}" 2>/dev/null || true
     done
     for pid in $(pgrep -x slurmstepd || true); do # one that hangs; only of this SLURM
-        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$SLURM_CONF"; then
+        if grep -zqxF "SLURM_CONF=$SLURM_CONF" "/proc/$pid/environ" 2>/dev/null; then
             kill -KILL "$pid"
         fi
     done

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from conftest import QUICK, environment, hft
 from test_run import wait_for
 
 from hft_cli import cli
+from hft_cli.nodes import free
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("train", "-m", *QUICK, "+method=hft")
@@ -108,9 +108,7 @@ def test_hosts_are_started_together_stopped_together_and_go_on(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     settings = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings["HFT_PORT"] = str(free.getsockname()[1])
+    settings["HFT_PORT"] = str(next(port for port in range(29400, 30000, 2) if free(port) and free(port + 1)))
     two = (*QUICK, "+method=hft", "engine=zero2", "train.micro_batch_size=2", "train.max_steps=60")
     run = tmp_path / "run"
     words = [str(ROOT / "scripts/hosts.sh"), "127.0.0.1", "127.0.0.1", "--", *two, f"output_dir={run}"]
