@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,6 @@ def _command(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     if argv[0] == "--version":
-        from importlib.metadata import version
-
         print(f"hft {version('hft-cli')}")
         return 0
     return COMMANDS[choose("command", argv[0], COMMANDS)](list(argv[1:]))
@@ -262,47 +261,46 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
         shutil.rmtree(told)
 
 
-# The launchers that are packages of their own, and the module that shows that one is there.
-LAUNCHERS = {
-    "joblib": "hydra_plugins.hydra_joblib_launcher",
-    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
-    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
-}
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}  # of which plugin
 
 
 def _launched(argv: list[str]) -> list[str]:
-    """`argv` with our defaults for the launcher in it, if that has any.
+    """`argv` with our defaults for the launcher of jobs that it names, if it does.
 
     Raises:
         UserError: if what the launcher needs is not there.
     """
-    named = [text.partition("=")[2] for text in argv if re.match(r"\+*hydra/launcher=", text)]
-    if not named or named[-1] not in LAUNCHERS:
+    launcher = next((text.partition("=")[2] for text in argv if re.match(r"\+*hydra/launcher=", text)), "basic")
+    if launcher not in LAUNCHERS:
         return argv
-    launcher = named[-1]
-    if importlib.util.find_spec(LAUNCHERS[launcher].partition(".")[0]) is None or (
-        importlib.util.find_spec(LAUNCHERS[launcher]) is None
-    ):
+    package = f"hydra-{LAUNCHERS[launcher]}-launcher"
+    try:
+        version(package)
+    except PackageNotFoundError:
         raise UserError(
-            f"hydra/launcher={launcher} needs a package that is not there: pip install 'hft-cli[cluster]', or "
-            f"{LAUNCHERS[launcher].partition('.')[2].replace('_', '-')} alone."
-        )
+            f"hydra/launcher={launcher} needs a package that is missing: pip install 'hft-cli[cluster]', or {package}."
+        ) from None
+    if launcher == "joblib":
+        return argv
     if not {"-m", "--multirun"} & set(argv):
         raise UserError(
             f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
         )
-    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
-        raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
-    if launcher == "joblib":
-        return argv
     given = dict(text.partition("=")[::2] for text in argv)
-    # submitit's own are an hour, no second start, and on one machine an hour too.
-    ours = {"hydra.launcher.timeout_min": str(7 * 24 * 60)}
-    if launcher == "submitit_slurm":
+    ours = {}
+    if launcher == "submitit_local":
+        ours["timeout_min"] = str(7 * 24 * 60)  # submitit's own is an hour
+    elif shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
+    else:
         minutes = given.get("hydra.launcher.timeout_min", "60")
-        sooner = min(300, 15 * int(minutes)) if minutes.isdigit() else 300  # a quarter of a short time
-        ours = {"hydra.launcher.signal_delay_s": str(sooner), "hydra.launcher.max_num_timeout": "20"}
-    return [*argv, *(f"{key}={value}" for key, value in ours.items() if key not in given)]
+        # SLURM's warning: five minutes before the end, of a short time a quarter.
+        ours["signal_delay_s"] = str(min(300, 15 * int(minutes)) if minutes.isdigit() else 300)
+        ours["max_num_timeout"] = "20"
+        if "hydra.launcher.cpus_per_task" in given:  # which srun does not take from sbatch by itself
+            ours["setup"] = '["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]'
+    keys = {f"hydra.launcher.{key}": value for key, value in ours.items()}
+    return [*argv, *(f"{key}={value}" for key, value in keys.items() if key not in given)]
 
 
 def _submitit(argv: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:

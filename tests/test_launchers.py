@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 import signal
@@ -43,7 +43,7 @@ def test_a_cluster_is_for_sweeps_and_must_be_there():
 
 
 def test_a_launcher_that_is_not_installed_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "version", lambda name: importlib.metadata.version("not-" + name))
     with pytest.raises(cli.UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
         cli._launched(["-m", "hydra/launcher=submitit_slurm"])
 

@@ -19,12 +19,13 @@ if "HFT_TEST_SLURM" not in os.environ:
 
 ROOT = Path(__file__).parents[1]
 LONG = (*QUICK, "+method=hft", "train.max_steps=120")  # some ten seconds: time to be stopped in
+SLURM = ("hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1")
 SECONDS = 240
 
 
 def test_a_sweep_waits_for_every_job_and_says_how_each_ended(tmp_path, settings):
     """One by a mistake, one killed outright, which nothing but squeue tells here, and one put back by a signal."""
-    sweep = (*LONG, "train.max_length=3,64,60", f"output_dir={tmp_path}", "-m", "hydra/launcher=submitit_slurm")
+    sweep = (*LONG, "train.max_length=3,64,60", f"output_dir={tmp_path}", "-m", *SLURM)
     with subprocess.Popen(command("train", *sweep), env=settings, stderr=subprocess.PIPE, text=True) as process:
         signalled, killed = (tmp_path / f"train.max_length={length}" for length in (64, 60))
         until(lambda: training(signalled) and training(killed))
@@ -47,7 +48,7 @@ def test_a_sweep_waits_for_every_job_and_says_how_each_ended(tmp_path, settings)
 
 
 def test_a_job_that_died_ends_a_sweep_within_a_minute_with_status_1(tmp_path, settings):
-    arguments = ("train", *LONG, "seed=1", f"output_dir={tmp_path}", "-m", "hydra/launcher=submitit_slurm")
+    arguments = ("train", *LONG, "seed=1", f"output_dir={tmp_path}", "-m", *SLURM)
     with subprocess.Popen(command(*arguments), env=settings, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: training(tmp_path / "run"))
         (folder,) = tmp_path.glob(".submitit/[0-9]*")
