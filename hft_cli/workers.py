@@ -189,6 +189,8 @@ def _die_with_parent() -> None:
     """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
     if sys.platform == "linux":
         _PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    # Some schedulers signal every process of a job: torchrun would die of it, and a worker heeds it by itself.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # Looked up ahead: after the fork a thread of ours (a tracker's) may have left the loader's lock held.

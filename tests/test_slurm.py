@@ -139,13 +139,14 @@ def shown(job: str) -> str:
 
 
 def ended(job: str) -> tuple[str, str]:
-    """A job's state and exit status, when it goes on no more."""
+    """A job's state and exit status, when it goes on no more: two looks apart, for on its way back it looks so too."""
 
-    def state() -> str:
-        return re.search(r"JobState=(\w+)", shown(job))[1]
+    def over() -> bool:
+        state = re.search(r"JobState=(\w+)", shown(job))[1]
+        return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
-    until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED", "REQUEUED"))
-    return state(), re.search(r"ExitCode=(\S+)", shown(job))[1]
+    until(lambda: over() and time.sleep(2) is None and over())
+    return re.search(r"JobState=(\w+)", shown(job))[1], re.search(r"ExitCode=(\S+)", shown(job))[1]
 
 
 def training(run: Path) -> bool:
