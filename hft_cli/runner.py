@@ -19,7 +19,7 @@ from hft_cli.layout import MOST_TOKENS, from_folder, positions
 from hft_cli.methods import AnyRun, Step, draws, step_config, steps
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import RunConfig, TrackingConfig, UserError, check, locate, test_format
+from hft_cli.schema import EngineConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
 from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.tracking import Tracked, require, track
@@ -29,8 +29,14 @@ from hft_cli.workers import alone, say, work
 
 # Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
-# Keys that may differ when a run is continued.
-FREE = ("output_dir", "resume", *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)))
+# Keys that may differ when a run is continued; where the engine may not, within a round, the worker says why.
+FREE = (
+    "output_dir",
+    "resume",
+    "train.micro_batch_size",
+    *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)),
+    *(f"engine.{spec.name}" for spec in fields(EngineConfig)),
+)
 
 
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir:
@@ -283,6 +289,7 @@ def _finish(
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.round} {p.name}: {fault}" for p in proofs for fault in p.faults]
+    engines = dict.fromkeys(engine["name"] for outcome in outcomes for engine in outcome.get("engines", []))
     write_json(
         where.results,
         {
@@ -290,7 +297,7 @@ def _finish(
             "stage": plan[0].stage,
             "model": config.model.name,
             "data": config.data.name,
-            "engine": config.engine.name,
+            "engine": ", ".join(engines) or config.engine.name,
             "selection": asdict(config.selection),
             "ratio": drawn[0].matrices_reached,
             "seed": config.seed,

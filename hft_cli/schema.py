@@ -108,7 +108,7 @@ class SelectionConfig:
 
 @dataclass
 class EngineConfig:
-    """Group `engine`: what the training runs on."""
+    """Group `engine`: what the training runs on. May change on resuming, but within a round not to or from single."""
 
     name: str = REQUIRED
     """Label: single, zero1, zero2 or zero3."""
