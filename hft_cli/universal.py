@@ -1,7 +1,7 @@
 """A checkpoint within a round goes on under another ZeRO stage or number of ranks, as DeepSpeed's universal checkpoint.
 
-DeepSpeed's own tool converts it, and `_complete` adds what the tool leaves out for another stage. `mend_and_prove` undoes
-what the loaders (of 0.19.8) get wrong and compares all that they loaded with the converted files, so that a fault of
+DeepSpeed's tool converts it, and `_complete` adds what the tool leaves out for another stage. `mend_and_prove` undoes
+what its loaders (of 0.19.8) get wrong and compares all that they loaded with the converted files, so that a fault of
 theirs stops the run instead of spoiling it. They leave frozen weights alone, which come from the model's files.
 """
 
