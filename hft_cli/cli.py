@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hft_cli.nodes import NodeError
 from hft_cli.schema import EvalConfig, PlanConfig, RunConfig, Stopped, UserError, choose, from_dict
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ PATHS = (
     "data.test_path",
     "continual.replay_general",
     "model.architecture",
+    "engine.deepspeed",
     "output_dir",
     "run",
     "suite.data_dir",
@@ -214,8 +216,10 @@ def _hydra(name: str, argv: list[str]) -> list[Failure]:
         failed: Exception
         try:
             run(composed, argv)
-        except (UserError, subprocess.CalledProcessError) as error:
+        except (UserError, NodeError, subprocess.CalledProcessError) as error:
             failed = error
+            if isinstance(error, NodeError):
+                print(f"hft: {error}", file=sys.stderr)
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
             failed = UserError(f"{error.strerror}: {error.filename}")
         except Exception as error:
@@ -253,7 +257,9 @@ def _run(composed: Any, argv: Sequence[str]) -> None:
 
     values, typed = _values(composed, argv)
     named = any(override.startswith("output_dir=") for override in typed)
-    print(summary(run(from_dict(RunConfig, values), typed, search=not named)))
+    done = run(from_dict(RunConfig, values), typed, search=not named)
+    if done is not None:  # of several nodes, node 0 tells
+        print(summary(done))
 
 
 def _values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -88,6 +88,8 @@ class Setup:
         checkpointing: whether activations are recomputed in the backward pass.
         stage: sft or dpo; `reference` as in dpo.reference.
         tasks: past tasks that GEM keeps gradients of, of `memory_rows` rows each.
+        offload_optimizer: masters and moments lie in the host's memory; `offload_parameters`: weights as well.
+        bucket, live, sub_group, persistent: DeepSpeed's settings, in elements; see above.
     """
 
     zero_stage: int | None
@@ -102,6 +104,12 @@ class Setup:
     reference: str = "precomputed"
     tasks: int = 0
     memory_rows: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bucket: int = BUCKET
+    live: int = LIVE
+    sub_group: int = SUB_GROUP
+    persistent: int = PERSISTENT
 
     @property
     def answers(self) -> int:
@@ -218,7 +226,7 @@ def memory(params: Sequence[Param], trained: Collection[str], net: Shape, setup:
     part = sum(ceil(p.elements / shards) for p in updated) if stage == 3 else ceil(ours / (2 * shards)) * 2
     if stage is None:
         part = ours
-    weights = float(size * (sum(_held(p, shards) for p in params) if stage == 3 else whole))
+    weights = float(size * (sum(_held(p, setup) for p in params) if stage == 3 else whole))
     gradients = {
         None: size * ours,  # .grad
         1: size * ours,  # .grad, reduced when the step's last micro batch is done
@@ -228,23 +236,39 @@ def memory(params: Sequence[Param], trained: Collection[str], net: Shape, setup:
     reference = 0.0
     if setup.stage == "dpo" and setup.reference != "precomputed":
         reference = float(size * ours) if setup.reference == "shared" else weights
-    grouped = min(part, SUB_GROUP) if stage == 3 else part
+    grouped = min(part, setup.sub_group) if stage == 3 else part
+    here = not setup.offload_optimizer  # else gradients go to the host's memory too, bucket by bucket
     return Memory(
         weights=weights,
-        gradients=float(gradients),
-        optimizer=8.0 * part,
-        masters=0.0 if stage is None else 4.0 * part,  # also beside float32 weights: DeepSpeed always copies
+        gradients=float(gradients) * here,
+        optimizer=8.0 * part * here,
+        # Also beside float32 weights: DeepSpeed always copies.
+        masters=0.0 if stage is None else 4.0 * part * here,
         reference=reference,
         activations=activations(params, trained, net, setup),
         buffers=_buffers(params, trained, net, setup),
-        step=0.0 if stage is None else float(grouped * (6 if size == 2 else 4)),
+        step=0.0 if stage is None else float(grouped * (6 if size == 2 else 4) * here),
     )
 
 
-def _held(param: Param, shards: int) -> int:
+def host(params: Sequence[Param], trained: Collection[str], setup: Setup) -> float:
+    """Bytes of the host's memory that a rank takes under offload; 0 without.
+
+    Masters, two moments and float32 gradients of its part; under ZeRO-2 also its part of the new weights, under ZeRO-3
+    of the gradients, as they come; and offloaded weights. torch may round pinned buffers up to powers of two.
+    """
+    if not setup.offload_optimizer:
+        return 0.0
+    ours = [p.elements for p in params if p.name in trained]
+    part = sum(ceil(elements / setup.shards) for elements in ours)
+    shards = sum(ceil(p.elements / setup.shards) for p in params) if setup.offload_parameters else 0
+    return float((16 + setup.weight_bytes) * part + setup.weight_bytes * shards)
+
+
+def _held(param: Param, setup: Setup) -> int:
     """Elements of a parameter on a rank between passes, under ZeRO-3: its shard, and all of it if it is small."""
-    shard = ceil(param.elements / shards)
-    return shard + param.elements if param.elements <= PERSISTENT else shard
+    shard = 0 if setup.offload_parameters else ceil(param.elements / setup.shards)
+    return shard + param.elements if param.elements <= setup.persistent else shard
 
 
 def _flat_order(updated: Iterable[Param], layers: int) -> list[Param]:
@@ -343,16 +367,16 @@ def _buffers(params: Sequence[Param], trained: Collection[str], net: Shape, setu
         matrices = [p for p in params if len(p.shape) > 1 and p.kind != "embedding"]
         total += 2 * sum(p.elements for p in matrices if p.name in trained or not setup.checkpointing)
     if setup.zero_stage is not None:
-        total += size * (BUCKET + min(BUCKET, ours))  # the bucket that is filled, and the one that is sent
+        total += size * (setup.bucket + min(setup.bucket, ours))  # the bucket that is filled, and the one that is sent
     if setup.zero_stage in (2, 3):  # the newest gradient, before it goes into the bucket
         total += size * max((p.elements for p in params if p.name in trained), default=0)
     if setup.zero_stage == 3:
         modules: dict[str, int] = {}  # what a module needs is gathered at once, also if that is more
         for p in params:
-            if p.elements > PERSISTENT:
+            if p.elements > setup.persistent:
                 own = p.unit.rpartition(".")[0] if len(p.shape) == 3 else p.unit
                 modules[own] = modules.get(own, 0) + p.elements
-        total += size * min(max(LIVE, *modules.values(), 0), sum(modules.values()))
+        total += size * min(max(setup.live, *modules.values(), 0), sum(modules.values()))
     if setup.tasks:
         total += 4 * ours * setup.tasks + size * ours  # GEM: see gem.py
     return float(total)
@@ -458,7 +482,7 @@ def network(params: Sequence[Param], trained: Collection[str], net: Shape, setup
     if stage < 3:
         return Network(gradients=2 * ours * (setup.accumulation if stage == 2 else 1), weights=ours)
     first = lowest(params, trained, net.layers)
-    large = [p for p in params if p.elements > PERSISTENT]
+    large = [p for p in params if p.elements > setup.persistent]
     forwards = sum(p.elements for p in large) * (1 + (setup.stage == "dpo" and setup.reference == "full"))
     backwards = sum(p.elements for p in large if place(p, net.layers)[0] >= first[0] and p.kind != "embedding")
     return Network(

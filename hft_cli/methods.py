@@ -8,9 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from hft_cli.layout import Param
-from hft_cli.schema import RunConfig, choose, of_task, places, test_sets, training_sets
+from hft_cli.layout import MOST_TOKENS, Param, positions
+from hft_cli.schema import RunConfig, UserError, choose, of_task, places, test_sets, training_sets
 from hft_cli.selection import Draw, adapted, draw
+
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
+PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,34 @@ def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
     if config.continual.name == "lora":
         return tuple(adapted(params, config.selection, step.round, seed) for step in steps(config))
     return tuple(draw(params, config.selection, step.round, seed) for step in steps(config))
+
+
+def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
+    """The config with what hangs on the model filled in: `model` is its config.json, `name` what errors call it.
+
+    Raises:
+        UserError: for what the model's own config rules out.
+    """
+    model = model.get("text_config") or model
+    longest = positions(model)
+    asked = config.train.max_length
+    if longest and asked and asked > longest:
+        raise UserError(
+            f"train.max_length={asked} is more than the {longest} positions of {name}. "
+            f"Set train.max_length={longest} or less."
+        )
+    if config.train.packing and model.get("model_type") not in PACKABLE:
+        raise UserError(
+            f"train.packing=true is not known to keep rows apart for model type {model.get('model_type')!r}; it is for "
+            f"{', '.join(PACKABLE)}. Set train.packing=false."
+        )
+    answers = config.generation.max_new_tokens
+    if longest and answers >= longest - 1 and any(step.test and step.metric != "exact_match" for step in steps(config)):
+        raise UserError(
+            f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
+            f"{name}. Set generation.max_new_tokens={longest // 2} or less."
+        )
+    return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
 def _train(config: RunConfig) -> tuple[Step, ...]:
@@ -141,9 +174,6 @@ def _label(path: str) -> str:
     stem = parts.name.split(".")[0]
     name = parts.parent.name if stem in ("train", "test") and parts.parent.name else stem
     return re.sub(r"[^\w-]+", "-", name) or "data"
-
-
-AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
 
 def step_config(config: AnyRun, step: Step) -> AnyRun:

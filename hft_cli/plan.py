@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,24 @@ from typing import Any
 from hft_cli import costs
 from hft_cli.continual import read_sources
 from hft_cli.costs import PARTS, Disk, Flops, Memory, Network, Setup, Shape
+from hft_cli.engines import deepspeed_settings
 from hft_cli.layout import KINDS, Param, from_config, from_fields, from_folder
-from hft_cli.methods import Source, Step, draws, step_config, steps
+from hft_cli.methods import Source, Step, draws, settled, step_config, steps
 from hft_cli.preferences import read_preferences
-from hft_cli.runner import settled
-from hft_cli.schema import PACKAGE, EngineConfig, PlanConfig, UserError, check, choose, locate
+from hft_cli.schema import PACKAGE, PlanConfig, UserError, check, choose, locate
 from hft_cli.selection import Draw, Unit, heaviest, units
 from hft_cli.tables import grid
 from hft_cli.weights import tensors
 
-ENGINES: dict[str, int | None] = {"single": None, "zero1": 1, "zero2": 2, "zero3": 3}
+# What the engines are: their ZeRO stage, and whether the optimizer and the weights lie in the host's memory.
+ENGINES: dict[str, tuple[int | None, bool, bool]] = {
+    "single": (None, False, False),
+    "zero1": (1, False, False),
+    "zero2": (2, False, False),
+    "zero2_offload": (2, True, False),
+    "zero3": (3, False, False),
+    "zero3_offload": (3, True, True),
+}
 ARCHITECTURES = PACKAGE / "architectures"  # config.json files of models whose weights do not ship
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 
@@ -47,7 +55,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Round:
-    """One step of the plan. `worst` is the memory under the heaviest draw, `full` that of full fine-tuning.
+    """One step of the plan. `worst` is the memory under the heaviest draw, `full` that of full fine-tuning,
+    `host` what offload takes of the host's.
 
     `steps` is None where neither the data nor rows=… says; `once` are the FLOPs that a round has before its first step.
     """
@@ -60,6 +69,7 @@ class Round:
     memory: Memory
     worst: Memory
     full: Memory
+    host: float
     flops: Flops
     full_flops: Flops
     once: float
@@ -95,12 +105,32 @@ class Plan:
         """The round that needs most memory."""
         return max(self.rounds, key=lambda found: found.worst.total)
 
+    def expected(self) -> dict[str, Any]:
+        """The costs for plan.json: bytes of one GPU (without one: of one rank) and of the disk, and FLOPs of a step."""
+        return {
+            "disk_bytes": {**asdict(self.disk), "total": self.disk.total},
+            "rounds": [
+                {
+                    "name": found.step.name,
+                    "steps": found.steps,
+                    "memory_bytes": {**asdict(found.memory), "total": found.memory.total},
+                    "memory_bytes_worst_draw": found.worst.total,
+                    "memory_bytes_fft": found.full.total,
+                    "host_memory_bytes": found.host,
+                    "flops_of_a_step": found.flops.total,
+                    "flops_of_a_step_fft": found.full_flops.total,
+                    "network_bytes_of_a_step": found.network.total,
+                }
+                for found in self.rounds
+            ],
+        }
+
 
 # --------------------------------------------------------------------------------------------------------- planning
 
 
-def plan(config: PlanConfig) -> Plan:
-    """What the configuration would train, and what that costs.
+def plan(config: PlanConfig, counted: Mapping[int, int] | None = None) -> Plan:
+    """What the configuration would train, and what that costs. `counted` has the rows of steps that are known already.
 
     Raises:
         UserError: for a mistake that `hft train` would refuse too, a model whose shapes are not known here, or a number
@@ -115,7 +145,10 @@ def plan(config: PlanConfig) -> Plan:
     trains = planned[0].stage != "half_reset"
     if trains and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    rounds = tuple(_round(config, model, step, chosen) for step, chosen in zip(planned, drawn, strict=True))
+    rows = {step.number: _rows(step, config) for step in planned if trains} if counted is None else counted
+    rounds = tuple(
+        _round(config, model, step, chosen, rows.get(step.number)) for step, chosen in zip(planned, drawn, strict=True)
+    )
     worst = _worst(config, model, drawn[0]) if trains else drawn[0].updated
     deltas = sum(model.stored[name] for chosen in drawn for name in chosen.updated) * config.method.save_model
     whole = sum(model.stored.values()) * config.method.save_model
@@ -217,30 +250,38 @@ def _from_hub(path: str) -> Path:
         ) from None
 
 
-def ranks(engine: EngineConfig) -> int:
-    """GPUs of a run, over all nodes."""
-    return engine.num_processes
-
-
-def _setup(config: PlanConfig, step: Step) -> Setup:
-    """How a step trains. `config` is the step's own."""
+def _setup(config: PlanConfig, step: Step, width: int) -> Setup:
+    """How a step trains. `config` is the step's own, `width` the model's hidden size."""
     train, engine = config.train, config.engine
     # What transformers takes where nothing is asked for.
     attention = config.model.attention or "sdpa"
+    zero = deepspeed_settings(config).get("zero_optimization", {})
     return Setup(
         zero_stage=engine.zero_stage,
-        ranks=ranks(engine),
+        ranks=engine.ranks,
         dtype=config.model.dtype,
         rows=train.micro_batch_size,
         length=int(train.max_length or 0),
-        accumulation=train.batch_size // (train.micro_batch_size * ranks(engine)),
+        accumulation=train.batch_size // (train.micro_batch_size * engine.ranks),
         attention=attention,
         checkpointing=train.gradient_checkpointing,
         stage=step.stage,
         reference=config.dpo.reference,
         tasks=len(step.memories),
         memory_rows=config.continual.gem_memory,
+        offload_optimizer=engine.offload_optimizer,
+        offload_parameters=engine.offload_parameters,
+        bucket=_elements(zero, "reduce_bucket_size", costs.BUCKET, width**2),
+        live=_elements(zero, "stage3_max_live_parameters", costs.LIVE, costs.LIVE),
+        sub_group=_elements(zero, "sub_group_size", costs.SUB_GROUP, costs.SUB_GROUP),
+        persistent=_elements(zero, "stage3_param_persistence_threshold", costs.PERSISTENT, 10 * width),
     )
+
+
+def _elements(zero: Mapping[str, Any], key: str, default: int, auto: int) -> int:
+    """A setting of DeepSpeed's; for "auto" transformers takes the hidden size times ten, or squared."""
+    value = zero.get(key, default)
+    return auto if value == "auto" else int(value)
 
 
 def _trained(config: PlanConfig, model: Model, updated: Iterable[str]) -> tuple[tuple[Param, ...], frozenset[str]]:
@@ -267,15 +308,16 @@ def _worst_memory(config: PlanConfig, model: Model, chosen: Draw, setup: Setup) 
     return bound.at_least(costs.memory(*_trained(config, model, chosen.updated), model.shape, setup))
 
 
-def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw) -> Round:
+def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw, rows: int | None) -> Round:
     own: PlanConfig = step_config(config, step)
-    setup = _setup(own, step)
+    setup = _setup(own, step, model.shape.hidden)
     params, names = _trained(config, model, chosen.updated)
     everything = frozenset(p.name for p in model.params)
-    rows = None if step.stage == "half_reset" else _rows(step, config)
     if step.stage == "half_reset":
         none = Memory()
-        return Round(step, chosen, setup, rows, 0, none, none, none, Flops(0, 0, 0), Flops(0, 0, 0), 0, Network(), None)
+        return Round(
+            step, chosen, setup, rows, 0, none, none, none, 0, Flops(0, 0, 0), Flops(0, 0, 0), 0, Network(), None
+        )
     tokens = setup.length if own.train.packing else min(config.row_tokens or setup.length, setup.length)
     needed = costs.flops(params, names, model.shape, setup, own.train.batch_size, tokens)
     count = _steps(own, rows, config.row_tokens)
@@ -294,6 +336,7 @@ def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw) -> Round:
         memory=costs.memory(params, names, model.shape, setup),
         worst=_worst_memory(config, model, chosen, setup),
         full=costs.memory(model.params, everything, model.shape, setup),
+        host=costs.host(params, names, setup),
         flops=needed,
         full_flops=costs.flops(model.params, everything, model.shape, setup, own.train.batch_size, tokens),
         once=once,
@@ -335,7 +378,7 @@ def _steps(config: PlanConfig, rows: int | None, row_tokens: int | None) -> int 
         return None
     if train.packing and row_tokens and train.max_length:
         rows = ceil(rows * min(row_tokens, train.max_length) / train.max_length)
-    processes = ranks(config.engine)
+    processes = config.engine.ranks
     batches = ceil(rows / (train.micro_batch_size * processes))
     a_pass = max(ceil(batches * train.micro_batch_size * processes / train.batch_size), 1)
     return ceil(float(train.epochs) * a_pass)
@@ -344,9 +387,16 @@ def _steps(config: PlanConfig, rows: int | None, row_tokens: int | None) -> int 
 def _fits(config: PlanConfig, model: Model, planned: Sequence[Step]) -> Iterable[Fit]:
     """What each engine needs, with and without checkpointing, in the heaviest round under the worst draw."""
     drawn = draws(config, model.params)
-    for name, stage in ENGINES.items():
-        engine = replace(config.engine, name=name, zero_stage=stage)
-        engine = replace(engine, num_processes=1) if stage is None else engine
+    for name, (stage, optimizer, parameters) in ENGINES.items():
+        engine = replace(
+            config.engine,
+            name=name,
+            zero_stage=stage,
+            offload_optimizer=optimizer,
+            offload_parameters=parameters,
+            deepspeed=None,
+        )
+        engine = replace(engine, num_processes=1, num_nodes=1, node_rank=None) if stage is None else engine
         for checkpointing in (False, True):
             train = replace(config.train, gradient_checkpointing=checkpointing)
             other = replace(config, engine=engine, train=train)
@@ -355,7 +405,7 @@ def _fits(config: PlanConfig, model: Model, planned: Sequence[Step]) -> Iterable
             except UserError:
                 yield Fit(name, checkpointing, None)
                 continue
-            setups = [_setup(step_config(other, step), step) for step in planned]
+            setups = [_setup(step_config(other, step), step, model.shape.hidden) for step in planned]
             found = [
                 _worst_memory(other, model, chosen, setup).total for chosen, setup in zip(drawn, setups, strict=True)
             ]
@@ -512,6 +562,11 @@ def _memory(made: Plan) -> str:
     if made.draws:
         worst = made.worst_elements / sum(p.elements for p in made.model.params)
         lines.append(f"The worst draw updates {worst:.1%} of all elements.")
+    if found.host:
+        lines.append(
+            f"In the host's memory, for each rank: {size(found.host)}; for the {found.setup.ranks} in all "
+            f"{size(found.host * found.setup.ranks)}."
+        )
     if made.config.continual.name == "lora":
         lines.append(f"Trained are adapters with {count(sum(p.elements for p in params if p.name in names))} elements.")
     return "\n".join(lines)
@@ -525,9 +580,9 @@ def _engines(made: Plan) -> str:
         if fit.bytes is not None and limit is not None:
             word += ", fits" if fit.bytes <= limit * 2**30 else ", too much"
         cells.setdefault(fit.engine, []).append(word)
-    body = [[name + ("" if ENGINES[name] else " (1 GPU)"), *own] for name, own in cells.items()]
+    body = [[name + ("" if ENGINES[name][0] else " (1 GPU)"), *own] for name, own in cells.items()]
     asked = "; gpu_memory=N (GiB) says what fits" if limit is None else f", against {limit:g} GiB"
-    title = f"Engines on {several(ranks(made.config.engine), 'GPU')}{', worst draw' * made.draws}{asked}"
+    title = f"Engines on {several(made.config.engine.ranks, 'GPU')}{', worst draw' * made.draws}{asked}"
     return f"{title}\n\n{grid(['engine', 'in all', 'with checkpointing'], body)}"
 
 

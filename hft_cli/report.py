@@ -57,6 +57,9 @@ def summary(run: RunDir) -> str:
     if "R" in results["continual"]:
         parts.append(_matrix(results["continual"]))
     for entry in results["rounds"]:
+        if "checkpoint_bytes" in entry:
+            cost = f"{entry['checkpoint_seconds']:.1f} s and {_mebibytes(entry['checkpoint_bytes'])}"
+            parts.append(f"{entry['name']}: a checkpoint took {cost}.")
         if "rewards/margins" in entry:
             accuracy = entry["rewards/accuracies"]
             parts.append(f"{entry['name']}: reward margin {entry['rewards/margins']:.3f}, accuracy {accuracy:.1%}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,11 @@ class RunDir:
         return self.folder / "plan.json"
 
     @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's settings; not there without it."""
+        return self.folder / "deepspeed.json"
+
+    @property
     def environment(self) -> Path:
         return self.folder / "environment.json"
 
@@ -180,6 +185,11 @@ class RunDir:
         return self.folder / "tracking.json"
 
     @property
+    def nodes(self) -> Path:
+        """A number that node 0 writes while it waits for the others, to see that they read the same folder."""
+        return self.folder / ".nodes"
+
+    @property
     def lock(self) -> Path:
         """Held by whoever works on the run."""
         return self.folder / ".lock"
@@ -190,7 +200,7 @@ class SealedStep:
     """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
 
     `adapter` is the folder of the LoRA adapters to go on from, `base_sha256` the hash of the weights that the run began
-    with.
+    with, `deepspeed` its settings, empty without it.
     """
 
     config: RunConfig
@@ -201,6 +211,7 @@ class SealedStep:
     frozen: tuple[str, ...]
     adapter: str | None = None
     base_sha256: str = ""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

@@ -5,51 +5,137 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import yaml
 
 from hft_cli.continual import backward_transfer, overall_performance, read_sources
 from hft_cli.data import content_hash, read_chats, repeats
+from hft_cli.engines import deepspeed_settings
 from hft_cli.known import environment
-from hft_cli.layout import MOST_TOKENS, from_folder, positions
-from hft_cli.methods import AnyRun, Step, draws, step_config, steps
+from hft_cli.layout import from_folder
+from hft_cli.methods import Step, draws, settled, step_config, steps
+from hft_cli.nodes import Others, connected, introduce, listening, this_node
+from hft_cli.plan import plan as make_plan
 from hft_cli.preferences import preferences_hash, read_preferences
+from hft_cli.preflight import preflight
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import EngineConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
+from hft_cli.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
 from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.tracking import Tracked, require, track
 from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
-from hft_cli.workers import alone, say, work
+from hft_cli.workers import alone, follow, say, work
 
-# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
-PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
-# Keys that may differ when a run is continued; where the engine may not, within a round, the worker says why.
+# Keys that may differ between a run's nodes.
 FREE = (
     "output_dir",
     "resume",
-    "train.micro_batch_size",
+    "engine.node_rank",
+    "engine.rendezvous",
+    "engine.check_memory",
     *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)),
-    *(f"engine.{spec.name}" for spec in fields(EngineConfig)),
 )
+# Keys that may differ when a run is continued; where the engine may not, within a round, the worker says why.
+RESUMED = (*FREE, "train.micro_batch_size", *(f"engine.{spec.name}" for spec in fields(EngineConfig)))
 
 
-def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir:
+def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir | None:
     """Do all that `hft train` was asked for, continuing an unfinished run in the same directory.
 
     With `search` and resume=true the newest unfinished run of the same configuration beside output_dir is continued.
+    Of several nodes, those that follow node 0 return None.
 
     Raises:
         UserError: for a mistake in the config or the data, before anything is written.
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
+        NodeError: if another node fails or goes away.
     """
     check(config)
     require(config.tracking)
+    node = this_node(config.engine)
+    if node is None:
+        return _lead(config, overrides, search, None)
+    if search:
+        raise UserError(
+            f"engine.num_nodes={node.count} needs output_dir=…: one folder, on a file system that all nodes share."
+        )
+    if node.rank == 0:
+        with listening(node) as others:
+            return _lead(config, overrides, False, others)
+    leader = connected(node)
+    where = RunDir(Path(config.output_dir).expanduser())
+    try:
+        base = fetch(locate(config.model.path))
+        prepared = _prepare(settled(config, read_json(base / "config.json"), base.name), base, where)
+    except UserError as mistake:
+        leader.send(rank=node.rank, host=gethostname(), mistake=str(mistake))
+        raise
+    if not where.done.exists():
+        introduce(leader, node, _facts(prepared), where.nodes)
+        follow(leader, node, where.folder, config.engine.num_processes)
+    return None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known of a run before it starts."""
+
+    config: RunConfig
+    base: Path
+    plan: tuple[Step, ...]
+    drawn: tuple[Draw, ...]
+    asked: Asked
+    inputs: dict[str, Any]
+
+
+def _prepare(config: RunConfig, base: Path, where: RunDir) -> Prepared:
+    """Read what the run needs besides the model at `base`, and refuse what cannot work; nothing is written.
+
+    Raises:
+        UserError: for a mistake in the config or the data, or a machine that cannot do it.
+    """
+    params = from_folder(base, config.model.kinds)
+    plan, drawn = steps(config), draws(config, params)
+    if not drawn[0].updated and plan[0].stage != "half_reset":
+        raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
+    if plan[0].stage == "half_reset":
+        _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
+    asked = read_suite(config.suite)
+    uses_template(config.suite, config.model, base)  # or says why it cannot
+    rounds = [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan]
+    counted = {step.number: row["rows"] for step, row in zip(plan, rounds, strict=True) if "rows" in row}
+    local = replace(config, model=replace(config.model, path=str(base)))  # of the hub's name: the folder it is in now
+    costs = make_plan(PlanConfig(**vars(local)), counted)
+    preflight(config, costs, new=not where.config.exists())
+    inputs = {
+        "suite_sha256": asked.rows,
+        "base": str(base.resolve()),
+        "base_sha256": weights_hash(base),
+        "rounds": rounds,
+        "costs": costs.expected(),
+    }
+    return Prepared(config, base, plan, drawn, asked, inputs)
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What must be the same on all nodes."""
+    here, inputs = environment(), prepared.inputs
+    data = {f"the data of {row['name']}": row["data_sha256"] for row in inputs["rounds"]}
+    return {
+        "versions": {"hft": here["hft"], "python": here["python"], **here["packages"]},
+        "config": {key: value for key, value in _flat(asdict(prepared.config)).items() if key not in FREE},
+        "files": {"weights": inputs["base_sha256"], **data},
+    }
+
+
+def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Others | None) -> RunDir:
+    """The whole run, of several nodes on node 0."""
     base = fetch(locate(config.model.path))
     config = settled(config, read_json(base / "config.json"), base.name)
     where = _find(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
@@ -59,21 +145,8 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         _same_config(where, config)
         say(f"{where.folder} is finished already; nothing to do.")
         return where
-
-    params = from_folder(base, config.model.kinds)
-    plan, drawn = steps(config), draws(config, params)
-    if not drawn[0].updated and plan[0].stage != "half_reset":
-        raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    if plan[0].stage == "half_reset":
-        _reset_pieces(plan[0], drawn[0], base, config)  # whether the two models fit
-    asked = read_suite(config.suite)
-    uses_template(config.suite, config.model, base)  # or says why it cannot
-    inputs = {
-        "suite_sha256": asked.rows,
-        "base": str(base.resolve()),
-        "base_sha256": weights_hash(base),
-        "rounds": [asdict(step) | {"data": step.data} | _rows(step, config) for step in plan],
-    }
+    prepared = _prepare(config, base, where)
+    inputs = prepared.inputs
 
     new = not where.config.exists()
     if new:
@@ -81,14 +154,19 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         where.folder.mkdir(parents=True, exist_ok=True)
     with alone(where.lock):
         if new:
-            _seal(where, config, overrides, drawn, inputs)
+            _seal(where, config, overrides, prepared.drawn, inputs)
         else:
             _same_config(where, config)
             _same_inputs(where, inputs)
             say(f"Continuing the run in {where.folder}.")
         try:
+            if others is not None:
+                say(f"Waiting for {others.node.count - 1} more nodes at {others.node.host}:{others.node.port}.")
+                others.meet(_facts(prepared), where.nodes)
+            if settings := deepspeed_settings(config):
+                write_json(where.deepspeed, settings)
             with track(config.tracking, where.folder, _flat(asdict(config))) as tracked:
-                return _walk(where, config, plan, drawn, base, asked, tracked)
+                return _walk(where, prepared, tracked, others)
         except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
@@ -106,48 +184,15 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
-    """The config with what hangs on the model filled in: `model` is its config.json, `name` what errors call it.
-
-    Raises:
-        UserError: for what the model's own config rules out.
-    """
-    model = model.get("text_config") or model
-    longest = positions(model)
-    asked = config.train.max_length
-    if longest and asked and asked > longest:
-        raise UserError(
-            f"train.max_length={asked} is more than the {longest} positions of {name}. "
-            f"Set train.max_length={longest} or less."
-        )
-    if config.train.packing and model.get("model_type") not in PACKABLE:
-        raise UserError(
-            f"train.packing=true is not known to keep rows apart for model type {model.get('model_type')!r}; it is for "
-            f"{', '.join(PACKABLE)}. Set train.packing=false."
-        )
-    answers = config.generation.max_new_tokens
-    if longest and answers >= longest - 1 and any(step.test and step.metric != "exact_match" for step in steps(config)):
-        raise UserError(
-            f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
-            f"{name}. Set generation.max_new_tokens={longest // 2} or less."
-        )
-    return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
-
-
-def _walk(
-    where: RunDir,
-    config: RunConfig,
-    plan: Sequence[Step],
-    drawn: Sequence[Draw],
-    base: Path,
-    asked: Asked,
-    tracked: Tracked,
-) -> RunDir:
+def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | None) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again.
 
     The suite's benchmarks and probes are scored at the start and at the end only; its sets of rows and the data's own
     test sets after each round of several as well.
     """
+    config, base, plan, drawn, asked = (
+        getattr(prepared, name) for name in ("config", "base", "plan", "drawn", "asked")
+    )
     tests = {
         step.task: Task(step.test, step.metric, test_format(config.data))
         for step in plan
@@ -160,7 +205,7 @@ def _walk(
     outcomes, scores, trained = [], [], 0  # optimizer steps so far
     for step, chosen in zip(plan, drawn, strict=True):
         send = partial(tracked.lines, where.metrics, step.name, trained)
-        model = _round(where, step, chosen, model, config, adapter, send)
+        model = _round(where, step, chosen, model, config, adapter, send, others)
         send()
         folder = where.round(step.number, step.name)
         adapter = folder.adapter if config.continual.name == "lora" else None
@@ -208,6 +253,7 @@ def _round(
     config: RunConfig,
     adapter: Path | None,
     send: Callable[[], None],
+    others: Others | None,
 ) -> Path:
     """Train one round from the model at `model`, unless it is done, and return the folder of the model after it.
 
@@ -238,10 +284,12 @@ def _round(
             frozen=chosen.frozen,
             adapter=str(adapter) if adapter else None,
             base_sha256=base_sha256,
+            deepspeed=deepspeed_settings(config),
         ).write(folder.step)
         say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
-        work("hft_cli.train", folder.step, folder, f"Round {step.round}, {step.name}", ranks, send, checkpoints=True)
+        label = f"Round {step.round}, {step.name}"
+        work("hft_cli.train", folder.step, folder, label, ranks, send, checkpoints=True, others=others)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
@@ -345,7 +393,14 @@ def _find(config: RunConfig) -> RunDir:
 def _refuse_other_files(where: RunDir) -> None:
     if where.folder.exists() and not where.folder.is_dir():
         raise UserError(f"output_dir={where.folder} is a file. Choose an empty or a new directory.")
-    ours = {where.overrides, where.environment, where.plan, where.draws, where.lock}  # a start that was cut off
+    ours = {
+        where.overrides,
+        where.environment,
+        where.plan,
+        where.draws,
+        where.lock,
+        where.nodes,
+    }  # a start that was cut off
     there = set(where.folder.iterdir()) if where.folder.exists() else set()
     if others := sorted(path.name for path in there - ours if path.suffix != ".part"):
         raise UserError(
@@ -377,7 +432,7 @@ def _same_config(where: RunDir, config: RunConfig) -> None:
 
 def _differences(where: RunDir, config: RunConfig) -> list[str]:
     old, new = _flat(asdict(read_config(where))), _flat(asdict(config))
-    keys = sorted((old.keys() | new.keys()) - set(FREE))
+    keys = sorted((old.keys() | new.keys()) - set(RESUMED))
     return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
@@ -426,7 +481,7 @@ def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
         read = read_preferences(
             locate(step.data), split=step.sources[0].split, max_rows=data.max_rows, ties=config.dpo.ties
         )
-        known = {"data_sha256": preferences_hash(read.rows)}
+        known = {"data_sha256": preferences_hash(read.rows), "rows": len(read.rows)}
     else:
         chats = read_sources(step.sources, data, config.seed)
         known = {"data_sha256": content_hash(chats), "rows": len(chats)}
@@ -434,7 +489,7 @@ def _rows(step: Step, config: RunConfig) -> dict[str, Any]:
         return known
     test = read_chats(locate(step.test), format=test_format(data), split="test")
     known["test_sha256"] = content_hash(test)
-    if "rows" in known and not step.replays:
+    if step.stage == "sft" and not step.replays:
         repeated, shared = repeats(chats, test)
         known |= {"rows_repeated": repeated, "rows_in_test": shared}
         if repeated or shared:

@@ -7,6 +7,7 @@ reads the sealed copy.
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -111,11 +112,32 @@ class EngineConfig:
     """Group `engine`: what the training runs on. May change on resuming, but within a round not to or from single."""
 
     name: str = REQUIRED
-    """Label: single, zero1, zero2 or zero3."""
+    """Label: single, zero1, zero2, zero3, zero2_offload or zero3_offload."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 1 to 3; null trains in one process without DeepSpeed."""
     num_processes: int = 1
-    """Ranks, one for each GPU (or CPU process); at least 1. More than one needs a ZeRO stage."""
+    """Ranks on each node, one for each GPU (or CPU process); at least 1. More than one needs a ZeRO stage."""
+    num_nodes: int = 1
+    """Machines; at least 1. The same command runs on each, over one file system (scripts/slurm, scripts/hosts.sh)."""
+    node_rank: int | None = None
+    """This machine's number, from 0, which leads; null: what srun or torchrun says."""
+    rendezvous: str | None = None
+    """HOST:PORT of node 0, which the others reach; PORT and the one after it are used. Needed with several nodes."""
+    offload_optimizer: bool = False
+    """ZeRO-2 and 3: AdamW's moments and master weights lie in the host's memory, and it steps there."""
+    offload_parameters: bool = False
+    """ZeRO-3 with offload_optimizer: the weights' shards lie in the host's memory as well."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON of your own, for what hft has no key for (buckets, overlap); what contradicts is refused."""
+    device: str = "auto"
+    """auto (GPUs if there are any, but no large model on a CPU by accident), gpu or cpu."""
+    check_memory: bool = True
+    """Refuse a run that by `hft plan` cannot fit into memory; false tries it anyway."""
+
+    @property
+    def ranks(self) -> int:
+        """Over all nodes."""
+        return self.num_processes * self.num_nodes
 
 
 @dataclass
@@ -432,6 +454,7 @@ def check(config: RunConfig) -> None:
         ("continual.lora_rank", config.continual.lora_rank, 1),
         ("data.max_rows", data.max_rows, 1),
         ("dpo.max_steps", config.dpo.max_steps, 1),
+        ("engine.num_nodes", engine.num_nodes, 1),
         ("engine.num_processes", engine.num_processes, 1),
         ("generation.batch_size", config.generation.batch_size, 1),
         ("generation.max_new_tokens", config.generation.max_new_tokens, 1),
@@ -514,11 +537,7 @@ def check(config: RunConfig) -> None:
     if every and "freeze" in outside.values():
         frozen = ", ".join(f"selection.{name}=freeze" for name, state in outside.items() if state == "freeze")
         raise UserError(f"method={config.method.name} updates every matrix, so {frozen} cannot hold. Use method=hft.")
-    if engine.zero_stage is None and engine.num_processes > 1:
-        raise UserError(
-            f"engine={engine.name} is one process, but engine.num_processes={engine.num_processes}. "
-            "Use engine=zero1, zero2 or zero3."
-        )
+    _check_engine(engine)
     for stage in config.method.stages:
         choose("stage in method.stages", stage, ("sft", "dpo"))
     rounds = training_sets(data)
@@ -537,13 +556,17 @@ def check(config: RunConfig) -> None:
         )
     if "dpo" in config.method.stages and train.packing:
         raise UserError("train.packing=true is for SFT; DPO's pairs are not packed. Set train.packing=false.")
-    if engine.zero_stage not in (None, 1, 2, 3):
-        raise UserError(f"engine.zero_stage={engine.zero_stage} does not exist: choose 1, 2 or 3.")
-    step_rows = train.micro_batch_size * engine.num_processes
+    if model.attention == "flash_attention_2" and model.dtype != "bfloat16":
+        raise UserError(
+            "model.attention=flash_attention_2 computes in bfloat16 only: set model.dtype=bfloat16, or "
+            "model.attention=sdpa."
+        )
+    step_rows = train.micro_batch_size * engine.ranks
     if train.batch_size % step_rows:
+        nodes = f" x engine.num_nodes={engine.num_nodes}" if engine.num_nodes > 1 else ""
         raise UserError(
             f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size} "
-            f"x engine.num_processes={engine.num_processes}. Nearest that is: "
+            f"x engine.num_processes={engine.num_processes}{nodes}. Nearest that is: "
             f"{max(1, round(train.batch_size / step_rows)) * step_rows}."
         )
     if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
@@ -574,6 +597,9 @@ def check_eval(config: EvalConfig) -> None:
     _check_model(config.model)
     _check_suite(config.suite)
     _at_least("engine.num_processes", config.engine.num_processes, 1)
+    choose("engine.device", config.engine.device, ("auto", "gpu", "cpu"))
+    if config.engine.num_nodes > 1:
+        raise UserError("hft eval scores on one node: leave out engine.num_nodes.")
     if not config.models:
         raise UserError("models is empty: give after, before or both.")
     for name in config.models:
@@ -609,6 +635,40 @@ def _at_least(path: str, value: float | None, low: float) -> None:
         raise UserError(f"{path}={value} is too small: it must be at least {low}.")
 
 
+def _check_engine(engine: EngineConfig) -> None:
+    """Refuse ranks, nodes and offload that an engine cannot have."""
+    choose("engine.device", engine.device, ("auto", "gpu", "cpu"))
+    if engine.zero_stage not in (None, 1, 2, 3):
+        raise UserError(f"engine.zero_stage={engine.zero_stage} does not exist: choose 1, 2 or 3.")
+    for key in ("num_processes", "num_nodes"):
+        if engine.zero_stage is None and getattr(engine, key) > 1:
+            raise UserError(
+                f"engine={engine.name} is one process, but engine.{key}={getattr(engine, key)}. "
+                "Use engine=zero1, zero2 or zero3."
+            )
+    if engine.offload_optimizer and engine.zero_stage not in (2, 3):
+        raise UserError(
+            f"engine.offload_optimizer=true is for ZeRO-2 and 3, not for engine={engine.name}. Use "
+            "engine=zero2_offload or zero3_offload."
+        )
+    if engine.offload_parameters and not (engine.zero_stage == 3 and engine.offload_optimizer):
+        raise UserError(
+            "engine.offload_parameters=true is for ZeRO-3 with engine.offload_optimizer=true. Use engine=zero3_offload."
+        )
+    if engine.deepspeed is not None and engine.zero_stage is None:
+        raise UserError(
+            f"engine.deepspeed={engine.deepspeed} is for DeepSpeed, and engine={engine.name} runs without it. Use "
+            "engine=zero1, zero2 or zero3, whichever stage the file has."
+        )
+    if engine.node_rank is not None and not 0 <= engine.node_rank < engine.num_nodes:
+        raise UserError(
+            f"engine.node_rank={engine.node_rank} is not one of engine.num_nodes={engine.num_nodes} nodes: they count "
+            "from 0."
+        )
+    if engine.rendezvous is not None and not re.fullmatch(r"[^\s/]+:\d{1,5}", engine.rendezvous):
+        raise UserError(f"engine.rendezvous={engine.rendezvous} is not HOST:PORT, for instance node0:29500.")
+
+
 def _check_continual(config: RunConfig) -> None:
     """Refuse strategies of continual learning where they cannot do what they are for."""
     name, rounds = config.continual.name, training_sets(config.data)
@@ -629,6 +689,8 @@ def _check_continual(config: RunConfig) -> None:
         raise UserError(
             "continual=lora trains adapters beside all matrices, so there is no half to draw: use method=fft."
         )
+    if name in ("gem", "lora") and config.engine.offload_optimizer:
+        raise UserError(f"continual={name} was never tried with offload: use engine=single, zero1 or zero2.")
     if name in ("gem", "lora") and config.engine.zero_stage == 3:
         raise UserError(f"continual={name} cannot be with engine=zero3: use engine=single, zero1 or zero2.")
     if config.train.packing and name == "gem":

@@ -23,6 +23,8 @@ from hft_cli import benchmarks, known, probe
 from hft_cli.benchmarks import BENCHMARKS, BenchmarkConfig
 from hft_cli.data import content_hash, read_chats
 from hft_cli.harness import HarnessJob, Todo
+from hft_cli.layout import from_folder
+from hft_cli.preflight import check_device, gpus
 from hft_cli.probe import ProbeConfig, ProbeJob
 from hft_cli.run_dir import Job, RoundDir, Task, finished, read_config, read_json, write_json
 from hft_cli.schema import EvalConfig, GenerationConfig, ModelConfig, SuiteConfig, UserError, check_eval, choose, locate
@@ -343,6 +345,8 @@ def run_eval(config: EvalConfig) -> Path:
             "suite=general, knowledge, quick, probe or pocket, or suite=harness suite.harness=[TASK,…]."
         )
     models = _models(config)
+    for model in models.values():
+        check_device(config.engine, gpus(), sum(p.elements for p in from_folder(model.path, config.model.kinds)))
     folder = Path(config.run or config.output_dir).expanduser() / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"

@@ -91,6 +91,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         "data": counts["sha256"],
         "ranks": world,
         "zero_stage": config.engine.zero_stage,
+        "zero_optimization": sealed.deepspeed.get("zero_optimization"),
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
     watch = _watch(sealed, folder, params, identity, rank, world, before)
@@ -151,7 +152,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
                 "peak_memory_bytes": peak_memory(),
                 "engines": watch.engines,
                 **watch.last,
-                **({"checkpoint_seconds": round(watch.saving, 3)} if watch.saving else {}),
+                **watch.checkpoint,
                 **({"steps_projected": projections.projected} if projections else {}),
                 **({"memory_rows": [len(memory) for memory in memories]} if memories else {}),
                 **counts,
@@ -216,18 +217,6 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
 
     config, train, engine = sealed.config, sealed.config.train, sealed.config.engine
     gpu = torch.cuda.is_available()
-    deepspeed = None
-    if engine.zero_stage is not None:
-        deepspeed = {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            # Always there: without the block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": engine.zero_stage}
-            | ({"stage3_gather_16bit_weights_on_model_save": True} if engine.zero_stage == 3 else {}),
-        }
     if sealed.step.stage == "dpo":
         make, own = DPOConfig, dpo.settings(config.dpo.reference, config.dpo.beta)
     else:
@@ -244,11 +233,12 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.num_processes),
+        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.ranks),
         max_length=train.max_length,
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
-        optim="adamw_torch_fused" if gpu else "adamw_torch",
+        # Where it steps on the CPU after all, one pass over the moments is what makes it bearable.
+        optim="adamw_torch_fused" if gpu or engine.offload_optimizer else "adamw_torch",
         weight_decay=train.weight_decay,
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
@@ -265,7 +255,7 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
         report_to=[],
-        deepspeed=deepspeed,
+        deepspeed=sealed.deepspeed or None,
         dataloader_pin_memory=gpu,
     )
 
@@ -399,7 +389,7 @@ def _watch(
             self.converted: Path | None = None  # the checkpoint that is resumed from, if it was laid out otherwise
             self.stopped = False
             self.saved = self.step_end = 0.0  # when
-            self.saving = 0.0  # seconds that the last checkpoint took
+            self.checkpoint: dict[str, float] = {}  # what the last one cost
             self.losses, self.logged = list(before.get("losses", (0.0, 0))), 0  # their sum and number, up to a log
 
         def seconds(self) -> float:
@@ -487,12 +477,15 @@ def _watch(
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _barrier(world)  # every rank has written its part
             if rank == 0:
+                place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
                 marker["engines"] = self.engines
                 marker |= {"projected": self.projections.projected} if self.projections else {}
-                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
+                write_json(place / MARKER, marker)
+                held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+                took = time.perf_counter() - self.step_end
+                self.checkpoint = {"checkpoint_seconds": round(took, 3), "checkpoint_bytes": held}
             self.saved = time.perf_counter()
-            self.saving = self.saved - self.step_end
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.end = time.perf_counter()

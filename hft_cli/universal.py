@@ -25,7 +25,9 @@ from hft_cli.weights import tensors
 if TYPE_CHECKING:
     import torch
 
-LAYOUT = ("ranks", "zero_stage")  # what of a checkpoint's marker may differ, if DeepSpeed is on both sides
+# What of a checkpoint's marker may differ, if DeepSpeed is on both sides. Its own settings place values too (offload,
+# groups, order).
+LAYOUT = ("ranks", "zero_stage", "zero_optimization")
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # files of each parameter
 SHARD = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # under ZeRO-3; DeepSpeed looks for one of these two names
 WHOLE = "mp_rank_00_model_states.pt"
@@ -44,7 +46,7 @@ def needed(marker: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
             f"This round has a checkpoint of training in {was}, and {now} cannot read it: DeepSpeed converts only "
             f"between its own ZeRO stages and numbers of ranks. Finish the round with {fix}; the next may have another."
         )
-    return any(marker[key] != identity[key] for key in LAYOUT)
+    return any(marker.get(key) != identity.get(key) for key in LAYOUT)
 
 
 def convert(checkpoint: Path, stage: int) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hft_cli.nodes import Node, NodeError, Others, Peer, heed
 from hft_cli.run_dir import RoundDir
 from hft_cli.schema import Stopped, UserError
 
@@ -47,48 +49,59 @@ def work(
     ranks: int | None = None,
     send: Callable[[], None] = lambda: None,
     checkpoints: bool = False,
+    others: Others | None = None,
 ) -> None:
     """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
 
     With `ranks` torchrun starts that many; without it is a plain process. Meanwhile `send` is called all the time.
-    One that `checkpoints` is asked to do so when we are stopped, and is ended at a second signal.
+    One that `checkpoints` is asked to do so when we are stopped, and is ended at a second signal. With `others` the
+    worker has as many ranks on each other node.
 
     Raises:
         UserError: for a user's mistake that only the worker could see.
         subprocess.CalledProcessError: if it fails; its log is named on stderr.
+        NodeError: if it fails on another node, or that is gone.
     """
-    several = [] if ranks is None else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    command = [sys.executable, "-m", *several, module, str(job)]
-    folder.mistake.unlink(missing_ok=True)
-    folder.progress.unlink(missing_ok=True)
-    folder.stop.unlink(missing_ok=True)
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
-    if ranks is None:  # with several GPUs in sight, transformers would split each batch over them
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with folder.log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-            pass_fds=_LOCKS,
-            preexec_fn=_die_with_parent,
-        )
+    for path in (folder.mistake, folder.progress, folder.stop):
+        path.unlink(missing_ok=True)
+    command = _command(module, job, ranks, others.node if others else None)
+    process = _start(command, folder.log, ranks)
+
+    def meanwhile(stopping: bool = False) -> None:
+        send()
+        if others is not None:
+            others.check(stopping)
+
+    try:
+        if others is not None:
+            run = folder.folder.parents[1]  # which has another path on other nodes, perhaps
+            names = (job, folder.folder / "worker-node{rank}.log")
+            others.start(module, *(str(name.relative_to(run)) for name in names))
         try:
-            _follow(process, folder.progress, label, send)
+            _follow(process, folder.progress, label, meanwhile)
+            while others is not None and process.returncode == 0 and others.running:
+                others.check()
+                time.sleep(0.1)
         except (Stopped, KeyboardInterrupt):
             if checkpoints and process.poll() is None:
                 say("Stopping after this step, with a checkpoint. A second signal ends it at once.")
                 folder.stop.touch()
-                _follow(process, folder.progress, label, send)
+                first = time.monotonic()
+                while process.poll() is None:
+                    try:
+                        _follow(process, folder.progress, label, lambda: meanwhile(stopping=True))
+                    except (Stopped, KeyboardInterrupt):  # a scheduler tells all nodes, and so us twice
+                        if others is None or time.monotonic() - first > AT_ONCE:
+                            raise
             raise
-        finally:
-            _end(process)
+        except NodeError:
+            if folder.mistake.exists():  # all ranks saw it, those of the other nodes a moment before ours
+                raise UserError(folder.mistake.read_text()) from None
+            raise
+    finally:
+        if process.poll() != 0 and others is not None:
+            others.end()
+        _end(process)
     if process.returncode == 0:
         return
     if folder.mistake.exists():
@@ -96,6 +109,80 @@ def work(
     say(_tail(folder.log))
     say(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
     raise subprocess.CalledProcessError(process.returncode, command)
+
+
+AT_ONCE = 5.0  # seconds within which signals to several nodes are one
+
+
+def follow(leader: Peer, node: Node, run: Path, ranks: int) -> None:
+    """Start our ranks whenever node 0 says so, on the files of the run in `run`, until it says goodbye.
+
+    A signal is passed on to node 0, which has all ranks keep a checkpoint; a second one ends us at once.
+
+    Raises:
+        UserError, Stopped, NodeError: as node 0 ended, or if it is gone.
+    """
+    came: list[tuple[float, int]] = []
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    usual = {one: signal.signal(one, lambda one, _: came.append((time.monotonic(), one))) for one in signals}
+    process, log, told = None, Path(), False
+    try:
+        while True:
+            message = leader.receive(0.1) or {}
+            if came and not told:
+                leader.send(stop=came[0][1])
+                told = True
+            if came and came[-1][0] - came[0][0] > AT_ONCE:
+                raise Stopped(came[-1][1])
+            if process is not None and process.poll() is not None:
+                leader.send(ended=process.returncode, log=str(log))
+                process = None
+            if "start" in message:
+                job, log = (run / message["start"][key] for key in ("job", "log"))
+                log = log.with_name(log.name.format(rank=node.rank))
+                say(f"Node {node.rank}: {job.parent.name}, ranks: {ranks}. Their log: {log}")
+                process = _start(_command(message["start"]["module"], job, ranks, node), log, ranks)
+            if "end" in message and process is not None:
+                _end(process)
+                process = None
+            if heed(message):
+                return
+    finally:
+        for one, handler in usual.items():
+            signal.signal(one, handler)
+        if process is not None:
+            _end(process)
+
+
+def _command(module: str, job: Path, ranks: int | None, node: Node | None) -> list[str]:
+    """What starts a worker here: a plain process, or torchrun with our share of its ranks."""
+    together = ["--standalone"] if node is None else node.torchrun()
+    start = [] if ranks is None else ["torch.distributed.run", *together, "--nproc_per_node", str(ranks), "-m"]
+    return [sys.executable, "-m", *start, module, str(job)]
+
+
+def _start(command: list[str], log: Path, ranks: int | None) -> subprocess.Popen[bytes]:
+    # Not what a torchrun around us has said to its own ranks.
+    environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUNS, key)}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
+    if ranks is None:  # with several GPUs in sight, transformers would split each batch over them
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+            pass_fds=_LOCKS,
+            preexec_fn=_die_with_parent,
+        )
+
+
+TORCHRUNS = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
 
 
 def _die_with_parent() -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hft_cli import layout
+from hft_cli import costs, layout
 from hft_cli.layout import Param, from_config, from_folder, read_header, to_stored
 from hft_cli.schema import UserError
 
@@ -211,6 +211,21 @@ def test_params_are_the_trainable_parameters_with_their_shapes(name: str) -> Non
     expected = {key: tuple(value.shape) for key, value in random_model(name).named_parameters()}
     assert {param.name: param.shape for param in params} == expected
     assert sum(param.elements for param in params) == sum(p.numel() for p in random_model(name).parameters())
+
+
+@every_architecture
+def test_what_can_be_trained_can_be_planned(name: str) -> None:
+    """As every run's plan is made before it starts."""
+    config = config_of(name).to_dict()
+    params = from_config(config_of(name))
+    shape = costs.shape(config.get("text_config") or config, params)
+    everything = frozenset(p.name for p in params)
+    for stage in (None, 1, 2, 3):
+        setup = costs.Setup(stage, 2 if stage else 1, "bfloat16", rows=2, length=64)
+        needed = costs.memory(params, everything, shape, setup)
+        assert min(vars(needed).values()) >= 0
+        assert needed.activations > 0
+        assert costs.flops(params, everything, shape, setup, 8, 64).total > 0
 
 
 @pytest.mark.parametrize(

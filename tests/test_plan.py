@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from hft_cli import costs
 from hft_cli.costs import PARTS, Memory, Setup
+from hft_cli.engines import deepspeed_settings
 from hft_cli.layout import FIELDS, Param, from_fields, from_folder
 from hft_cli.methods import draws, step_config, steps
 from hft_cli.plan import ARCHITECTURES, plan
@@ -373,7 +374,10 @@ def sealed(folder: Path, model: Path, stage: int, dtype: str) -> SealedStep:
     )  # fmt: skip
     (step,), (drawn,) = steps(config), draws(config, from_folder(model))
     log = str(folder / "metrics.jsonl")
-    return SealedStep(step_config(config, step), step, str(model), log, drawn.updated, drawn.frozen)
+    return SealedStep(
+        step_config(config, step), step, str(model), log, drawn.updated, drawn.frozen,
+        deepspeed=deepspeed_settings(config),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,135 @@
+"""What a machine must have for a run, and how a run that cannot be is refused before it starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import QUICK, hft
+from test_cli import composed
+from test_plan import as_plan
+
+from hft_cli import preflight
+from hft_cli.plan import plan
+from hft_cli.schema import UserError
+
+GIB = 2.0**30
+SEVEN_B = ("+method=hft", "model=llama2_7b", "data=tulu_v2", "train.batch_size=128", "engine.num_processes=8")
+
+
+def planned(*overrides: str):
+    config = composed(*overrides)
+    return config, plan(replace(as_plan(config), rows=1000))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with the GPUs that nvidia-smi would list, and a torch built for them or not."""
+
+    def put(gpus: int, visible: str | None = None, cuda: bool = True) -> None:
+        lines = ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.1"] * gpus
+        monkeypatch.setattr(preflight, "environment", lambda: {"gpus": lines})
+        monkeypatch.setattr(preflight, "_cuda_build", lambda: cuda)
+        monkeypatch.setattr(preflight, "_torch_sees_gpu", lambda: False)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("visible", "number"),
+    [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("3,9,1", 1), ("GPU-12ab,GPU-34cd", 2), ("MIG-12ab", 1)],
+)
+def test_the_gpus_are_those_that_a_worker_sees(visible, number, machine):
+    machine(4, visible)
+    assert len(preflight.gpus()) == number
+    assert all(memory in (None, 81559 * 2**20) for memory in preflight.gpus())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuda", "overrides", "words"),
+    [
+        (0, True, ("model=llama2_7b",), r"There is no GPU here, and on the CPU a step of 7.0B .* engine.device=cpu"),
+        (0, True, ("engine.device=gpu",), r"engine.device=gpu, but there is no GPU here"),
+        (1, False, (), r"has a GPU, but torch .* was built without CUDA"),
+        (2, True, ("engine=zero2", "engine.num_processes=8"), r"there are 2 here. Set engine.num_processes=2"),
+        (1, True, ("engine.device=cpu",), r"Hide it: CUDA_VISIBLE_DEVICES="),
+    ],
+)
+def test_gpus_that_are_missing_are_told_before_a_run_starts(gpus, cuda, overrides, words, machine):
+    machine(gpus, cuda=cuda)
+    config = composed("+method=hft", *overrides)
+    with pytest.raises(UserError, match=words):
+        preflight.check_device(
+            config.engine, preflight.gpus(), 7_000_000_000 if "model=llama2_7b" in overrides else 500_000
+        )
+
+
+def test_a_small_model_trains_on_a_cpu_and_a_large_one_if_it_is_meant(machine):
+    machine(0)
+    preflight.check_device(composed("+method=hft").engine, [], 500_000)
+    preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, [], 7_000_000_000)
+
+
+def test_the_build_of_torch_is_read_from_its_files():
+    import torch
+
+    assert preflight._cuda_build() == (torch.version.cuda is not None or torch.version.hip is not None)
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would():
+    config, made = planned(*SEVEN_B, "engine=zero1", "train.micro_batch_size=1")
+    with pytest.raises(UserError, match=r"needs [\d.]+ GiB on each GPU, and they have 24.0 GiB. What fits: engine="):
+        preflight.check_memory(config, made, [24 * GIB] * 8, 2000 * GIB)
+    preflight.check_memory(config, made, [80 * GIB] * 8, 2000 * GIB)
+
+
+def test_offload_counts_against_the_hosts_memory():
+    config, made = planned(*SEVEN_B, "engine=zero3_offload", "train.micro_batch_size=1")
+    preflight.check_memory(config, made, [80 * GIB] * 8, 2000 * GIB)
+    with pytest.raises(UserError, match=r"of this machine's memory for 8 ranks, and it has 32.0 GiB"):
+        preflight.check_memory(config, made, [80 * GIB] * 8, 32 * GIB)
+
+
+def test_without_a_gpu_the_ranks_share_the_hosts_memory():
+    config, made = planned(*SEVEN_B, "engine=zero2")
+    with pytest.raises(UserError, match=r"of this machine's memory for 8 ranks"):
+        preflight.check_memory(config, made, [], 64 * GIB)
+
+
+def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
+    preflight.check_disk(tmp_path / "a" / "b", 2 * GIB)
+    with pytest.raises(UserError, match=r"keeps 4.0 GiB in .*, where 3.0 GiB are free"):
+        preflight.check_disk(tmp_path / "a" / "b", 4 * GIB)
+
+
+def test_a_version_that_hft_does_not_take_is_refused_with_the_command(monkeypatch):
+    own = importlib.metadata.version
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else own(name))
+    with pytest.raises(UserError, match=r"deepspeed 0.18.2 is installed; hft needs .*>=0.19.4 .*#47254.*pip install"):
+        preflight.check_packages(composed("+method=hft"))
+
+
+def test_flash_attention_that_is_not_installed_is_told_before_the_start(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", "model.attention=flash_attention_2", "model.dtype=bfloat16",
+                f"output_dir={tmp_path / 'run'}")  # fmt: skip
+    assert ended.status == 2
+    assert "needs the package flash-attn" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_what_its_plan_says(hft_run: Path):
+    import json
+
+    costs = json.loads((hft_run / "plan.json").read_text())["costs"]
+    (entry,) = costs["rounds"]
+    assert entry["steps"] == 4
+    assert 0 < entry["memory_bytes"]["total"] <= entry["memory_bytes_fft"]
+    assert costs["disk_bytes"]["total"] > (hft_run / "model/model.safetensors").stat().st_size
