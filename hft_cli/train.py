@@ -425,7 +425,8 @@ def _watch(
             self.tokens = self.tokens_at_start = state.num_input_tokens_seen
             now = {"name": sealed.config.engine.name, "zero_stage": identity["zero_stage"], "ranks": world}
             now |= {"micro_batch_size": args.per_device_train_batch_size}
-            if not self.engines or self.engines[-1] | now != self.engines[-1]:
+            now |= {"deepspeed": sealed.config.engine.deepspeed} if sealed.config.engine.deepspeed else {}
+            if not self.engines or self.engines[-1] | {"from_step": 0} != now | {"from_step": 0}:
                 self.engines.append({"from_step": state.global_step, **now})
             if rank == 0:
                 _forget_after(metrics, sealed.step.name, state.global_step)
