@@ -536,7 +536,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
     assert not (tmp_path / "run/DONE").exists()
 
 
-def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(tmp_path):
+def test_resume_finds_the_run_and_refuses_another_draw_or_data(tmp_path):
     out = tmp_path / "runs" / "today" / "run"
     rows = tmp_path / "rows.jsonl"
     shutil.copy(locate("pocket:skills/order/train.jsonl"), rows)
