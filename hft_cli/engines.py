@@ -16,7 +16,7 @@ FREE = (
 )  # fmt: skip
 FREE_OF_ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
-    "overlap_comm", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
+    "overlap_comm", "reduce_bucket_size", "reduce_scatter",
     "stage3_gather_16bit_weights_on_model_save", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
     "use_multi_rank_bucket_allreduce",
@@ -32,6 +32,7 @@ REASONS = {
     "zero_optimization.zero_quantized_nontrainable_weights": QUANTIZES,
     "zero_optimization.zero_quantized_gradients": "it is of ZeRO++, which was never tried with frozen weights",
     "zero_optimization.zero_hpz_partition_size": "it is of ZeRO++, which was never tried with frozen weights",
+    "zero_optimization.round_robin_gradients": "with it DeepSpeed gives back weights under each other's names",
     "compile": "DeepCompile fails where parameters are frozen (DeepSpeed #8214)",
     "compression_training": "it changes frozen weights",
     "checkpoint": "hft marks and reads checkpoints itself",

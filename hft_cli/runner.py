@@ -24,7 +24,7 @@ from hft_cli.plan import plan as make_plan
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.preflight import preflight
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import PlanConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
+from hft_cli.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
 from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.tracking import Tracked, require, track
@@ -32,7 +32,7 @@ from hft_cli.verify import verify
 from hft_cli.weights import Place, fetch, lay_over, reset_pieces, weights_hash, write_pieces
 from hft_cli.workers import alone, follow, say, work
 
-# Keys that may differ when a run is continued.
+# Keys that may differ between a run's nodes.
 FREE = (
     "output_dir",
     "resume",
@@ -41,6 +41,8 @@ FREE = (
     "engine.check_memory",
     *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)),
 )
+# Keys that may differ when a run is continued; where the engine may not, within a round, the worker says why.
+RESUMED = (*FREE, "train.micro_batch_size", *(f"engine.{spec.name}" for spec in fields(EngineConfig)))
 
 
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir | None:
@@ -335,6 +337,7 @@ def _finish(
 ) -> RunDir:
     proofs = verify(where) if config.method.save_model else ()
     faults = [f"round {p.round} {p.name}: {fault}" for p in proofs for fault in p.faults]
+    engines = dict.fromkeys(engine["name"] for outcome in outcomes for engine in outcome.get("engines", []))
     write_json(
         where.results,
         {
@@ -342,7 +345,7 @@ def _finish(
             "stage": plan[0].stage,
             "model": config.model.name,
             "data": config.data.name,
-            "engine": config.engine.name,
+            "engine": ", ".join(engines) or config.engine.name,
             "selection": asdict(config.selection),
             "ratio": drawn[0].matrices_reached,
             "seed": config.seed,
@@ -429,7 +432,7 @@ def _same_config(where: RunDir, config: RunConfig) -> None:
 
 def _differences(where: RunDir, config: RunConfig) -> list[str]:
     old, new = _flat(asdict(read_config(where))), _flat(asdict(config))
-    keys = sorted((old.keys() | new.keys()) - set(FREE))
+    keys = sorted((old.keys() | new.keys()) - set(RESUMED))
     return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 

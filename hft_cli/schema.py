@@ -109,7 +109,7 @@ class SelectionConfig:
 
 @dataclass
 class EngineConfig:
-    """Group `engine`: what the training runs on."""
+    """Group `engine`: what the training runs on. May change on resuming, but within a round not to or from single."""
 
     name: str = REQUIRED
     """Label: single, zero1, zero2, zero3, zero2_offload or zero3_offload."""

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli import dpo, gem, lora
+from hft_cli import dpo, gem, lora, universal
 from hft_cli.continual import read_sources
 from hft_cli.data import Tokenized, chat_template, content_hash, tokenize
 from hft_cli.layout import Param, from_folder, to_stored
@@ -55,7 +55,8 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
     """Train one round and write delta.safetensors and, last, outcome.json; none of them if it was asked to stop.
 
     Raises:
-        UserError: for data with nothing to train on, or a checkpoint made under another draw, data or number of ranks.
+        UserError: for data with nothing to train on, or a checkpoint made under another draw or data, or by one
+            process where DeepSpeed is to go on, or the other way round.
     """
     import torch
     from transformers import AutoTokenizer, set_seed
@@ -90,9 +91,16 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         "data": counts["sha256"],
         "ranks": world,
         "zero_stage": config.engine.zero_stage,
+        "zero_optimization": sealed.deepspeed.get("zero_optimization"),
     }
     checkpoint, before = _checkpoint(folder.checkpoints, identity, rank, world)
     watch = _watch(sealed, folder, params, identity, rank, world, before)
+    if checkpoint is not None and universal.needed(before, identity):
+        if rank == 0:
+            universal.convert(Path(checkpoint), identity["zero_stage"])
+        _barrier(world)
+        watch.converted = Path(checkpoint)
+        arguments.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     if sealed.step.stage == "dpo":
         kind = config.dpo.reference
         other = dpo.reference(kind, model, lambda: load_model(sealed.model, config))
@@ -142,6 +150,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
                 "train_seconds": round(watch.seconds(), 3),
                 "tokens_per_second": round(watch.tokens_per_second(), 1),
                 "peak_memory_bytes": peak_memory(),
+                "engines": watch.engines,
                 **watch.last,
                 **watch.checkpoint,
                 **({"steps_projected": projections.projected} if projections else {}),
@@ -329,7 +338,7 @@ def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int
     """The newest whole checkpoint and its marker; what a kill left half written is removed.
 
     Raises:
-        UserError: if it was made under another draw, data, number of ranks or ZeRO stage.
+        UserError: if it was made under another draw or data.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     whole = [path for path in found if (path / MARKER).exists()]
@@ -340,10 +349,10 @@ def _checkpoint(folder: Path, identity: Mapping[str, Any], rank: int, world: int
     if not whole:
         return None, {}
     marker = read_json(whole[0] / MARKER)
-    for key, value in identity.items():
-        if marker[key] != value:
+    for key in identity.keys() - universal.LAYOUT:
+        if marker[key] != identity[key]:
             raise UserError(
-                f"{whole[0]} was made under another {key.replace('_', ' ')} ({marker[key]}, now {value}); resuming it "
+                f"{whole[0]} was made under another {key} ({marker[key]}, now {identity[key]}); resuming it "
                 "would go wrong silently. Use the same configuration and data, or another output_dir."
             )
     return str(whole[0]), marker
@@ -375,7 +384,9 @@ def _watch(
             self.loss: float | None = None
             self.last: dict[str, float] = {}  # what DPO logged last
             self.checksums: list[int] = []
+            self.engines: list[dict[str, Any]] = list(before.get("engines", []))  # that the round was trained on
             self.projections: gem.Steps | None = None
+            self.converted: Path | None = None  # the checkpoint that is resumed from, if it was laid out otherwise
             self.stopped = False
             self.saved = self.step_end = 0.0  # when
             self.checkpoint: dict[str, float] = {}  # what the last one cost
@@ -394,7 +405,8 @@ def _watch(
             """Of this session."""
             return (self.tokens - self.tokens_at_start) / max((self.end or time.perf_counter()) - self.start, 1e-9)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            model = parts["model"]
             if state.global_step == 0 and sealed.config.engine.zero_stage and sealed.config.model.dtype == "bfloat16":
                 plain = getattr(model, "module", model)
                 if sealed.adapter is not None:
@@ -402,11 +414,20 @@ def _watch(
                 elif sealed.config.continual.name != "lora":
                     restore_masters(plain, params, Path(sealed.model))
             self.checksums = _gather(frozen_checksum(model), world)
-            if self.checksums != before.get("frozen", self.checksums):
+            if self.converted is not None:
+                plain = getattr(model, "module", model)
+                universal.mend_and_prove(plain, parts["optimizer"], self.converted, state.global_step, rank)
+                universal.prove_frozen(plain, params, Path(sealed.model))
+            elif self.checksums != before.get("frozen", self.checksums):
                 raise RuntimeError(
                     "The frozen weights that the checkpoint restored are not those of the model's files."
                 )
             self.tokens = self.tokens_at_start = state.num_input_tokens_seen
+            now = {"name": sealed.config.engine.name, "zero_stage": identity["zero_stage"], "ranks": world}
+            now |= {"micro_batch_size": args.per_device_train_batch_size}
+            now |= {"deepspeed": sealed.config.engine.deepspeed} if sealed.config.engine.deepspeed else {}
+            if not self.engines or self.engines[-1] | {"from_step": 0} != now | {"from_step": 0}:
+                self.engines.append({"from_step": state.global_step, **now})
             if rank == 0:
                 _forget_after(metrics, sealed.step.name, state.global_step)
                 if torch.cuda.is_available():
@@ -459,6 +480,7 @@ def _watch(
             if rank == 0:
                 place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
+                marker["engines"] = self.engines
                 marker |= {"projected": self.projections.projected} if self.projections else {}
                 write_json(place / MARKER, marker)
                 held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

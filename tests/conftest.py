@@ -28,7 +28,13 @@ QUICK = (
 )
 
 
-SCORED = ("method=hft", "train.save_every=2", "suite=pocket", "data.test_path=pocket:skills/order/test.jsonl")
+DECAYED = ("method=hft", "train.save_every=2", "train.save_limit=2", "train.weight_decay=0.5")
+TWO_ROUNDS = (
+    "+method=hft",
+    "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]",
+    "selection.redraw=complementary",
+)
+SCORED = (*DECAYED, "suite=pocket", "data.test_path=pocket:skills/order/test.jsonl")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,4 @@ def hft_run(runs) -> Path:
 @pytest.fixture(scope="session")
 def two_rounds(runs) -> Path:
     """A finished HFT run of two rounds with complementary draws."""
-    return train(
-        runs / "two", "+method=hft", "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]",
-        "selection.redraw=complementary",
-    )  # fmt: skip
+    return train(runs / "two", *TWO_ROUNDS)

@@ -82,6 +82,7 @@ def test_what_says_the_same_as_the_run_is_taken_and_autos_are(tmp_path):
         ({"optimizer": {"type": "AdamW"}}, r"has optimizer, which is not taken: AdamW is set by train"),
         ({"scheduler": {"type": "WarmupLR"}}, r"has scheduler, which is not taken"),
         ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, r"would not keep their bits"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, r"gives back weights under each other's names"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r'device="cpu", but here it is "none"'),
         ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, r"of offload only device=cpu"),
         ({"zero_optimization": {"reduce_bucket": 5}}, r"Did you mean 'zero_optimization.reduce_bucket_size'"),

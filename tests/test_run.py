@@ -9,20 +9,52 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from conftest import QUICK, SCORED, command, environment, hft, results, train, weights
+from conftest import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, hft, results, train, weights
 from safetensors.torch import load_file, save_file
 
+from hft_cli import universal
 from hft_cli.layout import read_header
-from hft_cli.schema import locate
+from hft_cli.schema import UserError, locate
 
 BASE = Path(locate("pocket:model"))
 ZERO2 = ("engine=zero2", "engine.num_processes=2")
 ZERO3 = ("engine=zero3", "engine.num_processes=2")
+TWO_RANKS = ("engine.num_processes=2", "train.micro_batch_size=2")
+
+
+def on_one_worker(engine: str, *more: object) -> object:
+    """A test's parameters, run with others of its engine, which share their runs."""
+    return pytest.param(engine, *more, marks=pytest.mark.xdist_group(engine))
+
+
+@pytest.fixture(scope="session")
+def begun(runs):
+    """For an engine: a finished run of two ranks, and a copy of it as it was in the middle of its round."""
+
+    @cache
+    def begin(engine: str) -> tuple[Path, Path]:
+        whole, part = runs / engine, runs / f"{engine}-part"
+        process = start(whole, *DECAYED, f"engine={engine}", *TWO_RANKS)
+        round_1 = whole / "rounds/01-order"
+        wait_for(round_1 / "checkpoints/checkpoint-2/hft.json", process)
+        process.send_signal(signal.SIGSTOP)  # or it would remove the checkpoints of the round that its ranks finish
+        wait_for(round_1 / "outcome.json", process)
+        wait_until_gone(round_1)
+        shutil.copytree(whole, part)
+        process.send_signal(signal.SIGCONT)
+        for name in ("outcome.json", "delta.safetensors"):
+            (part / "rounds/01-order" / name).unlink()
+        shutil.rmtree(part / "rounds/01-order/checkpoints/checkpoint-4")
+        assert process.wait(120) == 0
+        return whole, part
+
+    return begin
 
 
 def ledger(run: Path) -> list[dict]:
@@ -241,16 +273,12 @@ def test_packing_checkpointing_and_a_cosine_schedule_train_and_verify(runs):
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        (f"engine={name}", "engine.num_processes=2")
-        for name in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-    ],
-    ids=lambda engine: engine[0],
-)
-def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
-    run = train(runs / engine[0].replace("=", "-"), "+method=hft", *engine, "train.micro_batch_size=2")
+ENGINES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+@pytest.mark.parametrize("engine", [on_one_worker(engine) for engine in ENGINES])
+def test_deepspeed_ranks_agree_with_one_process(begun, hft_run, engine):
+    run, _ = begun(engine)
     assert ledger(run) == ledger(hft_run)
     assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
     one, many = (load_file(path / "model/model.safetensors") for path in (hft_run, run))
@@ -258,7 +286,7 @@ def test_deepspeed_ranks_agree_with_one_process(runs, hft_run, engine):
     moved = sum((one[name] - start[name]).abs().sum() for name in one)
     apart = sum((one[name] - many[name]).abs().sum() for name in one)
     assert apart < 0.02 * moved
-    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(engine[0][11])
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(engine[4])
 
 
 @pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=lambda e: e[0])
@@ -374,6 +402,58 @@ def test_killed_and_resumed_ends_with_the_same_bits_as_uninterrupted(tmp_path, e
     assert lines == list(range(1, 101))
 
 
+@pytest.mark.parametrize("engine", [on_one_worker("zero1"), on_one_worker("zero3")])
+def test_resumed_on_the_same_engine_it_ends_with_the_same_bits_as_uninterrupted(begun, tmp_path, engine):
+    whole, part = begun(engine)
+    run = train(copy(part, tmp_path / "run"), *DECAYED, f"engine={engine}", *TWO_RANKS)
+    assert weights(run) == weights(whole)
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two runs."""
+    first, second = (load_file(run / "model/model.safetensors") for run in (one, other))
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("engine", "to"),
+    [on_one_worker("zero1", "zero3"), on_one_worker("zero3", "zero2"), on_one_worker("zero3_offload", "zero3")],
+)
+def test_resumed_on_another_number_of_ranks_or_zero_stage_it_ends_as_uninterrupted(begun, tmp_path, engine, to):
+    """To the last bits of float32, and with the frozen half as it was: the steps go by 1e-3."""
+    whole, part = begun(engine)
+    run = train(copy(part, tmp_path / "run"), *DECAYED, f"engine={to}")
+    assert apart(run, whole) < 1e-6
+    assert changed(BASE, run / "model") == set(ledger(run)[0]["updated"])
+    found = results(run)
+    assert found["verification"]["passed"]
+    engines = [(each["from_step"], each["name"], each["ranks"]) for each in found["rounds"][0]["engines"]]
+    assert engines == [(0, engine, 2), (2, to, 1)]
+    assert found["engine"] == f"{engine}, {to}"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "fix"), [(None, 2, "engine=single"), (3, None, "engine=zero3 or another ZeRO stage")]
+)
+def test_between_one_process_and_deepspeed_a_checkpoint_is_refused_with_the_reason(was, now, fix):
+    with pytest.raises(UserError, match=f"DeepSpeed converts only between its own .* Finish the round with {fix};"):
+        universal.needed({"zero_stage": was, "ranks": 1}, {"zero_stage": now, "ranks": 1})
+
+
+def test_another_round_may_have_another_engine(two_rounds, tmp_path):
+    run = copy(two_rounds, tmp_path / "run")
+    for place in (run / "model", run / "rounds/02-backwards"):
+        shutil.rmtree(place)
+    for name in ("DONE", "results.json"):
+        (run / name).unlink()
+    ended = hft("train", *QUICK, *TWO_ROUNDS, f"output_dir={run}", "engine=zero1", "train.micro_batch_size=8")
+    assert ended.status == 0, ended.err
+    assert apart(run, two_rounds) < 1e-6
+    found = results(run)
+    assert [entry["engines"][0]["name"] for entry in found["rounds"]] == ["single", "zero1"]
+    assert [entry["frozen_bit_identical"] for entry in found["rounds"]] == [True, True]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_ranks_and_the_status_says_which(tmp_path, number):
     process = start(tmp_path / "run", "+method=hft", "train.max_steps=100", *ZERO2, "train.micro_batch_size=2")
@@ -456,7 +536,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
     assert not (tmp_path / "run/DONE").exists()
 
 
-def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(tmp_path):
+def test_resume_finds_the_run_and_refuses_another_draw_or_data(tmp_path):
     out = tmp_path / "runs" / "today" / "run"
     rows = tmp_path / "rows.jsonl"
     shutil.copy(locate("pocket:skills/order/train.jsonl"), rows)
@@ -467,13 +547,9 @@ def test_resume_finds_the_run_and_refuses_another_draw_data_or_number_of_ranks(t
     process.wait()
     wait_until_gone(out)
 
-    for change, said in (
-        ("selection.seed=7", r"selection.seed was None, is 7"),
-        ("engine=zero2", "engine.name was single, is zero2"),
-    ):
-        ended = hft("train", *QUICK, *long, f"output_dir={out}", change)
-        assert ended.status == 2
-        assert said in ended.err
+    ended = hft("train", *QUICK, *long, f"output_dir={out}", "selection.seed=7")
+    assert ended.status == 2
+    assert "selection.seed was None, is 7" in ended.err
 
     marker = next((out / "rounds/01-rows/checkpoints").glob("checkpoint-*/hft.json"))
     content = marker.read_text()
