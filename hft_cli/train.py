@@ -448,6 +448,7 @@ def _watch(
                 wanted = max(wanted, SAVE)
             wanted = _most(wanted, world)
             control.should_save = control.should_save or wanted >= SAVE
+            control.should_log = control.should_log or control.should_save  # or a resumed round would lack these losses
             self.stopped = wanted == STOP
             control.should_training_stop = control.should_training_stop or self.stopped
 
