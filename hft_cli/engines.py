@@ -11,8 +11,8 @@ from hft_cli.schema import RunConfig, UserError, choose
 
 # What a user's JSON may say besides what hft says itself: nothing here changes which weights train, or their bits.
 FREE = (
-    "comms_logger", "communication_data_type", "dump_state", "flops_profiler", "gradient_predivide_factor",
-    "memory_breakdown", "prescale_gradients", "steps_per_print", "wall_clock_breakdown",
+    "comms_logger", "communication_data_type", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
+    "wall_clock_breakdown",
 )  # fmt: skip
 FREE_OF_ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",

@@ -19,6 +19,7 @@ from conftest import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, h
 from safetensors.torch import load_file, save_file
 
 from hft_cli import universal
+from hft_cli.engines import FREE, FREE_OF_ZERO
 from hft_cli.layout import read_header
 from hft_cli.schema import UserError, locate
 
@@ -289,6 +290,29 @@ def test_deepspeed_ranks_agree_with_one_process(begun, hft_run, engine):
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == int(engine[4])
 
 
+OTHERWISE = {  # every key that engine.deepspeed may set, otherwise than DeepSpeed does by itself
+    "allgather_bucket_size": 20_000, "allgather_partitions": False, "contiguous_gradients": False,
+    "ignore_unused_parameters": False, "overlap_comm": True, "reduce_bucket_size": 30_000, "reduce_scatter": False,
+    "stage3_gather_16bit_weights_on_model_save": True, "stage3_max_live_parameters": 10_000,
+    "stage3_max_reuse_distance": 1_000, "stage3_param_persistence_threshold": 100,
+    "stage3_prefetch_bucket_size": 1_000, "sub_group_size": 50_000, "use_multi_rank_bucket_allreduce": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", [on_one_worker("zero2"), on_one_worker("zero3")])
+def test_what_a_deepspeed_json_of_ones_own_may_say_changes_no_weight(begun, tmp_path, engine):
+    assert OTHERWISE.keys() == set(FREE_OF_ZERO)
+    profilers = {"comms_logger": {"enabled": True}, "flops_profiler": {"enabled": True, "profile_step": 2}}
+    rest = {"communication_data_type": "fp32", "dump_state": True, "memory_breakdown": True, "steps_per_print": 1}
+    given = {**profilers, **rest, "wall_clock_breakdown": True}
+    assert given.keys() == set(FREE)
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**given, "zero_optimization": OTHERWISE}))
+    whole, _ = begun(engine)
+    run = train(tmp_path / "run", *DECAYED, f"engine={engine}", *TWO_RANKS, f"engine.deepspeed={own}")
+    assert apart(run, whole) < 1e-6
+
+
 @pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=lambda e: e[0])
 def test_master_weights_under_deepspeed_start_from_the_files_not_from_their_bfloat16_rounding(runs, engine):
     run = train(
@@ -469,7 +493,7 @@ def test_a_signal_ends_all_ranks_and_the_status_says_which(tmp_path, number):
 
 
 def test_stopped_five_times_at_random_points_it_ends_with_the_same_bits_as_uninterrupted(tmp_path):
-    settings = ("+method=hft", "train.max_steps=120")
+    settings = ("+method=hft", "train.max_steps=120", "train.log_every=10")
     whole = train(tmp_path / "whole", *settings)
     out, random = tmp_path / "stopped", Random(5)
     for number in range(5):
@@ -484,8 +508,11 @@ def test_stopped_five_times_at_random_points_it_ends_with_the_same_bits_as_unint
     ended = hft("train", *QUICK, *settings, f"output_dir={out}")
     assert ended.status == 0, ended.err
     assert weights(out) == weights(whole)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 121))
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert {1, *range(10, 121, 10)} <= set(steps)
+    (loss,), (uninterrupted,) = ([entry["loss"] for entry in results(run)["rounds"]] for run in (out, whole))
+    assert loss == pytest.approx(uninterrupted, rel=1e-4)
 
 
 def interrupted(out: Path) -> None:
@@ -635,16 +662,19 @@ def test_a_sweep_side_by_side_tells_its_failures_and_extended_does_only_what_is_
     assert (first / "results.json").stat().st_mtime_ns == written
 
 
+ORDER = ("+method=hft", "data.test_path=pocket:skills/order/test.jsonl", "train.max_steps=1")
+
+
 def test_the_start_is_scored_once_for_all_runs_that_share_it(tmp_path):
     """By the weights and all else that the scores hang on: another dtype is scored anew."""
     own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     runs = []
     for name, more in (("one", ()), ("two", ("seed=7",)), ("three", ("model.dtype=bfloat16",))):
-        arguments = ("train", *QUICK, *SCORED, f"output_dir={tmp_path / name}", *more)
+        arguments = ("train", *QUICK, *ORDER, f"output_dir={tmp_path / name}", *more)
         done = subprocess.run(command(*arguments), env=environment() | own, capture_output=True, text=True, check=True)
         runs.append((json.loads((tmp_path / name / "eval/before/scores.json").read_text()), done.stderr))
     assert "scored before" not in runs[0][1]
-    assert "scored before: 2 of 2 tasks" in runs[1][1]
+    assert "scored before: 1 of 1 task" in runs[1][1]
     assert runs[1][0] == runs[0][0]
     assert "scored before" not in runs[2][1]
     assert runs[2][0] != runs[0][0]
