@@ -87,6 +87,13 @@ def _train(argv: list[str]) -> int:
         print(_help())
         return 0
     argv = _arguments("train", argv)
+    if {"-m", "--multirun"} & set(argv) and not any("launcher=submitit_slurm" in argument for argument in argv):
+        nodes = next((text for text in argv if re.match(r"\+*engine\.num_nodes=(?!1$)", text)), None)
+        if nodes:  # a run that fails on one node alone would have the others wait for it in the next
+            raise UserError(
+                f"A sweep with {nodes} needs a job of its own for each run: hydra/launcher=submitit_slurm, or one "
+                "command after the other."
+            )
     return _status(_hydra("train", argv), argv)
 
 
@@ -286,7 +293,7 @@ def _launched(argv: list[str]) -> list[str]:
         raise UserError(
             f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
         )
-    given = dict(text.partition("=")[::2] for text in argv)
+    given = dict(text.lstrip("+").partition("=")[::2] for text in argv)
     ours = {}
     if launcher == "submitit_local":
         ours["timeout_min"] = str(7 * 24 * 60)  # submitit's own is an hour

@@ -14,13 +14,15 @@ FREE = (
     "comms_logger", "communication_data_type", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
     "wall_clock_breakdown",
 )  # fmt: skip
-FREE_OF_ZERO = (
-    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
-    "overlap_comm", "reduce_bucket_size", "reduce_scatter",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+SIZES = (  # in elements
+    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
+)  # fmt: skip
+SWITCHES = (
+    "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters", "overlap_comm", "reduce_scatter",
     "use_multi_rank_bucket_allreduce",
 )  # fmt: skip
+FREE_OF_ZERO = (*SIZES, *SWITCHES)
 QUANTIZES = "it quantizes weights, and frozen ones would not keep their bits"
 REASONS = {
     "optimizer": "AdamW is set by train.learning_rate, weight_decay, beta1 and beta2",
@@ -103,6 +105,7 @@ def _fixed(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "zero_optimization.stage": (engine.zero_stage, "engine"),
         "zero_optimization.offload_optimizer.device": (device[engine.offload_optimizer], "engine"),
         "zero_optimization.offload_param.device": (device[engine.offload_parameters], "engine"),
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save": (True, "hft"),
         "zero_force_ds_cpu_optimizer": (False, "hft, which has torch's AdamW step"),
         "zero_allow_untested_optimizer": (True, "hft, which has torch's AdamW step"),
     }
@@ -120,9 +123,21 @@ def _check(key: str, value: Any, fixed: Mapping[str, tuple[Any, str]], path: str
         return
     top, _, inner = key.partition(".")
     name = inner.split(".")[0]
-    if top in FREE or (top == "zero_optimization" and name in (*FREE_OF_ZERO, "offload_optimizer", "offload_param")):
-        if name.startswith("offload") and not key.endswith((".pin_memory", ".buffer_count", ".fast_init")):
-            raise UserError(f"engine.deepspeed={path} has {key}: of offload only device=cpu and pin_memory are taken.")
+    if top in FREE:
+        return
+    if top == "zero_optimization" and not name:
+        raise UserError(f"engine.deepspeed={path} has {top}={json.dumps(value)}, which is not a block of settings.")
+    if name in FREE_OF_ZERO:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        if not (isinstance(value, bool) if name in SWITCHES else number or value == "auto"):
+            kind = "true or false" if name in SWITCHES else 'a number of elements, or "auto"'
+            raise UserError(f"engine.deepspeed={path} has {key}={json.dumps(value)}, which is to be {kind}.")
+        return
+    if name in ("offload_optimizer", "offload_param"):
+        if not key.endswith(".pin_memory") or not isinstance(value, bool):
+            raise UserError(
+                f"engine.deepspeed={path} has {key}: of offload only device=cpu and pin_memory=true|false are taken."
+            )
         return
     known = top if top != "zero_optimization" else f"{top}.{name}"
     if reason := REASONS.get(known):
@@ -145,16 +160,18 @@ def _read(path: str) -> dict[str, Any]:
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 def _laid_over(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with `own` over it, block by block."""
+    """`given`, which was checked, with what it leaves to us filled in, block by block."""
     merged = dict(given)
     for key, value in own.items():
-        inner = merged.get(key)
-        merged[key] = _laid_over(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+        if isinstance(value, Mapping):
+            merged[key] = _laid_over(merged.get(key, {}), value)
+        elif merged.get(key, "auto") == "auto":
+            merged[key] = value
     return merged

@@ -21,6 +21,7 @@ from typing import Any
 from hft_cli.schema import EngineConfig, Stopped, UserError
 
 WAIT = 600.0  # seconds that nodes wait for each other at the start
+LATE = 5.0  # seconds within which nodes that start together come
 LAG = 60.0  # seconds that a shared file system may take to show a new file
 
 
@@ -101,6 +102,7 @@ class Peer:
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         self.sock, self.name, self.received = sock, name, b""
+        self.rank = 0
         # A machine that lost its power sends nothing, not even an end: ask it, after a minute, every ten seconds.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
@@ -158,47 +160,74 @@ class Others:
 
         Raises:
             UserError: if one differs, made a mistake of its own, or does not see the file.
-            NodeError: if one does not come, or goes away.
+            Stopped: if one was asked to stop.
+            NodeError: if one does not come, fails, or goes away.
         """
         end = time.monotonic() + WAIT
-        ranks: set[int] = set()
-        while len(self.peers) < self.node.count - 1:
-            self.listener.settimeout(max(end - time.monotonic(), 0.01))
-            try:
-                sock, (host, *_) = self.listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, self.node.count)) - ranks)
+        theirs: dict[str, Any] = {}
+        while len(theirs) < self.node.count - 1:
+            self.admit()
+            for peer in self.peers:
+                message = peer.receive() or {}
+                if "mistake" in message:
+                    raise UserError(f"{peer.name}: {message['mistake']}")
+                if "failed" in message:
+                    raise NodeError(f"{peer.name} failed: {message['failed']}")
+                if "stop" in message:
+                    raise Stopped(int(message["stop"]))
+                if "facts" in message:
+                    theirs[peer.name] = message["facts"]
+                    _compare(peer.name, message["facts"], facts)
+            if time.monotonic() > end:
+                known = {peer.rank for peer in self.peers}
+                missing = [str(rank) for rank in range(1, self.node.count) if rank not in known]
+                what = f"Node {', '.join(missing)} did not come" if missing else "Not all nodes were ready"
                 raise NodeError(
-                    f"Node {', '.join(map(str, missing))} did not come to {self.node.host}:{self.node.port} within "
-                    f"{WAIT:.0f} seconds. Start the same command on every node."
-                ) from None
-            peer = Peer(sock, f"the node at {host}")
-            try:
-                hello = peer.receive(max(end - time.monotonic(), 0.01)) or {}
-            except NodeError:
-                hello = {}
-            if not isinstance(hello.get("rank"), int) or not hello.keys() & {"facts", "mistake"}:
-                sock.close()  # a stranger: something that tries ports
-                continue
-            peer.name = f"Node {hello['rank']} ({hello.get('host')})"
-            self.peers.append(peer)
-            if "mistake" in hello:
-                raise UserError(f"{peer.name}: {hello['mistake']}")
-            if hello["rank"] in ranks:
-                raise UserError(f"Two nodes are both engine.node_rank={hello['rank']}. Number them 0, 1, ….")
-            ranks.add(hello["rank"])
-            _compare(peer.name, hello["facts"], facts)
+                    f"{what} to {self.node.host}:{self.node.port} within {WAIT:.0f} seconds. Start the same command on "
+                    "every node."
+                )
+            time.sleep(0.05)
         nonce = secrets.token_hex(16)
         shared.write_text(nonce)
-        for peer in self.peers:
-            peer.send(go=nonce)
-        for peer in self.peers:
-            answer = peer.receive(LAG + 30)
-            if answer is None:
-                raise NodeError(f"{peer.name} does not answer.")
-            if "mistake" in answer:
-                raise UserError(f"{peer.name}: {answer['mistake']}")
-        shared.unlink()
+        try:
+            for peer in self.peers:
+                peer.send(go=nonce)
+            for peer in self.peers:
+                answer = peer.receive(LAG + 30)
+                if answer is None:
+                    raise NodeError(f"{peer.name} does not answer.")
+                if "mistake" in answer:
+                    raise UserError(f"{peer.name}: {answer['mistake']}")
+                if "stop" in answer:
+                    raise Stopped(int(answer["stop"]))
+        finally:
+            shared.unlink(missing_ok=True)
+
+    def admit(self) -> None:
+        """Let in those who have come, if they say who they are; what only tries ports is sent away.
+
+        Raises:
+            UserError: if two have one number.
+        """
+        self.listener.setblocking(False)
+        while True:
+            try:
+                sock, (host, *_) = self.listener.accept()
+            except BlockingIOError:
+                return
+            sock.setblocking(True)
+            peer = Peer(sock, f"the node at {host}")
+            try:
+                hello = peer.receive(2) or {}
+            except NodeError:
+                hello = {}
+            if not isinstance(hello.get("rank"), int):
+                sock.close()
+                continue
+            peer.rank, peer.name = hello["rank"], f"Node {hello['rank']} ({hello.get('host')})"
+            self.peers.append(peer)
+            if [other.rank for other in self.peers].count(peer.rank) > 1:
+                raise UserError(f"Two nodes are both engine.node_rank={peer.rank}. Number them 0, 1, ….")
 
     def start(self, module: str, job: str, log: str) -> None:
         """Have the other nodes start their ranks of a worker, on files named from the run's directory."""
@@ -235,16 +264,16 @@ class Others:
         self.running = 0
 
     def dismiss(self, reason: str, status: int) -> None:
-        """Say goodbye: the run is over, with that exit status; also to those who came and were not let in yet."""
-        self.listener.setblocking(False)
-        with suppress(BlockingIOError):
-            while True:
-                self.peers.append(Peer(self.listener.accept()[0], "a node"))
+        """Say goodbye: the run is over, with that exit status; also to those who come just now."""
+        end = time.monotonic() + (LATE if status else 0)
+        with suppress(UserError):
+            self.admit()
+            while len(self.peers) < self.node.count - 1 and time.monotonic() < end:
+                time.sleep(0.1)
+                self.admit()
         for peer in self.peers:
-            try:
+            with suppress(NodeError):
                 peer.send(bye={"reason": reason, "status": status})
-            except NodeError:
-                continue
             peer.sock.close()
 
 
@@ -286,7 +315,7 @@ def listening(node: Node) -> Iterator[Others]:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("", node.port))
-        listener.listen(node.count)
+        listener.listen(128)
         others = Others(node, listener)
         try:
             yield others
@@ -302,46 +331,43 @@ def listening(node: Node) -> Iterator[Others]:
         others.dismiss("", 0)
 
 
-def connected(node: Node) -> Peer:
-    """A follower's side: the connection to node 0, which may come later than we.
-
-    Raises:
-        NodeError: if it does not come.
-    """
-    end = time.monotonic() + WAIT
+def connected(node: Node, seconds: float) -> Peer | None:
+    """A follower's side: the connection to node 0, which knows who we are; None if it does not answer in time."""
+    end = time.monotonic() + seconds
     while True:
         try:
             sock = socket.create_connection((node.host, node.port), timeout=10)
-        except OSError as error:
+        except OSError:
             if time.monotonic() > end:
-                raise NodeError(
-                    f"Node 0 does not answer at {node.host}:{node.port} ({error.strerror or error})."
-                ) from None
-            time.sleep(1)
+                return None
+            time.sleep(0.2)
         else:
             sock.settimeout(None)
-            return Peer(sock, f"Node 0 ({node.host})")
+            leader = Peer(sock, f"Node 0 ({node.host})")
+            leader.send(rank=node.rank, host=socket.gethostname())
+            return leader
 
 
-def introduce(leader: Peer, node: Node, facts: Mapping[str, Any], shared: Path) -> None:
+def introduce(leader: Peer, facts: Mapping[str, Any], shared: Path) -> None:
     """Tell node 0 what we have, and prove that we see its files.
 
     Raises:
         UserError: if it refuses us, or we do not see its files.
         NodeError: if it is gone.
     """
-    leader.send(rank=node.rank, host=socket.gethostname(), facts=facts)
+    leader.send(facts=facts)
     answer = leader.receive(2 * WAIT)
     if answer is None:
         raise NodeError(f"{leader.name} does not answer.")
-    heed(answer)
+    mistake = (
+        f"output_dir={shared.parent} is not the folder that node 0 writes to. It must be on a file system that all "
+        "nodes share."
+    )
+    if heed(answer):
+        raise UserError(f"Node 0 says that the run is finished, and here it is not: {mistake}")
     end = time.monotonic() + LAG
     while not (shared.exists() and shared.read_text() == answer["go"]):
         if time.monotonic() > end:
-            mistake = (
-                f"output_dir={shared.parent} is not the folder that node 0 writes to. It must be on a file system that "
-                "all nodes share."
-            )
             leader.send(mistake=mistake)
             raise UserError(mistake)
         time.sleep(0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,13 @@ def check_packages(config: RunConfig) -> None:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        found = metadata.version(needed.name)
+        try:
+            found = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            raise UserError(
+                f"{needed.name} is not installed, and hft needs it. Install it with: "
+                f"pip install '{needed.name}{needed.specifier}'"
+            ) from None
         if not needed.specifier.contains(found, prereleases=True):
             why = f" ({WRONG[needed.name]})" if needed.name in WRONG else ""
             raise UserError(
@@ -60,19 +67,22 @@ def check_packages(config: RunConfig) -> None:
 
 
 def gpus() -> list[float | None]:
-    """Memory in bytes of each GPU that a worker would see; None where a part of one is shared out (MIG)."""
-    found = [float(re.search(r"(\d+) MiB", line)[1]) * 2**20 for line in environment()["gpus"] if " MiB" in line]  # type: ignore[index]
+    """Memory in bytes of each GPU that a worker would see; None where that is not known (a part of a GPU)."""
+    found: list[float | None] = []
+    for line in environment()["gpus"]:
+        size = re.search(r"(\d+) MiB", line)
+        found.append(float(size[1]) * 2**20 if size else None)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return list(found)
+    if visible is None or not found:
+        return found
     chosen: list[float | None] = []
-    for name in filter(None, visible.split(",")):
-        if name.lstrip("-").isdigit():
-            if not 0 <= int(name) < len(found):  # as CUDA does: what follows a number of no GPU is not seen
-                break
+    for name in map(str.strip, visible.split(",")):
+        if name.isdigit() and int(name) < len(found):
             chosen.append(found[int(name)])
-        else:
-            chosen.append(None if name.startswith("MIG") or not found else min(found))
+        elif name.startswith(("GPU-", "MIG-")):
+            chosen.append(None)
+        else:  # as CUDA does: what follows a name of no GPU is not seen
+            break
     return chosen
 
 
@@ -97,7 +107,7 @@ def check_device(engine: EngineConfig, memories: list[float | None], elements: i
         return
     if asked == "gpu" and not _torch_sees_gpu():
         raise UserError("engine.device=gpu, but there is no GPU here. Run it where one is, or set engine.device=cpu.")
-    if asked == "auto" and elements > LARGE:
+    if asked == "auto" and elements > LARGE and not _torch_sees_gpu():
         raise UserError(
             f"There is no GPU here, and on the CPU a step of {elements / 1e9:.1f}B parameters takes minutes. Run it "
             "where GPUs are, or set engine.device=cpu if you mean it. (hft plan needs no GPU.)"
@@ -121,24 +131,32 @@ def _torch_sees_gpu() -> bool:
 def host_memory() -> float:
     """Bytes of this machine's memory, or of what the scheduler's control group leaves us of it."""
     whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = Path(file).read_text().strip()
-        except OSError:
-            continue
+    for file in _limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        limit = file.read_text().strip() if file.exists() else ""
         if limit.isdigit():
             whole = min(whole, float(limit))
     return whole
 
 
+def _limits(own: Path, root: Path) -> Iterator[Path]:
+    """Where limits of our control group and of those around it stand, for both versions of Linux's."""
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kinds, place = line.split(":", 2)
+        if kinds in ("", "memory"):
+            inside, file = (root, "memory.max") if not kinds else (root / kinds, "memory.limit_in_bytes")
+            group = inside / place.lstrip("/")
+            yield from (folder / file for folder in (group, *group.parents) if folder.is_relative_to(inside))
+
+
 def check_memory(config: RunConfig, planned: Plan, memories: list[float | None], host: float) -> None:
     """Whether the plan's heaviest round fits, under its own draw."""
     anyway = "Or, as the plan is an estimate, try it anyway: engine.check_memory=false."
-    known = [memory for memory in memories if memory is not None]
-    found = max(planned.rounds, key=lambda one: one.memory.total)
     ranks = config.engine.num_processes
+    known = [memory for memory in memories[:ranks] if memory is not None]
+    found = max(planned.rounds, key=lambda one: one.memory.total)
     if known and found.memory.total > min(known):
         fits = [fit for fit in planned.fits if fit.bytes is not None and fit.bytes <= min(known)]
+        fits = [fit for fit in fits if fit.engine != "single" or config.engine.ranks == 1]
         ways = ", ".join(
             f"engine={fit.engine}{' train.gradient_checkpointing=true' * fit.checkpointing}"
             for fit in sorted(fits, key=lambda fit: -(fit.bytes or 0))[:2]

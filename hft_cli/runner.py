@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from socket import gethostname
 from typing import Any
 
 import yaml
@@ -19,12 +19,22 @@ from hft_cli.engines import deepspeed_settings
 from hft_cli.known import environment
 from hft_cli.layout import from_folder
 from hft_cli.methods import Step, draws, settled, step_config, steps
-from hft_cli.nodes import Others, connected, introduce, listening, this_node
+from hft_cli.nodes import LATE, WAIT, Node, NodeError, Others, connected, introduce, listening, this_node
 from hft_cli.plan import plan as make_plan
 from hft_cli.preferences import preferences_hash, read_preferences
 from hft_cli.preflight import preflight
 from hft_cli.run_dir import RoundDir, RunDir, SealedStep, Task, read_config, read_json, write_json, write_text
-from hft_cli.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, UserError, check, locate, test_format
+from hft_cli.schema import (
+    EngineConfig,
+    PlanConfig,
+    RunConfig,
+    Stopped,
+    TrackingConfig,
+    UserError,
+    check,
+    locate,
+    test_format,
+)
 from hft_cli.scoring import Asked, Scored, read_suite, score, scores_of, uses_template
 from hft_cli.selection import Draw
 from hft_cli.tracking import Tracked, require, track
@@ -68,18 +78,44 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
     if node.rank == 0:
         with listening(node) as others:
             return _lead(config, overrides, False, others)
-    leader = connected(node)
-    where = RunDir(Path(config.output_dir).expanduser())
-    try:
-        base = fetch(locate(config.model.path))
-        prepared = _prepare(settled(config, read_json(base / "config.json"), base.name), base, where)
-    except UserError as mistake:
-        leader.send(rank=node.rank, host=gethostname(), mistake=str(mistake))
-        raise
-    if not where.done.exists():
-        introduce(leader, node, _facts(prepared), where.nodes)
-        follow(leader, node, where.folder, config.engine.num_processes)
+    _join(config, node)
     return None
+
+
+def _join(config: RunConfig, node: Node) -> None:
+    """The part of a node that follows node 0.
+
+    Raises:
+        UserError: for a mistake in the config or the data, or on another node.
+        NodeError: if node 0 fails, goes away, or does not come.
+    """
+    base = fetch(locate(config.model.path))
+    config = settled(config, read_json(base / "config.json"), base.name)
+    where = RunDir(Path(config.output_dir).expanduser())
+    if where.done.exists():
+        _same_config(where, config)
+        return
+    leader = connected(node, LATE)
+    try:
+        prepared = _prepare(config, base, where)
+        if leader is None:
+            say(f"Waiting for node 0 at {node.host}:{node.port}.")
+            leader = connected(node, WAIT)
+        if leader is None:
+            raise NodeError(f"Node 0 does not answer at {node.host}:{node.port}. Start the same command there too.")
+        introduce(leader, _facts(prepared), where.nodes)
+    except BaseException as error:  # whatever it is, the others wait for us
+        told: dict[str, Any] = {"failed": repr(error)}
+        if isinstance(error, UserError):
+            told = {"mistake": str(error)}
+        elif isinstance(error, Stopped):
+            told = {"stop": error.number}
+        leader = leader or connected(node, LATE)
+        if leader is not None:
+            with suppress(NodeError):
+                leader.send(**told)
+        raise
+    follow(leader, node, where.folder, config.engine.num_processes)
 
 
 @dataclass(frozen=True)
@@ -129,7 +165,8 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     data = {f"the data of {row['name']}": row["data_sha256"] for row in inputs["rounds"]}
     return {
         "versions": {"hft": here["hft"], "python": here["python"], **here["packages"]},
-        "config": {key: value for key, value in _flat(asdict(prepared.config)).items() if key not in FREE},
+        "config": {key: value for key, value in _flat(asdict(prepared.config)).items() if key not in FREE}
+        | {"the model's folder": str(prepared.base)},
         "files": {"weights": inputs["base_sha256"], **data},
     }
 
@@ -167,7 +204,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Oth
                 write_json(where.deepspeed, settings)
             with track(config.tracking, where.folder, _flat(asdict(config))) as tracked:
                 return _walk(where, prepared, tracked, others)
-        except UserError:  # one that only a worker could see, such as no answer fitting in train.max_length
+        except (UserError, NodeError):  # one that only a worker or another node could see
             if new and not where.metrics.exists() and not list(where.folder.glob("rounds/*/outcome.json")):
                 _clear(where.folder)  # nothing was trained, and the mended command starts anew
             raise
@@ -198,8 +235,9 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | 
         for step in plan
         if step.test is not None and not step.replays
     }
+    scored = partial(_score, where, config, others)
     start = Scored(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
-    before = _score(where, "before", start, config, asked, tests)
+    before = scored("before", start, asked, tests)
     tracked.scores("before", before, 0)
     model, adapter = base, None
     outcomes, scores, trained = [], [], 0  # optimizer steps so far
@@ -215,18 +253,18 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | 
             seen = {other.task for other in plan if other.round <= step.round}
             due = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
             whole = asked if step.round == plan[-1].round else replace(asked, benchmarks={}, probes={})
-            scores.append(_score(where, f"round-{step.round:02d}", Scored(model, config.model), config, whole, due))
+            scores.append(scored(f"round-{step.round:02d}", Scored(model, config.model), whole, due))
             tracked.scores(f"round-{step.round:02d}", scores[-1], trained)
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
         after = scores[-1]
     elif config.method.save_model:
-        after = _score(where, "after", Scored(where.model, config.model), config, asked, tests)
+        after = scored("after", Scored(where.model, config.model), asked, tests)
     else:
         back = str(fetch(locate(str(config.model.base))))
         reset = Scored(base, config.model, base=back, reset=drawn[0].updated)
-        after = _score(where, "after", reset, config, asked, tests)
+        after = scored("after", reset, asked, tests)
     if not scores:
         tracked.scores("after", after, trained)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
@@ -313,12 +351,27 @@ def _size(chosen: Draw) -> str:
 
 
 def _score(
-    where: RunDir, when: str, model: Scored, config: RunConfig, asked: Asked, tests: dict[str, Task]
+    where: RunDir,
+    config: RunConfig,
+    others: Others | None,
+    when: str,
+    model: Scored,
+    asked: Asked,
+    tests: dict[str, Task],
 ) -> dict[str, Any]:
     """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked."""
     folder = RoundDir(where.folder / "eval" / when)
     ranks = config.engine.num_processes
-    files = score(asked, model, folder, tests=tests, generation=config.generation, seed=config.seed, ranks=ranks)
+    files = score(
+        asked,
+        model,
+        folder,
+        tests=tests,
+        generation=config.generation,
+        seed=config.seed,
+        ranks=ranks,
+        meanwhile=others.check if others else lambda: None,
+    )
     scores = scores_of(files)
     if files:
         write_json(folder.folder / "scores.json", scores)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -165,10 +165,12 @@ def score(
     seed: int = 0,
     ranks: int = 1,
     keyed: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Files:
     """Score a model on a suite and on test sets of its data; what is in `folder` already is not scored again.
 
     `generation` and `seed` are of answers to the test sets. With `keyed` the files' names tell what they hang on.
+    `meanwhile` is called all the time.
     """
     cells = _cells(asked, model, tests or {}, [asdict(generation or GenerationConfig()), seed])
     if not cells:
@@ -189,9 +191,9 @@ def score(
     new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-    _score_rows(new, asked, model, folder, generation or GenerationConfig(), seed)
-    _score_benchmarks(new, asked, model, folder, ranks)
-    _score_probes(new, asked, model, folder, ranks)
+    _score_rows(new, asked, model, folder, generation or GenerationConfig(), seed, meanwhile)
+    _score_benchmarks(new, asked, model, folder, ranks, meanwhile)
+    _score_probes(new, asked, model, folder, ranks, meanwhile)
     known.add(keys)
     found: Files = {}
     for (suite_name, name), file in files.items():
@@ -263,6 +265,7 @@ def _score_rows(
     folder: RoundDir,
     generation: GenerationConfig,
     seed: int,
+    meanwhile: Callable[[], None],
 ) -> None:
     tasks: dict[str, dict[str, Task]] = {}
     for cell, file in new:
@@ -280,10 +283,17 @@ def _score_rows(
         base=model.base,
         reset=model.reset,
     ).write(folder.folder / "job.json")
-    work("hft_cli.evaluate", folder.folder / "job.json", folder, f"Scoring {folder.folder.name}")
+    work("hft_cli.evaluate", folder.folder / "job.json", folder, f"Scoring {folder.folder.name}", send=meanwhile)
 
 
-def _score_benchmarks(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored, folder: RoundDir, ranks: int) -> None:
+def _score_benchmarks(
+    new: list[tuple[_Cell, Path]],
+    asked: Asked,
+    model: Scored,
+    folder: RoundDir,
+    ranks: int,
+    meanwhile: Callable[[], None],
+) -> None:
     todo = [replace(cell.what, out=str(file)) for cell, file in new if isinstance(cell.what, Todo)]
     if not todo:
         return
@@ -297,10 +307,17 @@ def _score_benchmarks(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored
         seed=asked.suite.seed,
     ).write(folder.folder / "harness.json")
     label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
-    work("hft_cli.harness", folder.folder / "harness.json", folder, label, ranks if ranks > 1 else None)
+    work("hft_cli.harness", folder.folder / "harness.json", folder, label, ranks if ranks > 1 else None, meanwhile)
 
 
-def _score_probes(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored, folder: RoundDir, ranks: int) -> None:
+def _score_probes(
+    new: list[tuple[_Cell, Path]],
+    asked: Asked,
+    model: Scored,
+    folder: RoundDir,
+    ranks: int,
+    meanwhile: Callable[[], None],
+) -> None:
     probes = {cell.name: (cell.what, file) for cell, file in new if isinstance(cell.what, ProbeConfig)}
     if not probes:
         return
@@ -315,7 +332,7 @@ def _score_probes(new: list[tuple[_Cell, Path]], asked: Asked, model: Scored, fo
         seed=asked.suite.seed,
     ).write(folder.folder / "probe.json")
     label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
-    work("hft_cli.probe", folder.folder / "probe.json", folder, label, ranks if ranks > 1 else None)
+    work("hft_cli.probe", folder.folder / "probe.json", folder, label, ranks if ranks > 1 else None, meanwhile)
 
 
 def _hash(*parts: Any) -> str:

@@ -83,16 +83,17 @@ def work(
                 others.check()
                 time.sleep(0.1)
         except (Stopped, KeyboardInterrupt):
-            if checkpoints and process.poll() is None:
-                say("Stopping after this step, with a checkpoint. A second signal ends it at once.")
-                folder.stop.touch()
-                first = time.monotonic()
-                while process.poll() is None:
-                    try:
-                        _follow(process, folder.progress, label, lambda: meanwhile(stopping=True))
-                    except (Stopped, KeyboardInterrupt):  # a scheduler tells all nodes, and so us twice
-                        if others is None or time.monotonic() - first > AT_ONCE:
-                            raise
+            first, told = time.monotonic(), False
+            while checkpoints and process.poll() is None:
+                try:
+                    if not told:
+                        folder.stop.touch()
+                        say("Stopping after this step, with a checkpoint. A second signal ends it at once.")
+                        told = True
+                    _follow(process, folder.progress, label, lambda: meanwhile(stopping=True))
+                except (Stopped, KeyboardInterrupt):  # a scheduler tells all nodes, and so us twice
+                    if others is None or time.monotonic() - first > AT_ONCE:
+                        raise
             raise
         except NodeError:
             if folder.mistake.exists():  # all ranks saw it, those of the other nodes a moment before ours

@@ -34,7 +34,7 @@ for i in "${!hosts[@]}"; do
     words=("${HFT:-hft}" train "$@" "engine.num_nodes=${#hosts[@]}" "engine.node_rank=$i"
         "engine.rendezvous=${hosts[0]#*@}:$port")
     line="cd $(printf %q "$PWD") && exec $(printf '%q ' "${words[@]}")"
-    [ "$i" -gt 0 ] || line="echo \$\$ >$pid && $line"
+    [ "$i" -gt 0 ] || line="rm -f $pid; echo \$\$ >$pid && $line"
     ssh "${hosts[i]}" "$line" </dev/null &
     started+=($!)
 done

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_cli import composed
 
-from hft_cli.engines import FREE, FREE_OF_ZERO, deepspeed_settings
+from hft_cli.engines import FREE, SIZES, SWITCHES, deepspeed_settings
 from hft_cli.schema import UserError, check
 
 ZERO2 = ("+method=hft", "engine=zero2", "engine.num_processes=2", "train.batch_size=8", "train.micro_batch_size=2")
@@ -49,12 +49,17 @@ def test_one_process_has_no_settings():
 def test_all_that_is_free_is_taken_and_ours_stays(tmp_path):
     given = {
         **dict.fromkeys(FREE, 1),
-        "zero_optimization": {**dict.fromkeys(FREE_OF_ZERO, 1), "offload_optimizer": {"device": "none"}},
+        "zero_optimization": {
+            **dict.fromkeys(SIZES, 1),
+            **dict.fromkeys(SWITCHES, False),
+            "offload_optimizer": {"device": "none"},
+        },
     }
     made = settings(tmp_path, given)
     assert {key: made[key] for key in FREE} == dict.fromkeys(FREE, 1)
     assert made["zero_optimization"]["stage"] == 2
-    assert all(made["zero_optimization"][key] == 1 for key in FREE_OF_ZERO)
+    assert all(made["zero_optimization"][key] == 1 for key in SIZES)
+    assert all(made["zero_optimization"][key] is False for key in SWITCHES)
     assert made["bf16"] == {"enabled": "auto"}
 
 
@@ -68,7 +73,18 @@ def test_what_says_the_same_as_the_run_is_taken_and_autos_are(tmp_path):
     for given in (same, auto):
         made = settings(tmp_path, given)
         assert made["zero_optimization"]["stage"] == 2
-        assert made["train_batch_size"] == "auto"
+        assert made["train_batch_size"] in (8, "auto")
+
+
+def test_memory_need_not_be_pinned(tmp_path):
+    given = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}
+    made = settings(tmp_path, given, "engine=zero3_offload")["zero_optimization"]
+    assert made["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert made["offload_param"] == {"device": "cpu", "pin_memory": True}
+
+
+def test_an_empty_block_says_nothing(tmp_path):
+    assert settings(tmp_path, {"zero_optimization": {}})["zero_optimization"] == {"stage": 2}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,10 @@ def test_what_says_the_same_as_the_run_is_taken_and_autos_are(tmp_path):
         ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, r"of offload only device=cpu"),
         ({"zero_optimization": {"reduce_bucket": 5}}, r"Did you mean 'zero_optimization.reduce_bucket_size'"),
         ({"wall_clock": True}, r"Unknown key of engine.deepspeed=.*Did you mean 'wall_clock_breakdown'"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, r'="5e8", which is to be a number of elements'),
+        ({"zero_optimization": {"sub_group_size": None}}, r"=null, which is to be a number of elements"),
+        ({"zero_optimization": {"overlap_comm": 1}}, r"=1, which is to be true or false"),
+        ({"zero_optimization": 3}, r"zero_optimization=3, which is not a block"),
         ("[1]", r"does not hold a JSON object"),
         ("{", r"is not JSON"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -110,8 +110,9 @@ def follower(port: int, folder: Path, facts: dict[str, Any], rank: int = 1) -> t
     def come() -> None:
         node = Node(rank, 2, "127.0.0.1", port)
         try:
-            leader = connected(node)
-            introduce(leader, node, facts, folder / ".nodes")
+            leader = connected(node, 5)
+            assert leader is not None
+            introduce(leader, facts, folder / ".nodes")
             while not nodes.heed(leader.receive(1) or {}):
                 pass
             ended.append("done")
@@ -199,10 +200,37 @@ def test_what_tries_ports_does_not_disturb(port, tmp_path):
         for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": "1"}\n', b"[]\n"):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(word)
-        thread, ended = follower(port, tmp_path, FACTS)
-        others.meet(FACTS, tmp_path / ".nodes")
+        with socket.create_connection(("127.0.0.1", port)):  # and one that says nothing
+            thread, ended = follower(port, tmp_path, FACTS)
+            others.meet(FACTS, tmp_path / ".nodes")
     thread.join()
     assert ended == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ({"stop": 15}, Stopped, ""),
+        ({"mistake": "no such file"}, UserError, r"Node 1 .*: no such file"),
+        ({"failed": "OSError()"}, NodeError, r"Node 1 .* failed: OSError"),
+        ({}, NodeError, r"Node 1 .* is gone"),
+    ],
+    ids=["stopped", "mistaken", "failed", "killed"],
+)
+def test_a_node_that_ends_before_it_is_ready_ends_node_0_too(said, kind, words, port, tmp_path):
+    def meet() -> None:
+        with listening(Node(0, 2, "127.0.0.1", port)) as others:
+            leader = connected(Node(1, 2, "127.0.0.1", port), 5)
+            assert leader is not None
+            if said:
+                leader.send(**said)
+            else:
+                leader.sock.close()
+            others.meet(FACTS, tmp_path / ".nodes")
+
+    with pytest.raises(kind) as error:
+        meet()
+    assert re.search(words, str(error.value))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -280,7 +308,9 @@ def test_two_nodes_stopped_by_a_signal_to_one_and_resumed_end_with_the_bits_of_o
     assert "Continuing the run" in told[0]
     assert weights(out) == weights(one_node)
     assert hft("verify", out).status == 0
-    assert all(node.communicate()[0] is not None and node.returncode == 0 for node in (start(out, port, 0),))
+    done = [start(out, port, rank) for rank in (1, 0)]  # a finished run keeps nobody waiting
+    assert ["nothing to do" in node.communicate(timeout=20)[0] for node in done] == [False, True]
+    assert [node.returncode for node in done] == [0, 0]
 
 
 @pytest.mark.train
@@ -327,7 +357,13 @@ def test_a_run_of_several_nodes_needs_one_folder_and_leaves_nothing_after_a_mist
     ended = hft("train", *two, where, cwd=tmp_path)
     assert ended.status == 2
     assert "needs output_dir=" in ended.err
-    ended = hft("train", *two, where, f"output_dir={tmp_path / 'run'}", "data.path=nowhere.jsonl")
-    assert ended.status == 2
+    both = [
+        start(tmp_path / "run", port, rank, "data.path=nowhere.jsonl") for rank in (0, 1)
+    ]  # each sees it, and no one waits for the other
+    told = [node.communicate(timeout=40)[0] for node in both]
+    assert [node.returncode for node in both] == [2, 2]
+    assert all("nowhere.jsonl" in text for text in told)
     assert not (tmp_path / "run").exists()
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    ended = hft("train", "-m", *two, where, "seed=1,2", f"output_dir={tmp_path / 'run'}")
+    assert ended.status == 2
+    assert "needs a job of its own for each run" in ended.err

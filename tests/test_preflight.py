@@ -44,12 +44,34 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("visible", "number"),
-    [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("3,9,1", 1), ("GPU-12ab,GPU-34cd", 2), ("MIG-12ab", 1)],
+    [
+        (None, 4),
+        ("0,1", 2),
+        ("", 0),
+        ("-1", 0),
+        ("3,9,1", 1),
+        ("GPU-12ab,GPU-34cd", 2),
+        ("MIG-12ab", 1),
+        ("NoDevFiles", 0),
+        (" 1 , 2", 2),
+    ],
 )
 def test_the_gpus_are_those_that_a_worker_sees(visible, number, machine):
     machine(4, visible)
     assert len(preflight.gpus()) == number
     assert all(memory in (None, 81559 * 2**20) for memory in preflight.gpus())
+
+
+def test_a_machine_without_gpus_has_none_whatever_is_made_visible(machine):
+    machine(0, "NoDevFiles")
+    assert preflight.gpus() == []
+    preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, preflight.gpus(), 7_000_000_000)
+
+
+def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
+    machine(0)
+    monkeypatch.setattr(preflight, "_torch_sees_gpu", lambda: True)
+    preflight.check_device(composed("+method=hft").engine, [], 7_000_000_000)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +110,29 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(UserError, match=r"needs [\d.]+ GiB on each GPU, and they have 24.0 GiB. What fits: engine="):
         preflight.check_memory(config, made, [24 * GIB] * 8, 2000 * GIB)
     preflight.check_memory(config, made, [80 * GIB] * 8, 2000 * GIB)
+
+
+def test_a_small_gpu_that_no_rank_uses_does_not_count():
+    config, made = planned(*SEVEN_B, "engine=zero3", "train.micro_batch_size=1", "engine.num_processes=2")
+    preflight.check_memory(config, made, [80 * GIB, 80 * GIB, 4 * GIB], 2000 * GIB)
+
+
+def test_the_limit_of_a_control_group_is_found_around_ours(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    found = list(preflight._limits(own, tmp_path))
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "slurm/job_7/step_0/memory.max", "slurm/job_7/memory.max", "slurm/memory.max", "memory.max",
+    ]  # fmt: skip
+
+
+def test_a_package_that_is_missing_is_told(monkeypatch):
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(preflight.metadata, "version", none)
+    with pytest.raises(UserError, match=r"\w+ is not installed, and hft needs it. .*pip install '\w+>="):
+        preflight.check_packages(composed("+method=hft"))
 
 
 def test_offload_counts_against_the_hosts_memory():

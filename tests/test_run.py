@@ -293,7 +293,7 @@ def test_deepspeed_ranks_agree_with_one_process(begun, hft_run, engine):
 OTHERWISE = {  # every key that engine.deepspeed may set, otherwise than DeepSpeed does by itself
     "allgather_bucket_size": 20_000, "allgather_partitions": False, "contiguous_gradients": False,
     "ignore_unused_parameters": False, "overlap_comm": True, "reduce_bucket_size": 30_000, "reduce_scatter": False,
-    "stage3_gather_16bit_weights_on_model_save": True, "stage3_max_live_parameters": 10_000,
+    "stage3_max_live_parameters": 10_000,
     "stage3_max_reuse_distance": 1_000, "stage3_param_persistence_threshold": 100,
     "stage3_prefetch_bucket_size": 1_000, "sub_group_size": 50_000, "use_multi_rank_bucket_allreduce": False,
 }  # fmt: skip
