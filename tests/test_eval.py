@@ -226,7 +226,7 @@ def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_d
     where = runner.RunDir(tmp_path)
     base = fetch(locate("pocket:model"))
     plan, drawn = steps(two), draws(two, from_folder(base, {}))
-    runner._walk(where, two, plan, drawn, base, read_suite(two.suite), Tracked())
+    runner._walk(where, runner.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracked(), None)
     whole = ("facts", "nq_open", "facts_ranking")
     assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
 

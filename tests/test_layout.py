@@ -144,6 +144,11 @@ def config_of(name: str) -> Any:
 
 
 @cache
+def params_of(name: str) -> tuple[Param, ...]:
+    return from_config(config_of(name))
+
+
+@cache
 def random_model(name: str) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(name))
@@ -193,7 +198,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @every_architecture
 def test_each_parameter_of_a_layer_gets_its_kind(name: str) -> None:
-    params = from_config(config_of(name))
+    params = params_of(name)
     last = [param for param in params if param.layer == 2]
     found = {
         kind: sorted({param.unit.split(".2.", 1)[1] for param in last if param.kind == kind}) for kind in layout.KINDS
@@ -207,7 +212,7 @@ def test_each_parameter_of_a_layer_gets_its_kind(name: str) -> None:
 
 @every_architecture
 def test_params_are_the_trainable_parameters_with_their_shapes(name: str) -> None:
-    params = from_config(config_of(name))
+    params = params_of(name)
     expected = {key: tuple(value.shape) for key, value in random_model(name).named_parameters()}
     assert {param.name: param.shape for param in params} == expected
     assert sum(param.elements for param in params) == sum(p.numel() for p in random_model(name).parameters())
@@ -217,7 +222,7 @@ def test_params_are_the_trainable_parameters_with_their_shapes(name: str) -> Non
 def test_what_can_be_trained_can_be_planned(name: str) -> None:
     """As every run's plan is made before it starts."""
     config = config_of(name).to_dict()
-    params = from_config(config_of(name))
+    params = params_of(name)
     shape = costs.shape(config.get("text_config") or config, params)
     everything = frozenset(p.name for p in params)
     for stage in (None, 1, 2, 3):
@@ -248,7 +253,7 @@ def test_what_can_be_trained_can_be_planned(name: str) -> None:
     ],
 )
 def test_embeddings_head_and_final_norm_are_outside_the_layers(name: str, outside: dict[str, str]) -> None:
-    assert {param.unit: param.kind for param in from_config(config_of(name)) if param.layer is None} == outside
+    assert {param.unit: param.kind for param in params_of(name) if param.layer is None} == outside
 
 
 def test_the_callers_config_is_left_as_it_is() -> None:
@@ -338,7 +343,7 @@ def test_a_mistake_in_the_users_map_is_refused(kinds: dict[str, str], message: s
 @every_architecture
 def test_folder_and_config_give_the_same_params(name: str, saved: Callable[[str], Path]) -> None:
     params = from_folder(saved(name))
-    assert bare(params) == bare(from_config(config_of(name))) == bare(from_config(saved(name)))
+    assert bare(params) == bare(params_of(name)) == bare(from_config(saved(name)))
 
 
 @every_architecture
@@ -442,7 +447,7 @@ def test_constants_of_old_checkpoints_are_no_parameters(
 ) -> None:
     folder = edited(name, lambda tensors: tensors | {key: torch.ones(4) for key in constants})
     params = from_folder(folder)
-    assert bare(params) == bare(from_config(config_of(name)))
+    assert bare(params) == bare(params_of(name))
     assert not {tensor for param in params for tensor in param.stored} & set(constants)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ GIB = 2.0**30
 SEVEN_B = ("+method=hft", "model=llama2_7b", "data=tulu_v2", "train.batch_size=128", "engine.num_processes=8")
 
 
+@cache
 def planned(*overrides: str):
     config = composed(*overrides)
     return config, plan(replace(as_plan(config), rows=1000))
