@@ -140,7 +140,7 @@ def here(monkeypatch) -> list[str]:
     """Scoring workers run in this process, which saves their start; training workers do not. Returns what was run."""
     started = []
 
-    def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None) -> None:
+    def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None, send=None) -> None:
         started.append(f"{folder.folder.name}/{job.stem}")
         assert importlib.import_module(module).main([str(job)]) == 0, folder.mistake.read_text()
 

@@ -16,6 +16,7 @@ from test_run import wait_for
 
 from hft_cli import cli
 from hft_cli.nodes import free
+from hft_cli.slurm import Watcher  # here: submitit sets up logging anew, which closes streams that capsys has put aside
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("train", "-m", *QUICK, "+method=hft")
@@ -60,8 +61,6 @@ def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
 
 def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, capsys):
     """Once may be on its way back into the queue; a controller that is away says nothing about jobs."""
-    from hft_cli.slurm import Watcher
-
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/said && exit 0\necho away >&2\nexit 1\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
