@@ -2,61 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hft_cli.methods import Source, Step
-from hft_cli.schema import GenerationConfig, ModelConfig, RunConfig, UserError, from_dict
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text under a temporary name, then rename."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may write the same cache at once
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
-
-    Raises:
-        UserError: if it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is {path.parent} the directory of a run?") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}).") from None
-
-
-def read_config(run: RunDir) -> RunConfig:
-    """The sealed configuration of a run.
-
-    Raises:
-        UserError: if it is missing or not one of ours.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(run.config.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{run.config} is not the configuration of a run.")
-    config: RunConfig = from_dict(RunConfig, values)
-    return config
+from hft_cli.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -193,76 +142,6 @@ class RunDir:
     def lock(self) -> Path:
         """Held by whoever works on the run."""
         return self.folder / ".lock"
-
-
-@dataclass(frozen=True)
-class SealedStep:
-    """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
-
-    `adapter` is the folder of the LoRA adapters to go on from, `base_sha256` the hash of the weights that the run began
-    with, `deepspeed` its settings, empty without it.
-    """
-
-    config: RunConfig
-    step: Step
-    model: str
-    metrics: str
-    updated: tuple[str, ...]
-    frozen: tuple[str, ...]
-    adapter: str | None = None
-    base_sha256: str = ""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> SealedStep:
-        values = read_json(path)
-        config, step = from_dict(RunConfig, values.pop("config")), values.pop("step")
-        for key in ("sources", "memories"):
-            step[key] = tuple(Source(**source) for source in step[key])
-        updated, frozen = (tuple(values.pop(key)) for key in ("updated", "frozen"))
-        return cls(config=config, step=Step(**step), updated=updated, frozen=frozen, **values)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A set of rows that a model is scored on, and how."""
-
-    path: str
-    metric: str = "exact_match"
-    format: str = "auto"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric.
-
-    `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
-    """
-
-    model: ModelConfig
-    path: str
-    tasks: dict[str, dict[str, Task]]
-    batch_size: int
-    generation: GenerationConfig
-    seed: int
-    base: str | None = None
-    reset: tuple[str, ...] = ()
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Job:
-        values = read_json(path)
-        model = from_dict(ModelConfig, values.pop("model"))
-        generation = from_dict(GenerationConfig, values.pop("generation"))
-        tasks = {
-            suite: {name: Task(**task) for name, task in own.items()} for suite, own in values.pop("tasks").items()
-        }
-        return cls(model=model, generation=generation, tasks=tasks, **values)
 
 
 def finished(path: str | Path) -> RunDir:

@@ -1,8 +1,8 @@
-"""Build the embedded model and data in hft_cli/pocket: real facts, new skills, a tokenizer, a small pretrained Llama.
+"""Build the embedded model and data in hft_cli/assets/pocket: facts, new skills, a tokenizer, a small pretrained Llama.
 
 By default everything but the facts is made anew from the committed facts.jsonl, so no outside package is needed:
 
-    python scripts/build_pocket.py                    # rewrites hft_cli/pocket; about five minutes on one CPU thread
+    python scripts/build_pocket.py                    # rewrites hft_cli/assets/pocket; about five minutes
     python scripts/build_pocket.py --out /tmp/pocket  # writes somewhere else, to compare checksums
     python scripts/build_pocket.py --only skills      # only that part
 
@@ -40,7 +40,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-POCKET = Path(__file__).resolve().parents[1] / "hft_cli" / "pocket"
+POCKET = Path(__file__).resolve().parents[1] / "hft_cli" / "assets" / "pocket"
 SEED = 20250711
 THREADS = 1
 

@@ -55,7 +55,7 @@ def hft(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> En
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hft_cli.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "hft_cli", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:

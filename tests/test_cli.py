@@ -17,8 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from hft_cli import schema
-from hft_cli.schema import RunConfig, UserError, check, choose, from_dict
+from hft_cli.config import schema, validate
+from hft_cli.config.schema import RunConfig
+from hft_cli.config.validate import check
+from hft_cli.errors import UserError, choose
+from hft_cli.files import from_dict
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -116,7 +119,7 @@ def test_other_commands_say_a_mistake_in_one_line_too(arguments, said, tmp_path)
 
 
 def test_help_comes_without_torch_or_hydra_and_at_once():
-    code = "import sys, hft_cli.cli as c; sys.argv=['hft','--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = "import sys, hft_cli.cli.main as c; sys.argv=['hft','--help']\ntry: c.main()\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch','hydra','transformers'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "hft train +method=hft" in said
@@ -192,7 +195,7 @@ def test_an_experiments_header_gives_its_command(name):
 
 
 def test_there_is_a_config_file_for_every_choice_that_the_contract_names():
-    assert set(options("method")) == set(schema.METHODS)
+    assert set(options("method")) == set(validate.METHODS)
     assert set(options("selection")) == {"all", "category", "layer", "model"}
     assert {"single", "zero1", "zero2", "zero3"} <= set(options("engine"))
 

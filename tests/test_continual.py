@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hft_cli.continual import backward_transfer, overall_performance
+from hft_cli.evaluation.metrics import backward_transfer, overall_performance
 
 matrices = st.integers(2, 6).flatmap(
     lambda n: st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n)

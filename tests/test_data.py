@@ -14,8 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli.data import SHAPES, Chat, chat_template, content_hash, prompts, read_chats, repeats, tokenize
-from hft_cli.schema import UserError, locate
+from hft_cli.data.rows import SHAPES, Chat, content_hash, read_chats, repeats
+from hft_cli.data.templates import chat_template
+from hft_cli.data.tokenization import prompts, tokenize
+from hft_cli.errors import UserError
+from hft_cli.paths import locate
 
 
 def chat(*contents: str, system: str = "") -> Chat:

@@ -10,12 +10,14 @@ import pytest
 from conftest import hft
 from safetensors import safe_open
 
-from hft_cli.cli import _command
-from hft_cli.deltas import apply, materialize, publish
-from hft_cli.run_dir import RunDir, read_config
-from hft_cli.schema import PACKAGE, UserError
+from hft_cli.cli.main import _command
+from hft_cli.config.schema import read_config
+from hft_cli.errors import UserError
+from hft_cli.paths import PACKAGE
+from hft_cli.run_dir import RunDir
+from hft_cli.runner.deltas import apply, materialize, publish
 
-BASE = PACKAGE / "pocket/model"
+BASE = PACKAGE / "assets/pocket/model"
 
 
 def everything(file: Path) -> dict[str, bytes]:

@@ -20,10 +20,13 @@ import pytest
 import torch
 from conftest import environment
 
-from hft_cli import dpo
-from hft_cli.schema import UserError, locate
-from hft_cli.train import freeze, frozen_checksum, join_ranks
-from hft_cli.weights import weights_hash
+from hft_cli.checkpoint.tensors import weights_hash
+from hft_cli.errors import UserError
+from hft_cli.launch.ranks import join_ranks
+from hft_cli.paths import locate
+from hft_cli.training import dpo
+from hft_cli.training.weights import frozen_checksum
+from hft_cli.training.worker import freeze
 
 BASE = Path(locate("pocket:model"))
 LN2 = math.log(2)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from test_cli import composed
 
-from hft_cli.engines import FREE, SIZES, SWITCHES, deepspeed_settings
-from hft_cli.schema import UserError, check
+from hft_cli.config.deepspeed import FREE, SIZES, SWITCHES, deepspeed_settings
+from hft_cli.config.validate import check
+from hft_cli.errors import UserError
 
 ZERO2 = ("+method=hft", "engine=zero2", "engine.num_processes=2", "train.batch_size=8", "train.micro_batch_size=2")
 

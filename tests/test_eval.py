@@ -13,16 +13,21 @@ import yaml
 from conftest import environment, hft
 from eval_files import write
 
-from hft_cli import runner, scoring
-from hft_cli.benchmarks import parts, settings, splits
-from hft_cli.layout import from_folder
-from hft_cli.methods import draws, steps
+from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.checkpoint.tensors import weights_hash
+from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig
+from hft_cli.errors import UserError
+from hft_cli.evaluation import scorer
+from hft_cli.evaluation.benchmarks import parts, settings, splits
+from hft_cli.evaluation.scorer import Scored, score, scores_of
+from hft_cli.evaluation.suite import read_suite
+from hft_cli.method.rounds import draws, steps
+from hft_cli.paths import fetch, locate
 from hft_cli.run_dir import RoundDir
-from hft_cli.runner import run
-from hft_cli.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig, UserError, locate
-from hft_cli.scoring import Scored, read_suite, run_eval, score, scores_of
-from hft_cli.tracking import Tracked
-from hft_cli.weights import fetch, weights_hash
+from hft_cli.runner import prepare, training
+from hft_cli.runner.evaluation import run_eval
+from hft_cli.runner.tracking import Tracked
+from hft_cli.runner.training import run
 
 pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
 
@@ -117,7 +122,7 @@ def test_two_ranks_score_what_one_does(scored, data_dir, tmp_path):
 def test_the_requests_of_a_model_are_shared_out_and_put_together_in_order(monkeypatch):
     import torch
 
-    from hft_cli.harness import _shared
+    from hft_cli.evaluation.harness_worker import _shared
 
     heard = {}
 
@@ -148,7 +153,7 @@ def here(monkeypatch) -> list[str]:
         monkeypatch.setenv(name, value)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(scoring, "work", work)
+    monkeypatch.setattr(scorer, "work", work)
     return started
 
 
@@ -215,18 +220,18 @@ def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_d
         asked.append((folder.folder.name, *own.tasks, *own.benchmarks, *own.probes))
         return {}
 
-    monkeypatch.setattr(runner, "score", note)
-    monkeypatch.setattr(runner, "_round", lambda where, step, chosen, model, *rest: model)
-    monkeypatch.setattr(runner, "read_json", lambda path: {"base_sha256": "", "rounds": [{}, {}]})
-    monkeypatch.setattr(runner, "_finish", lambda where, *rest: where)
+    monkeypatch.setattr(training, "score", note)
+    monkeypatch.setattr(training, "_round", lambda where, step, chosen, model, *rest: model)
+    monkeypatch.setattr(training, "read_json", lambda path: {"base_sha256": "", "rounds": [{}, {}]})
+    monkeypatch.setattr(training, "_finish", lambda where, *rest: where)
     two = config(tmp_path, data_dir)
     two.data.path = ["pocket:skills/order/train.jsonl", "pocket:skills/backwards/train.jsonl"]
     two.method.save_model = False  # there is no model to be put into place
-    monkeypatch.setattr(runner, "fetch", lambda place, *rest: Path("base"))
-    where = runner.RunDir(tmp_path)
+    monkeypatch.setattr(training, "fetch", lambda place, *rest: Path("base"))
+    where = training.RunDir(tmp_path)
     base = fetch(locate("pocket:model"))
     plan, drawn = steps(two), draws(two, from_folder(base, {}))
-    runner._walk(where, runner.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracked(), None)
+    training._walk(where, prepare.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracked(), None)
     whole = ("facts", "nq_open", "facts_ranking")
     assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
 
@@ -291,7 +296,7 @@ def test_a_start_whose_weights_changed_is_not_scored_as_a_run_s_start(tmp_path):
 
 
 def test_without_the_harness_the_mistake_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(scorer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'hft-cli\[eval\]'"):
         read_suite(SuiteConfig(name="knowledge", benchmarks={"nq_open": {}}))
 

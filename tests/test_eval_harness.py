@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from eval_files import BBH, GSM8K, HUMANEVAL, MMLU, NQ_OPEN, TRIVIAQA, TYDIQA, write
 
-from hft_cli.benchmarks import BENCHMARKS, settings
-from hft_cli.schema import ModelConfig, UserError
+from hft_cli.config.schema import ModelConfig
+from hft_cli.errors import UserError
+from hft_cli.evaluation.benchmarks import BENCHMARKS, settings
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -100,7 +101,8 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
     import lm_eval.api.task
     from lm_eval.tasks import TaskManager
 
-    from hft_cli.harness import HarnessJob, Todo, _own_code_runner, _tasks, build
+    from hft_cli.evaluation.harness_tasks import _own_code_runner, build, harness_tasks
+    from hft_cli.launch.jobs import HarnessJob, Todo
 
     name, (task, rows, asked) = case.split()[0], ON_THE_HUB[case]
     config = settings(name, asked)
@@ -113,7 +115,7 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
         return datasets.DatasetDict({split: datasets.Dataset.from_list(own) for split, own in rows.items()})
 
     monkeypatch.setattr(lm_eval.api.task.datasets, "load_dataset", hub)
-    manager = TaskManager(include_path=_tasks() / BENCHMARKS[name].place, include_defaults=False)
+    manager = TaskManager(include_path=harness_tasks() / BENCHMARKS[name].place, include_defaults=False)
     with _own_code_runner() if name == "humaneval" else nullcontext():  # the stock task fetches it from the hub
         stock = evaluated(manager.load([task])["tasks"].values(), config.shots)
 
@@ -126,7 +128,9 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
 
 
 def test_what_the_canned_model_says_is_sometimes_right_so_that_the_comparison_means_something(data_dir):
-    from hft_cli.harness import HarnessJob, Todo, _measured, build
+    from hft_cli.evaluation.harness_tasks import build
+    from hft_cli.evaluation.harness_worker import _measured
+    from hft_cli.launch.jobs import HarnessJob, Todo
 
     found = {}
     for name in ("bbh", "humaneval", "hotpotqa"):
@@ -141,7 +145,8 @@ def test_what_the_canned_model_says_is_sometimes_right_so_that_the_comparison_me
 
 
 def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punctuation(data_dir):
-    from hft_cli.harness import HarnessJob, Todo, build
+    from hft_cli.evaluation.harness_tasks import build
+    from hft_cli.launch.jobs import HarnessJob, Todo
 
     todo = Todo("hotpotqa", asdict(settings("hotpotqa", {"shots": 2})), None, False, "")
     (task,) = build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))[0].values()
@@ -156,7 +161,8 @@ def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punc
 
 
 def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_is_scored(data_dir):
-    from hft_cli.harness import HarnessJob, Todo, build
+    from hft_cli.evaluation.harness_tasks import build
+    from hft_cli.launch.jobs import HarnessJob, Todo
 
     todo = Todo("gsm8k", asdict(settings("gsm8k", {"metric": "exact_match,flexible"})), None, False, "")
     with pytest.raises(UserError, match=r"Did you mean 'exact_match,flexible-extract'\?"):
@@ -164,7 +170,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_is_scor
 
 
 def test_figures_of_a_task_that_goes_by_the_harness_name_keep_each_filter_s_error_beside_it():
-    from hft_cli.harness import _as_reported
+    from hft_cli.evaluation.harness_worker import _as_reported
 
     figures = {
         "name": "t", "alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1,

@@ -6,8 +6,12 @@ import json
 
 import pytest
 
-from hft_cli.probe import ProbeConfig, ProbeJob, facts, log_likelihoods, measure, queries, read, score, settings, text
-from hft_cli.schema import PACKAGE, ModelConfig, UserError
+from hft_cli.config.schema import ModelConfig, ProbeConfig
+from hft_cli.errors import UserError
+from hft_cli.evaluation.probe import queries, read, settings, text
+from hft_cli.evaluation.probe_worker import facts, log_likelihoods, measure, score
+from hft_cli.launch.jobs import ProbeJob
+from hft_cli.paths import PACKAGE
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi",
@@ -103,7 +107,7 @@ def pocket():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(PACKAGE / "pocket" / "model")
+    folder = str(PACKAGE / "assets" / "pocket" / "model")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
         folder
     )
@@ -168,7 +172,9 @@ def test_the_mean_is_over_relations_and_not_over_facts():
 
 def test_a_probe_from_files_is_scored_by_relation(probe, tmp_path):
     out = tmp_path / "scores.json"
-    job = ProbeJob(ModelConfig(), str(PACKAGE / "pocket" / "model"), {"p": probe}, {"p": str(out)}, 5, False, 8, 42)
+    job = ProbeJob(
+        ModelConfig(), str(PACKAGE / "assets" / "pocket" / "model"), {"p": probe}, {"p": str(out)}, 5, False, 8, 42
+    )
     score(job, tmp_path / "progress.json")
     found = json.loads(out.read_text())
     assert found["scores"]["items"] == 5

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hft_cli.sandbox import CodeEval, network_is_cut, pass_at_k, run
+from hft_cli.evaluation.sandbox import CodeEval, network_is_cut, pass_at_k, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 

@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hft_cli import gem
-from hft_cli.schema import UserError, locate
-from hft_cli.train import freeze, join_ranks
+from hft_cli.errors import UserError
+from hft_cli.launch.ranks import join_ranks
+from hft_cli.paths import locate
+from hft_cli.training import gem
+from hft_cli.training.worker import freeze
 
 Rows = list[tuple[list[int], int]]  # tokens, and how many of them are the prompt
 

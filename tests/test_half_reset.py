@@ -12,10 +12,12 @@ import torch
 from conftest import hft, results
 from safetensors.torch import load_file, save_file
 
-from hft_cli.layout import from_folder
-from hft_cli.schema import SelectionConfig, UserError, locate
-from hft_cli.selection import draw
-from hft_cli.weights import lay_over, reset_pieces, write_pieces
+from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.checkpoint.tensors import lay_over, reset_pieces, write_pieces
+from hft_cli.config.schema import SelectionConfig
+from hft_cli.errors import UserError
+from hft_cli.method.selection import draw
+from hft_cli.paths import locate
 
 BASE = Path(locate("pocket:model"))
 EVERYTHING = ("selection.embeddings=update", "selection.head=update", "selection.final_norm=update")

@@ -14,9 +14,11 @@ import pytest
 from conftest import QUICK, environment, hft
 from test_run import wait_for
 
-from hft_cli import cli
-from hft_cli.nodes import free
-from hft_cli.slurm import Watcher  # here: submitit sets up logging anew, which closes streams that capsys has put aside
+from hft_cli.cli import hydra_app, main
+from hft_cli.launch.nodes import free
+from hft_cli.launch.slurm import (
+    Watcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
+)
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ("train", "-m", *QUICK, "+method=hft")
@@ -37,26 +39,26 @@ def test_a_cluster_is_for_sweeps_and_must_be_there():
         "hft: hydra/launcher=submitit_slurm starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
     ]
     path = {"PATH": os.path.dirname(sys.executable)}
-    words = [sys.executable, "-m", "hft_cli.cli", *SWEEP, "seed=1,2", "hydra/launcher=submitit_slurm"]
+    words = [sys.executable, "-m", "hft_cli", *SWEEP, "seed=1,2", "hydra/launcher=submitit_slurm"]
     none = subprocess.run(words, env=environment() | path, capture_output=True, text=True)
     assert none.returncode == 2
     assert none.stderr == "hft: hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.\n"
 
 
 def test_a_launcher_that_is_not_installed_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(cli, "version", lambda name: importlib.metadata.version("not-" + name))
-    with pytest.raises(cli.UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
-        cli._launched(["-m", "hydra/launcher=submitit_slurm"])
+    monkeypatch.setattr(main, "version", lambda name: importlib.metadata.version("not-" + name))
+    with pytest.raises(main.UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
+        hydra_app._launched(["-m", "hydra/launcher=submitit_slurm"])
 
 
 def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
     """SLURM warns at once of an end that is nearer than the warning, and the job would go round for ever."""
-    monkeypatch.setattr(cli.shutil, "which", lambda name: name)
+    monkeypatch.setattr(main.shutil, "which", lambda name: name)
     launcher = ["-m", "hydra/launcher=submitit_slurm"]
-    assert "hydra.launcher.signal_delay_s=300" in cli._launched(launcher)
-    assert "hydra.launcher.signal_delay_s=60" in cli._launched([*launcher, "hydra.launcher.timeout_min=4"])
+    assert "hydra.launcher.signal_delay_s=300" in hydra_app._launched(launcher)
+    assert "hydra.launcher.signal_delay_s=60" in hydra_app._launched([*launcher, "hydra.launcher.timeout_min=4"])
     typed = [*launcher, "hydra.launcher.signal_delay_s=7"]
-    assert [word for word in cli._launched(typed) if "signal_delay_s" in word] == typed[2:]
+    assert [word for word in hydra_app._launched(typed) if "signal_delay_s" in word] == typed[2:]
 
 
 def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, capsys):
@@ -102,7 +104,7 @@ def test_hosts_are_started_together_and_stopped_together_with_a_checkpoint(tmp_p
     """`ssh` is a shell here, and both hosts are this machine."""
     for name, line in {
         "ssh": 'shift; exec bash -c "$*"',
-        "hft": f'exec "{sys.executable}" -m hft_cli.cli "$@"',
+        "hft": f'exec "{sys.executable}" -m hft_cli "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)

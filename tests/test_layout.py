@@ -22,9 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hft_cli import costs, layout
-from hft_cli.layout import Param, from_config, from_folder, read_header, to_stored
-from hft_cli.schema import UserError
+from hft_cli.checkpoint import naming, tensors
+from hft_cli.checkpoint.conversion import to_stored
+from hft_cli.checkpoint.naming import Param
+from hft_cli.checkpoint.parameters import from_config, from_folder
+from hft_cli.checkpoint.tensors import read_header
+from hft_cli.errors import UserError
+from hft_cli.plan import costs
 
 BASE = dict(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
@@ -135,7 +139,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str, str, str, str]] = {
 }  # fmt: skip
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-PLAIN = [name for name, (model_type, *_) in ARCHITECTURES.items() if model_type in layout.PLAIN]
+PLAIN = [name for name, (model_type, *_) in ARCHITECTURES.items() if model_type in naming.PLAIN]
 
 
 def config_of(name: str) -> Any:
@@ -201,7 +205,7 @@ def test_each_parameter_of_a_layer_gets_its_kind(name: str) -> None:
     params = params_of(name)
     last = [param for param in params if param.layer == 2]
     found = {
-        kind: sorted({param.unit.split(".2.", 1)[1] for param in last if param.kind == kind}) for kind in layout.KINDS
+        kind: sorted({param.unit.split(".2.", 1)[1] for param in last if param.kind == kind}) for kind in naming.KINDS
     }
     attention, feed_forward, norm, router = (sorted(units.split()) for units in ARCHITECTURES[name][2:])
     assert found == {
@@ -294,7 +298,7 @@ def test_a_bias_shares_the_unit_of_its_matrix_and_experts_are_their_own_unit() -
 )
 def test_nothing_is_guessed(name: str) -> None:
     with pytest.raises(UserError, match="Cannot place parameter '" + name):
-        layout.classify(name, (4, 4))
+        naming.classify(name, (4, 4))
 
 
 def test_an_unplaced_parameter_is_named_with_an_override_that_places_it() -> None:
@@ -320,8 +324,8 @@ def test_a_vision_tower_is_refused() -> None:
 
 def test_the_users_map_wins_over_the_patterns() -> None:
     name = "model.layers.7.self_attn.q_norm.weight"
-    assert layout.classify(name, (4,)) == ("norm", 7)
-    assert layout.classify(name, (4,), {"q_norm": "attention", "norm": "head"}) == ("attention", 7)
+    assert naming.classify(name, (4,)) == ("norm", 7)
+    assert naming.classify(name, (4,), {"q_norm": "attention", "norm": "head"}) == ("attention", 7)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +381,7 @@ def test_shards_give_the_same_params_as_one_file(name: str, saved: Callable[[str
     random_model(name).save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert from_folder(tmp_path) == from_folder(saved(name))
-    files = layout.checkpoint_files(tmp_path)
+    files = tensors.checkpoint_files(tmp_path)
     for key, file in files.items():
         with safe_open(file, "pt") as opened:
             assert key in opened.keys()  # noqa: SIM118
@@ -547,7 +551,7 @@ assert not heavy, heavy
 def test_known_types_are_read_without_importing_torch(
     saved: Callable[[str], Path], edited: Callable[..., Path]
 ) -> None:
-    assert {ARCHITECTURES[name][0] for name in PLAIN} == set(layout.PLAIN)
+    assert {ARCHITECTURES[name][0] for name in PLAIN} == set(naming.PLAIN)
     constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     folders = [*(saved(name) for name in PLAIN), edited("llama", lambda tensors: tensors | constant)]
     run = subprocess.run([sys.executable, "-c", PROBE, *folders], capture_output=True, text=True, check=False)
@@ -555,9 +559,9 @@ def test_known_types_are_read_without_importing_torch(
     assert run.stdout.splitlines() == [str(param) for folder in folders for param in from_folder(folder)]
 
 
-@pytest.mark.parametrize("model_type", layout.PLAIN)
+@pytest.mark.parametrize("model_type", naming.PLAIN)
 def test_known_types_have_the_default_tying_of_transformers(model_type: str) -> None:
-    assert layout.PLAIN[model_type] == AutoConfig.for_model(model_type).tie_word_embeddings
+    assert naming.PLAIN[model_type] == AutoConfig.for_model(model_type).tie_word_embeddings
 
 
 def test_a_folder_of_seven_billion_parameters_takes_less_than_50_ms(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hft_cli.metrics import METRICS, _sari, accuracy, edit_similarity, first_character, rouge_l, sari, score
+from hft_cli.evaluation.metrics import METRICS, _sari, accuracy, edit_similarity, first_character, rouge_l, sari, score
 
 vocabulary = st.sampled_from(["a", "b", "c", "Über", "模型", "7", "3.5", ".", "?!"])
 words = st.lists(vocabulary, max_size=12).map(" ".join)

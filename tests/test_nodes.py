@@ -18,9 +18,10 @@ import pytest
 from conftest import QUICK, command, environment, hft, train, weights
 from test_run import wait_for, wait_until_gone
 
-from hft_cli import nodes
-from hft_cli.nodes import Node, NodeError, connected, free, introduce, listening, this_node
-from hft_cli.schema import EngineConfig, Stopped, UserError
+from hft_cli.config.schema import EngineConfig
+from hft_cli.errors import NodeError, Stopped, UserError
+from hft_cli.launch import nodes
+from hft_cli.launch.nodes import Node, connected, free, introduce, listening, this_node
 
 FACTS = {
     "versions": {"torch": "2.13.0", "trl": "1.16.0"},

@@ -21,15 +21,19 @@ from conftest import command, environment, hft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli import costs
-from hft_cli.costs import PARTS, Memory, Setup
-from hft_cli.engines import deepspeed_settings
-from hft_cli.layout import FIELDS, Param, from_fields, from_folder
-from hft_cli.methods import draws, step_config, steps
-from hft_cli.plan import ARCHITECTURES, plan
-from hft_cli.run_dir import RoundDir, SealedStep
-from hft_cli.schema import PlanConfig, RunConfig, SelectionConfig, UserError, locate
-from hft_cli.selection import draw, heaviest, units
+from hft_cli.checkpoint.naming import Param
+from hft_cli.checkpoint.parameters import FIELDS, from_fields, from_folder
+from hft_cli.config.deepspeed import deepspeed_settings
+from hft_cli.config.schema import PlanConfig, RunConfig, SelectionConfig
+from hft_cli.errors import UserError
+from hft_cli.launch.jobs import SealedStep
+from hft_cli.method.rounds import draws, step_config, steps
+from hft_cli.method.selection import draw, heaviest, units
+from hft_cli.paths import ARCHITECTURES, locate
+from hft_cli.plan import costs
+from hft_cli.plan.costs import PARTS, Memory, Setup
+from hft_cli.plan.planner import plan
+from hft_cli.run_dir import RoundDir
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -96,7 +100,7 @@ def names(params: tuple[Param, ...]) -> frozenset[str]:
 def test_shapes_from_the_fields_are_those_that_transformers_builds(family):
     from transformers import AutoConfig
 
-    from hft_cli.layout import from_config
+    from hft_cli.checkpoint.parameters import from_config
 
     own = {**SMALL, **FAMILIES[family]}
     made = from_config(AutoConfig.for_model(own.pop("model_type"), **own))
@@ -452,9 +456,10 @@ def rank(files: list[Path]) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from hft_cli import train as worker
+    from hft_cli.launch import ranks
+    from hft_cli.training import worker
 
-    worker._leave = lambda world: None  # it would end the process
+    ranks.leave_ranks = lambda world: None  # it would end the process
     held: dict[str, int] = {}
 
     def note(part: str, size: int) -> None:
@@ -527,7 +532,9 @@ def test_seventy_billion_parameters_on_64_gpus_are_planned_in_under_6_seconds(tm
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, hft_cli.cli as c\nsys.argv=['hft', *sys.argv[1:]]\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys, hft_cli.cli.main as c\nsys.argv=['hft', *sys.argv[1:]]\ntry: c.main()\nexcept SystemExit: pass\n"
+    )
     code += "print(sorted({'torch', 'transformers', 'deepspeed', 'trl', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, *SEVENTY], capture_output=True, text=True, env=environment())
     assert done.stdout.endswith("[]\n"), done.stdout[-300:] + done.stderr
@@ -560,7 +567,7 @@ def test_a_plan_of_data_that_are_elsewhere_asks_for_rows_or_steps():
 
 @pytest.mark.parametrize("kind", ["half_reset", "sft_then_dpo", "trace"])
 def test_other_methods_and_sequences_have_plans(kind):
-    from hft_cli.plan import text
+    from hft_cli.plan.text import text
 
     overrides = {
         "half_reset": ("+method=half_reset", "model.path=pocket:model", "model.base=pocket:model"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hft_cli.data import read_chats
-from hft_cli.layout import from_folder
-from hft_cli.schema import locate
+from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.data.rows import read_chats
+from hft_cli.paths import locate
 
 POCKET = Path(locate("pocket:"))
 SKILLS = sorted(path.name for path in (POCKET / "skills").iterdir())

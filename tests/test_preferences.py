@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hft_cli.preferences import Preferences, preferences_hash, read_preferences
-from hft_cli.schema import UserError
+from hft_cli.data.preferences import Preferences, preferences_hash, read_preferences
+from hft_cli.errors import UserError
 
 
 def user(content: str) -> dict[str, str]:

@@ -13,9 +13,10 @@ from conftest import QUICK, hft
 from test_cli import composed
 from test_plan import as_plan
 
-from hft_cli import preflight
-from hft_cli.plan import plan
-from hft_cli.schema import UserError
+from hft_cli.errors import UserError
+from hft_cli.launch import environment
+from hft_cli.plan import preflight
+from hft_cli.plan.planner import plan
 
 GIB = 2.0**30
 SEVEN_B = ("+method=hft", "model=llama2_7b", "data=tulu_v2", "train.batch_size=128", "engine.num_processes=8")
@@ -60,14 +61,14 @@ def machine(monkeypatch):
 )
 def test_the_gpus_are_those_that_a_worker_sees(visible, number, machine):
     machine(4, visible)
-    assert len(preflight.gpus()) == number
-    assert all(memory in (None, 81559 * 2**20) for memory in preflight.gpus())
+    assert len(environment.gpus()) == number
+    assert all(memory in (None, 81559 * 2**20) for memory in environment.gpus())
 
 
 def test_a_machine_without_gpus_has_none_whatever_is_made_visible(machine):
     machine(0, "NoDevFiles")
-    assert preflight.gpus() == []
-    preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, preflight.gpus(), 7_000_000_000)
+    assert environment.gpus() == []
+    preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, environment.gpus(), 7_000_000_000)
 
 
 def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
@@ -91,7 +92,7 @@ def test_gpus_that_are_missing_are_told_before_a_run_starts(gpus, cuda, override
     config = composed("+method=hft", *overrides)
     with pytest.raises(UserError, match=words):
         preflight.check_device(
-            config.engine, preflight.gpus(), 7_000_000_000 if "model=llama2_7b" in overrides else 500_000
+            config.engine, environment.gpus(), 7_000_000_000 if "model=llama2_7b" in overrides else 500_000
         )
 
 
@@ -104,7 +105,7 @@ def test_a_small_model_trains_on_a_cpu_and_a_large_one_if_it_is_meant(machine):
 def test_the_build_of_torch_is_read_from_its_files():
     import torch
 
-    assert preflight._cuda_build() == (torch.version.cuda is not None or torch.version.hip is not None)
+    assert environment.cuda_build() == (torch.version.cuda is not None or torch.version.hip is not None)
 
 
 def test_a_model_that_cannot_fit_is_refused_with_what_would():
@@ -122,7 +123,7 @@ def test_a_small_gpu_that_no_rank_uses_does_not_count():
 def test_the_limit_of_a_control_group_is_found_around_ours(tmp_path):
     own = tmp_path / "cgroup"
     own.write_text("0::/slurm/job_7/step_0\n")
-    found = list(preflight._limits(own, tmp_path))
+    found = list(environment._limits(own, tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "slurm/job_7/step_0/memory.max", "slurm/job_7/memory.max", "slurm/memory.max", "memory.max",
     ]  # fmt: skip

@@ -15,10 +15,12 @@ import pytest
 import yaml
 from conftest import environment, hft
 
-from hft_cli import norms, page, sections
-from hft_cli.gather import gather, groups, items
-from hft_cli.report import report
-from hft_cli.schema import UserError
+from hft_cli.errors import UserError
+from hft_cli.report import html
+from hft_cli.report.groups import groups
+from hft_cli.report.runs import gather, items
+from hft_cli.report.sections import overview, weight_change
+from hft_cli.report.write import report
 
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj",
             "mlp.down_proj", "input_layernorm")  # fmt: skip
@@ -243,7 +245,7 @@ def test_the_table_of_methods_has_means_deviations_and_t_intervals(tmp_path):
     assert number(half["skill"]) == 0.8
     assert number(half["retained_sd"]) == 0.1
     assert float(half["retained_high"]) == pytest.approx(0.6 + 4.302653 * 0.1 / 3**0.5)
-    shown = part(sections.sections(gather([tmp_path]), False), "methods").markdown()
+    shown = part(overview.sections(gather([tmp_path]), False), "methods").markdown()
     assert "60.0 ± 10.0 [35.2, 84.8]" in shown
 
 
@@ -254,7 +256,7 @@ def test_differences_from_fft_are_paired_by_data_seed(tmp_path):
             make(tmp_path / f"h{seed}{draw}", seed=seed, draw_seed=draw, retained=base + 0.1 * draw)
     make(tmp_path / "h3", seed=3, draw_seed=1, retained=0.9)  # no FFT to compare with
     make(tmp_path / "other", "fft", rate=7.0)
-    (record,) = part(sections.sections(gather([tmp_path]), False), "differences").records
+    (record,) = part(overview.sections(gather([tmp_path]), False), "differences").records
     assert (record["setting"], record["against"], record["retained_n"]) == ("HFT lr 0.001", "FFT lr 0.001", 2)
     assert (record["retained"], record["retained_sd"]) == pytest.approx((0.15, 0))
 
@@ -273,7 +275,7 @@ def test_the_methods_figure_shows_the_same_numbers(tmp_path):
     make(tmp_path / "a", "fft", skill=0.6, retained=0.3)
     make(tmp_path / "b", skill=0.5, retained=0.8, seed=1)
     make(tmp_path / "c", skill=0.7, retained=0.8, seed=2)
-    figure = plotted(sections.sections(gather([tmp_path]), False), "methods")
+    figure = plotted(overview.sections(gather([tmp_path]), False), "methods")
     left, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["FFT", "HFT"]
     points = {(round(x, 6), y) for line in left.lines if line.get_marker() in "os" for x, y in line.get_xydata()}
@@ -285,7 +287,7 @@ def test_the_tradeoff_figure_is_means_over_seeds_by_learning_rate(tmp_path):
     for seed in (1, 2):
         for rate in (1e-4, 1e-3):
             make(tmp_path / f"{seed}{rate}", seed=seed, rate=rate, skill=0.1 * seed + 100 * rate)
-    figure = plotted(sections.sections(gather([tmp_path]), False), "tradeoff")
+    figure = plotted(overview.sections(gather([tmp_path]), False), "tradeoff")
     line = next(line for line in figure.axes[0].lines if line.get_label() == "HFT")
     assert list(line.get_xdata()) == [1e-4, 1e-3]
     assert line.get_ydata() == pytest.approx([16, 25])
@@ -300,7 +302,7 @@ def test_the_ratio_curve_ends_in_the_run_that_updates_everything(tmp_path):
             make(tmp_path / f"{ratio}{seed}", ratio=ratio, seed=seed, skill=ratio + 0.01 * seed)
     make(tmp_path / "fft", "fft", skill=0.99)
     make(tmp_path / "other", "fft", skill=0.11, rate=9e-3)  # not the same in the rest
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     records = part(made, "ratio").records
     assert [(record["ratio"], record["runs"]) for record in records] == [(0.25, 2), (0.5, 2), (0.75, 2), (1.0, 1)]
     assert [record["skill"] for record in records] == pytest.approx([0.265, 0.515, 0.765, 0.99])
@@ -312,7 +314,7 @@ def test_levels_stand_beside_each_other_and_beside_the_papers(tmp_path):
     for level, kept in (("category", 0.9), ("layer", 0.8), ("model", 0.7)):
         make(tmp_path / level, level=level, retained=kept)
     make(tmp_path / "fft", "fft", retained=0.5)
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     records = part(made, "levels").records
     assert [(r["level"], r["retained"]) for r in records] == [
         ("all", 0.5), ("model", 0.7), ("layer", 0.8), ("category", 0.9)
@@ -324,7 +326,7 @@ def test_levels_stand_beside_each_other_and_beside_the_papers(tmp_path):
 
 def test_one_ratio_one_level_and_one_rate_make_no_such_sections(tmp_path):
     make(tmp_path / "a")
-    found = titles(sections.sections(gather([tmp_path]), False))
+    found = titles(overview.sections(gather([tmp_path]), False))
     assert found == ["The runs", "Methods", "What was updated", "Before and after", "Cost"]
 
 
@@ -339,7 +341,7 @@ def test_retention_at_equal_skill_is_read_off_each_seeds_path(tmp_path):
                 skill = 0.2 + 0.3 * i
                 kept = start - 0.5 * skill + 0.1 * (seed - 1)
                 make(tmp_path / f"{method}{seed}{i}", method, seed=seed, rate=rate, skill=skill, retained=kept)
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     records = part(made, "frontier").records
     assert [record["skill"] for record in records] == pytest.approx([0.2, 0.35, 0.5, 0.65, 0.8])
     for record in records:
@@ -356,7 +358,7 @@ def test_methods_without_a_common_skill_are_said_to_have_none(tmp_path):
     for i, rate in enumerate((1e-4, 1e-3)):
         make(tmp_path / f"f{i}", "fft", rate=rate, skill=0.8 + 0.1 * i)
         make(tmp_path / f"h{i}", "hft", rate=rate, skill=0.2 + 0.1 * i)
-    (section,) = [s for s in sections.sections(gather([tmp_path]), False) if s.title == "Retention at equal skill"]
+    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Retention at equal skill"]
     assert "no skill that every method and seed reached" in section.text[-1]
 
 
@@ -367,7 +369,7 @@ def test_r_is_averaged_cell_by_cell_with_op_bwt_and_blanks(tmp_path):
     make(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], seed=1)
     make(tmp_path / "b", r=[[0.6, None], [0.6, 0.8]], seed=2)
     make(tmp_path / "c", r=[[0.6, 0.1], [0.5, 0.7]], continual="replay")
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     plain, replay = part(made, "sequences").records
     assert (plain["op"], plain["bwt"]) == pytest.approx((0.6, -0.2))
     assert (replay["setting"], replay["op"], replay["bwt"]) == ("HFT + replay", pytest.approx(0.6), pytest.approx(-0.1))
@@ -389,7 +391,7 @@ def test_shares_of_the_variance_of_crossed_seeds(tmp_path):
         for data in (1, 2):
             make(tmp_path / f"{draw}{data}", seed=data, draw_seed=draw, retained=0.5 + 0.1 * draw,
                  skill=0.5 + 0.1 * data)  # fmt: skip
-    records = part(sections.sections(gather([tmp_path]), False), "variance").records
+    records = part(overview.sections(gather([tmp_path]), False), "variance").records
     skill, kept = records
     assert (skill["measure"], skill["grid"], kept["measure"]) == ("skill", "3 x 2", "retained")
     assert (skill["draw"], skill["data"], skill["rest"]) == pytest.approx((0, 1, 0))
@@ -403,7 +405,7 @@ def test_effects_of_updating_a_layer_are_found_again(tmp_path):
         updated = [name for name in NAMES if rng.random() < 0.5]
         lost = sum(".layers.1." in name for name in updated)
         make(tmp_path / str(seed), level="model", draw_seed=seed, updated=updated, retained=0.9 - 0.05 * lost)
-    records = part(sections.sections(gather([tmp_path]), False), "effects").records
+    records = part(overview.sections(gather([tmp_path]), False), "effects").records
     layers = {r["term"]: r for r in records if r["family"] == "layer" and r["measure"] == "retained"}
     assert layers["layer 1"]["effect"] == pytest.approx(-0.05)
     assert layers["layer 0"]["effect"] == pytest.approx(0)
@@ -415,14 +417,14 @@ def test_a_draw_under_several_data_seeds_counts_once_among_the_draws(tmp_path):
         updated = [name for i, name in enumerate(NAMES) if i != draw]
         for data in (1, 2):
             make(tmp_path / f"{draw}{data}", level="model", draw_seed=draw, seed=data, updated=updated)
-    (section,) = [s for s in sections.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
+    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
     assert "HFT: effects by matrix need 7 different draws or more; there are 5." in section.text
 
 
 def test_too_few_draws_for_effects_are_said(tmp_path):
     for seed in range(3):
         make(tmp_path / str(seed), level="model", draw_seed=seed, updated=NAMES[seed : 2 * seed + 5])
-    (section,) = [s for s in sections.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
+    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
     assert "HFT: effects by layer need 4 different draws or more; there are 3." in section.text
 
 
@@ -431,7 +433,7 @@ def test_too_few_draws_for_effects_are_said(tmp_path):
 
 def test_the_draws_figure_marks_what_was_updated(tmp_path):
     make(tmp_path / "run", updated=["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"])
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     (axes,) = plotted(made, "draws").axes
     columns = [label.get_text() for label in axes.get_xticklabels()]
     assert columns == ["q", "k", "v", "o", "up", "down", "input_norm"]
@@ -457,9 +459,9 @@ def save(path: Path, tensors: dict[str, np.ndarray], bfloat16: bool = False) -> 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_norms_are_those_of_the_last_delta_against_the_base(tmp_path, bfloat16, monkeypatch):
-    from hft_cli.weights import weights_hash
+    from hft_cli.checkpoint.tensors import weights_hash
 
-    monkeypatch.setattr(norms, "CHUNK", 3)  # several chunks a tensor
+    monkeypatch.setattr(weight_change, "CHUNK", 3)  # several chunks a tensor
     run, base = make(tmp_path / "run", r=[[0.5, None], [0.5, 0.5]]), tmp_path / "base"
     start = {NAMES[0]: np.full((2, 4), 2.0), NAMES[1]: np.full(4, 1.0), "lm_head.weight": np.full(4, 3.0)}
     save(base / "model.safetensors", start, bfloat16)
@@ -470,18 +472,18 @@ def test_norms_are_those_of_the_last_delta_against_the_base(tmp_path, bfloat16, 
     plan = json.loads((run / "plan.json").read_text()) | {"base": str(base), "base_sha256": weights_hash(base)}
     (run / "plan.json").write_text(json.dumps(plan))
     found = {record["tensor"]: record["relative"]
-             for record in part(sections.sections(gather([tmp_path / "run"]), True), "norms").records}  # fmt: skip
+             for record in part(overview.sections(gather([tmp_path / "run"]), True), "norms").records}  # fmt: skip
     assert found == {NAMES[0]: pytest.approx(0.5), NAMES[1]: pytest.approx(0.5), "lm_head.weight": 0}
-    axes = plotted(sections.sections(gather([tmp_path / "run"]), True), "norms").axes[0]
+    axes = plotted(overview.sections(gather([tmp_path / "run"]), True), "norms").axes[0]
     assert [text.get_text() for text in axes.texts] == ["50", "50"]
     save(base / "model.safetensors", start | {"lm_head.weight": np.zeros(4)}, bfloat16)
-    (section,) = [s for s in sections.sections(gather([run]), True) if s.title == "Size of the change"]
+    (section,) = [s for s in overview.sections(gather([run]), True) if s.title == "Size of the change"]
     assert "are not those that it started from" in section.text[0]
 
 
 def test_norms_without_the_base_say_why_there_are_none(tmp_path):
     make(tmp_path / "run")
-    (section,) = [s for s in sections.sections(gather([tmp_path]), True) if s.title == "Size of the change"]
+    (section,) = [s for s in overview.sections(gather([tmp_path]), True) if s.title == "Size of the change"]
     assert "is gone" in section.text[0]
 
 
@@ -497,7 +499,7 @@ def test_items_give_a_paired_interval_and_other_rows_are_left_out(tmp_path):
         (folder / "facts.jsonl").write_text("\n".join(lines) + "\n")
     (found,) = gather([tmp_path])
     assert items(found, "pocket/facts") == ([1, 1, 1, 1], [1, 0, 1, 0])
-    records = {r["task"]: r for r in part(sections.sections([found], False), "before_after").records}
+    records = {r["task"]: r for r in part(overview.sections([found], False), "before_after").records}
     facts = records["pocket/facts"]
     assert (facts["change"], facts["change_n"]) == (-0.5, 4)
     assert facts["change_low"] == -1
@@ -509,7 +511,7 @@ def test_items_give_a_paired_interval_and_other_rows_are_left_out(tmp_path):
 def test_cost_is_over_runs_with_what_they_ran_on(tmp_path):
     make(tmp_path / "a", seed=1)
     make(tmp_path / "b", seed=2)
-    (record,) = part(sections.sections(gather([tmp_path]), False), "cost").records
+    (record,) = part(overview.sections(gather([tmp_path]), False), "cost").records
     assert (record["train_seconds"], record["tokens_per_second"]) == (2, 1000)
     assert (record["peak_memory_bytes"], record["hardware"], record["runs"]) == (3 << 20, "2 CPUs", 2)
 
@@ -567,9 +569,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 def test_tables_of_the_paper_are_apart_and_said_to_be_the_papers(tmp_path):
     make(tmp_path / "a")
-    made = sections.sections(gather([tmp_path]), False)
+    made = overview.sections(gather([tmp_path]), False)
     own = [p for section in made for p in section.parts if not getattr(p, "paper", False)]
-    assert "Llama" not in page.markdown("x", [sections.Section("x", (), own)])
+    assert "Llama" not in html.markdown("x", [overview.Section("x", (), own)])
     theirs = part(made, "paper_sft")
     assert "not of these runs" in theirs.caption
     by = {record["model"]: record for record in theirs.records}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli.stats import along, crossed, estimate, full_grid, paired_bootstrap, regress, two_way
+from hft_cli.report.stats import along, crossed, estimate, full_grid, paired_bootstrap, regress, two_way
 
 SCORES = st.floats(0, 1)
 

@@ -18,10 +18,13 @@ import torch
 from conftest import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, hft, results, train, weights
 from safetensors.torch import load_file, save_file
 
-from hft_cli import known, scoring, universal
-from hft_cli.engines import FREE, FREE_OF_ZERO
-from hft_cli.layout import read_header
-from hft_cli.schema import ModelConfig, SuiteConfig, UserError, locate
+from hft_cli.checkpoint.tensors import read_header
+from hft_cli.config.deepspeed import FREE, FREE_OF_ZERO
+from hft_cli.config.schema import ModelConfig, SuiteConfig
+from hft_cli.errors import UserError
+from hft_cli.evaluation import score_cache, scorer
+from hft_cli.paths import locate
+from hft_cli.training import resume
 
 BASE = Path(locate("pocket:model"))
 ZERO2 = ("engine=zero2", "engine.num_processes=2")
@@ -459,7 +462,7 @@ def test_resumed_on_another_number_of_ranks_or_zero_stage_it_ends_as_uninterrupt
 )
 def test_between_one_process_and_deepspeed_a_checkpoint_is_refused_with_the_reason(was, now, fix):
     with pytest.raises(UserError, match=f"DeepSpeed converts only between its own .* Finish the round with {fix};"):
-        universal.needed({"zero_stage": was, "ranks": 1}, {"zero_stage": now, "ranks": 1})
+        resume.needed({"zero_stage": was, "ranks": 1}, {"zero_stage": now, "ranks": 1})
 
 
 def test_another_round_may_have_another_engine(two_rounds, tmp_path):
@@ -676,7 +679,9 @@ def test_the_start_is_scored_once_for_all_runs_that_share_it(tmp_path):
     assert runs[1][0] == runs[0][0]
     suite = SuiteConfig("none")
     keys = {
-        known.key(scoring._identity(scoring.Scored(BASE, ModelConfig("m", str(BASE), dtype=dtype))), suite.batch_size)
+        score_cache.key(
+            scorer._identity(scorer.Scored(BASE, ModelConfig("m", str(BASE), dtype=dtype))), suite.batch_size
+        )
         for dtype in ("float32", "float32", "bfloat16")
     }
     assert len(keys) == 2

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hft_cli.layout import Param
-from hft_cli.schema import SelectionConfig, UserError
-from hft_cli.selection import draw, units
+from hft_cli.checkpoint.naming import Param
+from hft_cli.config.schema import SelectionConfig
+from hft_cli.errors import UserError
+from hft_cli.method.selection import draw, units
 
 
 def model(layers: int, matrices: dict[str, tuple[str, tuple[int, ...]]], bias: bool = False, tied: bool = False):

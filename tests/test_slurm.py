@@ -113,7 +113,7 @@ def test_two_nodes_preempted_on_the_way_end_with_the_bits_of_one_node_with_as_ma
 def settings(tmp_path_factory) -> dict[str, str]:
     """The environment in which jobs are submitted: there is an `hft` in it."""
     folder = tmp_path_factory.mktemp("bin")
-    (folder / "hft").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hft_cli.cli "$@"\n')
+    (folder / "hft").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hft_cli "$@"\n')
     (folder / "hft").chmod(0o755)
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
     return environment() | {"PATH": path, "PYTHONPATH": str(ROOT)}

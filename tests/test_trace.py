@@ -13,10 +13,13 @@ import pytest
 from conftest import command, environment, hft, results, train
 from test_run import BASE, changed, ledger, ranks, wait_for, wait_until_gone
 
-from hft_cli import metrics, schema
-from hft_cli.continual import kept_rows, read_sources
-from hft_cli.methods import Source, Step, steps
-from hft_cli.schema import DataConfig, MethodConfig, ModelConfig, RunConfig, UserError, check
+from hft_cli.config import schema, validate
+from hft_cli.config.schema import DataConfig, MethodConfig, ModelConfig, RunConfig
+from hft_cli.config.validate import check
+from hft_cli.data.rows import Source, kept_rows, read_sources
+from hft_cli.errors import UserError
+from hft_cli.evaluation import metrics
+from hft_cli.method.rounds import Step, steps
 
 pytestmark = pytest.mark.xdist_group("trace")  # on one worker: they share a run of a minute
 TASKS = ("C-STANCE", "Py150", "20Minuten")
@@ -341,7 +344,7 @@ def test_lora_is_refused_where_peft_would_adapt_other_matrices(monkeypatch):
     import peft
     from transformers import AutoModelForCausalLM
 
-    from hft_cli import lora
+    from hft_cli.training import lora
 
     model = AutoModelForCausalLM.from_pretrained(BASE)
     make = peft.get_peft_model
@@ -353,4 +356,4 @@ def test_lora_is_refused_where_peft_would_adapt_other_matrices(monkeypatch):
 
 
 def test_every_metric_that_a_config_may_name_exists():
-    assert set(schema.METRICS) == {"exact_match", *metrics.METRICS}
+    assert set(validate.METRICS) == {"exact_match", *metrics.METRICS}

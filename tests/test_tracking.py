@@ -13,10 +13,12 @@ import pytest
 from conftest import CACHE, QUICK, hft
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hft_cli.run_dir import RunDir, read_config, write_text
-from hft_cli.runner import run
-from hft_cli.schema import TrackingConfig, UserError
-from hft_cli.tracking import log_scores, require, track
+from hft_cli.config.schema import TrackingConfig, read_config
+from hft_cli.errors import UserError
+from hft_cli.files import write_text
+from hft_cli.run_dir import RunDir
+from hft_cli.runner.tracking import log_scores, require, track
+from hft_cli.runner.training import run
 
 BOARD = TrackingConfig(name="tensorboard")
 

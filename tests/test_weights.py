@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hft_cli.layout import read_header
-from hft_cli.schema import UserError
-from hft_cli.weights import Writer, fetch, lay_over, same_bytes, tensors
+from hft_cli.checkpoint.tensors import Writer, lay_over, read_header, same_bytes, tensors
+from hft_cli.errors import UserError
+from hft_cli.paths import fetch
 
 
 def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:

@@ -1,0 +1,271 @@
+"""Composing a config with Hydra, once or for each job of a sweep."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
+from hft_cli.errors import NodeError, UserError, choose
+from hft_cli.paths import conf_dir, group_options
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that failed: its overrides, why, and the exit status that it asks for."""
+
+    job: str
+    reason: str
+    status: int
+
+
+# The commands that compose a config, and its dataclass.
+SCHEMAS: dict[str, type[Any]] = {"train": RunConfig, "plan": PlanConfig, "eval": EvalConfig}
+
+
+def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], None]) -> list[Failure]:
+    """Compose the config of command `name` with the overrides in argv, and call `run` with it and argv.
+
+    Once, or for each job of a sweep. Returns the failed jobs.
+    """
+    import tempfile
+
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from hft_cli.files import read_json, write_json
+
+    argv = _launched(argv)
+    ConfigStore.instance().store(name="schema", node=SCHEMAS[name])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
+    sys.argv = ["hft " + name, *argv]
+    # What fails is told by files: the jobs of a parallel launcher are processes of their own. Those of submitit, which
+    # may be on other machines, return it.
+    told = Path(tempfile.mkdtemp(prefix="hft-"))
+    returned: dict[int, dict[str, Any]] = {}
+    waited_for, requeued = _submitit(argv)
+
+    def job(composed: Any) -> dict[str, Any] | None:
+        # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
+        task = hydra.core.hydra_config.HydraConfig.get()
+        submitted = task.mode == RunMode.MULTIRUN and "submitit" in task.launcher._target_
+        failed: Exception
+        try:
+            with requeued() if submitted else nullcontext():
+                run(composed, argv)
+        except (UserError, NodeError, subprocess.CalledProcessError) as error:
+            failed = error
+            if isinstance(error, NodeError) and not submitted:
+                print(f"hft: {error}", file=sys.stderr)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+            failed = UserError(f"{error.strerror}: {error.filename}")
+        except Exception as error:
+            if task.mode != RunMode.MULTIRUN:
+                raise
+            traceback.print_exc()
+            failed = error
+        else:
+            return None
+        if not submitted and not told.is_dir():  # another machine, whose launcher has ways of its own to tell
+            raise failed
+        number = task.job.num if task.mode == RunMode.MULTIRUN else 0
+        status = 2 if isinstance(failed, UserError) else 1
+        if isinstance(failed, subprocess.CalledProcessError) and failed.returncode < 0:
+            status = 128 - failed.returncode
+        failure = vars(Failure(" ".join(task.overrides.task), str(failed), status))
+        if submitted:
+            print(f"hft: {failed}", file=sys.stderr)  # in its log
+            return {"number": number, **failure}
+        write_json(told / f"{number:06d}", failure)
+        return None
+
+    try:
+        with waited_for(returned):
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=_primary(name))(job)()
+        return [Failure(**returned[number]) for number in sorted(returned)] + [
+            Failure(**read_json(path)) for path in sorted(told.iterdir())
+        ]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, argv, name)) from None
+    finally:
+        shutil.rmtree(told)
+
+
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}  # of which plugin
+
+
+def _launched(argv: list[str]) -> list[str]:
+    """`argv` with our defaults for the launcher of jobs that it names, if it does.
+
+    Raises:
+        UserError: if what the launcher needs is not there.
+    """
+    launcher = next((text.partition("=")[2] for text in argv if re.match(r"\+*hydra/launcher=", text)), "basic")
+    if launcher not in LAUNCHERS:
+        return argv
+    package = f"hydra-{LAUNCHERS[launcher]}-launcher"
+    try:
+        version(package)
+    except PackageNotFoundError:
+        raise UserError(
+            f"hydra/launcher={launcher} needs a package that is missing: pip install 'hft-cli[cluster]', or {package}."
+        ) from None
+    if launcher == "joblib":
+        return argv
+    if not {"-m", "--multirun"} & set(argv):
+        raise UserError(
+            f"hydra/launcher={launcher} starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
+        )
+    given = dict(text.lstrip("+").partition("=")[::2] for text in argv)
+    ours = {}
+    if launcher == "submitit_local":
+        ours["timeout_min"] = str(7 * 24 * 60)  # submitit's own is an hour
+    elif shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
+    else:
+        minutes = given.get("hydra.launcher.timeout_min", "60")
+        # SLURM's warning: five minutes before the end, of a short time a quarter.
+        ours["signal_delay_s"] = str(min(300, 15 * int(minutes)) if minutes.isdigit() else 300)
+        ours["max_num_timeout"] = "20"
+        if "hydra.launcher.cpus_per_task" in given:  # which srun does not take from sbatch by itself
+            ours["setup"] = '["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]'
+    keys = {f"hydra.launcher.{key}": value for key, value in ours.items()}
+    return [*argv, *(f"{key}={value}" for key, value in keys.items() if key not in given)]
+
+
+def _submitit(argv: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What hft_cli/slurm.py does for a sweep and for each of its jobs, if submitit is there."""
+    if not {"-m", "--multirun"} & set(argv) or importlib.util.find_spec("submitit") is None:
+        return nullcontext, nullcontext
+    # Before it is imported. Its own choice, USR2, would kill a worker on clusters that signal all processes of a job.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    from hft_cli.launch.slurm import requeued, waited_for
+
+    return waited_for, requeued
+
+
+def _primary(name: str) -> str:
+    """The file in conf/ that an application composes: a plan is of what `hft train` composes, and a few keys more."""
+    return "train" if issubclass(SCHEMAS[name], RunConfig) else name
+
+
+def composed_values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A composed config as plain values, in a sweep with the job's own output_dir, and the job's overrides."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from hft_cli.runner.sweeps import folder_name, params
+
+    hydra = HydraConfig.get()
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    typed = list(hydra.overrides.task)
+    if hydra.mode == RunMode.MULTIRUN:
+        values["output_dir"] = str(Path(hydra.sweep.dir) / folder_name(typed, [*argv, *params(hydra.sweeper)]))
+    return values, typed
+
+
+def _one_line(error: BaseException, argv: Sequence[str], name: str = "train") -> str:
+    """Hydra's and OmegaConf's errors, which take several lines, in one with the nearest name."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if found := re.search(r"Could not find '(hydra/launcher|\w+)/([^']*)'", text):
+        group, option = found.groups()
+        if group == "hydra/launcher" or (conf_dir() / group).is_dir():
+            try:
+                choose(group, option, ["basic", *LAUNCHERS] if group == "hydra/launcher" else group_options(group))
+            except UserError as unknown:
+                return str(unknown)
+    if found := re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text):
+        key = found.group(1)
+        keys = config_keys(SCHEMAS[name]) + [path.name for path in conf_dir().iterdir() if path.is_dir()]
+        if key not in keys:
+            full = next((a.split("=")[0].lstrip("+~") for a in argv if a.split("=")[0].endswith(key)), key)
+            if full.startswith("hydra."):
+                return " ".join(line for line in map(str.strip, text.splitlines()) if not line.startswith("full_key:"))
+            near = difflib.get_close_matches(full, keys, n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            return f"Unknown key '{full}'.{hint} All keys: hft {name} --help"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{found.group(1)} is not set. Give it on the command line: {found.group(1)}=…"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [
+        line
+        for line in lines
+        if not re.match(r"(reference_type|object_type|See https|Available options|Config search)", line)
+    ]
+    key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), "")
+    kept = [line for line in kept if not line.startswith(("full_key:", "Error merging override"))] or lines
+    return f"{key}: {kept[0]}" if key else " ".join(kept[:2])
+
+
+def help_text(name: str = "train") -> str:
+    """The groups with their options, and every key with its default and what its docstring says."""
+    import ast
+
+    from hft_cli.config import schema
+
+    tree = ast.parse(Path(schema.__file__).read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def section(name: str, where: str) -> list[str]:
+        lines, inner = [], []
+        body = classes[name].body
+        for spec, doc in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(spec, ast.AnnAssign):
+                continue
+            kind, key = ast.unparse(spec.annotation), where + ast.unparse(spec.target)
+            if kind in classes:
+                inner += section(kind, key + ".")
+                continue
+            default = ast.unparse(spec.value) if spec.value else ""
+            default = re.sub(r"field\(default_factory=(?:lambda: )?(.*)\)", r"\1", default)
+            default = {"REQUIRED": "(its group sets it)", "dict": "{}", "list": "[]"}.get(default, default)
+            text = ast.literal_eval(doc.value) if isinstance(doc, ast.Expr) else ""
+            lines.append(f"  {key + '=' + default:<38} {text}")
+        return [f"\n{ast.get_docstring(classes[name])}", *lines, *inner]
+
+    groups = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
+    if name == "eval":
+        groups = ["engine", "model", "suite", "tracking"]
+    usage = {
+        "train": "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
+        "plan": "hft plan …   all that hft train takes, and the keys of PlanConfig below;  -m compares",
+        "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]   once;  -m and key=a,b,c: a sweep",
+    }
+    options = [f"  {group:<11} {', '.join(group_options(group))}" for group in groups if group_options(group)]
+    return "\n".join(
+        [
+            usage[name],
+            "--cfg job prints what a command composes.",
+            "\nGroups and their options:",
+            *options,
+            *(line for cls in reversed(SCHEMAS[name].__mro__[:-1]) for line in section(cls.__name__, "")),
+        ]
+    )
+
+
+def config_keys(cls: type[Any], where: str = "") -> list[str]:
+    from dataclasses import is_dataclass
+    from typing import get_type_hints
+
+    keys = []
+    for name, hint in get_type_hints(cls).items():
+        keys += (
+            config_keys(hint, f"{where}{name}.") if is_dataclass(hint) and isinstance(hint, type) else [where + name]
+        )
+    return keys
