@@ -9,7 +9,7 @@ from hft_cli.errors import UserError
 PACKAGE = Path(__file__).parent
 
 
-def locate(path: str) -> str:
+def resolve_path(path: str) -> str:
     """The file or folder behind a config's path: `pocket:x` is x among the embedded files."""
     return str(PACKAGE / "assets" / "pocket" / path.removeprefix("pocket:")) if path.startswith("pocket:") else path
 
@@ -38,7 +38,7 @@ def config_from_hub(path: str) -> Path:
 NOT_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")  # what a model's folder has besides
 
 
-def fetch(path: str, key: str = "model.path") -> Path:
+def model_folder(path: str, key: str = "model.path") -> Path:
     """The local folder of a model: `path` itself, or a hub repository's snapshot, downloaded if need be.
 
     Raises:

@@ -15,7 +15,7 @@ class RoundDir:
     folder: Path
 
     @property
-    def step(self) -> Path:
+    def job(self) -> Path:
         """The sealed step that the worker reads."""
         return self.folder / "step.json"
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 
-def size(value: float) -> str:
+def format_bytes(value: float) -> str:
     """Bytes for people, in powers of 1,024."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -16,12 +16,12 @@ def size(value: float) -> str:
     return f"{value:,.0f} {unit}" if unit == "B" or value >= 100 else f"{value:,.1f} {unit}"
 
 
-def several(number: int, what: str, ending: str = "s") -> str:
+def plural(number: int, what: str, ending: str = "s") -> str:
     """1 GPU, 64 GPUs."""
     return f"{number:,} {what}{ending * (number != 1)}"
 
 
-def count(elements: float) -> str:
+def format_count(elements: float) -> str:
     """Elements for people: 68.98B, 0.54M, 4,096."""
     for width, unit in ((1e9, "B"), (1e6, "M")):
         if elements >= width / 10:
@@ -29,7 +29,7 @@ def count(elements: float) -> str:
     return f"{elements:,.0f}"
 
 
-def spans(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """Numbers as ranges: 0-3, 7, 9-11."""
     found: list[list[int]] = []
     for number in sorted(numbers):
@@ -40,7 +40,7 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
-def grid(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it reads as text too."""
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in [heads, *body]]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
@@ -48,7 +48,7 @@ def grid(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def natural(text: str) -> list[tuple[int, str]]:
+def natural_order(text: str) -> list[tuple[int, str]]:
     """Sort key that puts 2 before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli.data.rows import SHAPES, Chat, content_hash, read_chats, repeats
+from hft_cli.data.rows import SHAPES, Chat, content_hash, count_repeats, read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import prompts, tokenize
 from hft_cli.errors import UserError
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 
 
 def chat(*contents: str, system: str = "") -> Chat:
@@ -110,10 +110,10 @@ def test_the_hash_tells_order_roles_and_text_apart() -> None:
 
 def test_rows_that_repeat_an_earlier_one_and_rows_of_the_test_set_are_counted() -> None:
     others = [[turn("user", "Why?"), turn("system", "x"), ONE[1]], chat("Why?", "Because. "), chat("Why?Because.", "x")]
-    assert repeats([ONE, *others], []) == (0, 0)
-    assert repeats([ONE, TWO, [dict(turn) for turn in ONE], ONE], [TWO]) == (2, 1)
-    assert repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
-    assert repeats([], [ONE]) == (0, 0)
+    assert count_repeats([ONE, *others], []) == (0, 0)
+    assert count_repeats([ONE, TWO, [dict(turn) for turn in ONE], ONE], [TWO]) == (2, 1)
+    assert count_repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
+    assert count_repeats([], [ONE]) == (0, 0)
 
 
 @given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
@@ -121,7 +121,7 @@ def test_repeats_are_what_a_search_finds(train: list[int], test: list[int]) -> N
     earlier = sum(number in train[:place] for place, number in enumerate(train))
     both = sum(number in test for number in train)
     rows = [[chat("q", str(number)) for number in numbers] for numbers in (train, test)]
-    assert repeats(*rows) == (earlier, both)
+    assert count_repeats(*rows) == (earlier, both)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def tokenizer_of(kind: str = "bytes", template: str | None = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if kind == "pocket":
-        tokenizer = AutoTokenizer.from_pretrained(locate("pocket:model"))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path("pocket:model"))
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend(kind), bos_token="<s>", eos_token="</s>")
     if template is not None:

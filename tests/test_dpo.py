@@ -23,12 +23,12 @@ from conftest import environment
 from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.errors import UserError
 from hft_cli.launch.ranks import join_ranks
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 from hft_cli.training import dpo
 from hft_cli.training.weights import frozen_checksum
 from hft_cli.training.worker import freeze
 
-BASE = Path(locate("pocket:model"))
+BASE = Path(resolve_path("pocket:model"))
 LN2 = math.log(2)
 
 

@@ -13,20 +13,20 @@ import yaml
 from conftest import environment, hft
 from eval_files import write
 
-from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import scorer
 from hft_cli.evaluation.benchmarks import parts, settings, splits
-from hft_cli.evaluation.scorer import Scored, score, scores_of
+from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
-from hft_cli.method.rounds import draws, steps
-from hft_cli.paths import fetch, locate
+from hft_cli.method.rounds import draws, phases
+from hft_cli.paths import model_folder, resolve_path
 from hft_cli.run_dir import RoundDir
 from hft_cli.runner import prepare, training
 from hft_cli.runner.evaluation import run_eval
-from hft_cli.runner.tracking import Tracked
+from hft_cli.runner.tracking import Tracker
 from hft_cli.runner.training import run
 
 pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
@@ -203,8 +203,8 @@ def test_a_run_scores_benchmarks_and_probes_before_and_after_and_its_start_once_
 
     # What another run, or hft eval, starts from is known, whatever the seed of training is.
     other = config(tmp_path / "b", data_dir, seed=7)
-    base = fetch(locate("pocket:model"))
-    started, suite = Scored(base, other.model, weights_hash(base), shared=True), read_suite(other.suite)
+    base = model_folder(resolve_path("pocket:model"))
+    started, suite = ScoredModel(base, other.model, weights_hash(base), shared=True), read_suite(other.suite)
     assert scores_of(score(suite, started, RoundDir(tmp_path / "b"), seed=7)) == scores["before"]
     asked = EvalConfig(run=str(ran.folder), models=["before"], output_dir="", suite=other.suite)
     asked.model, asked.engine = other.model, other.engine
@@ -229,9 +229,9 @@ def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_d
     two.method.save_model = False  # there is no model to be put into place
     monkeypatch.setattr(training, "fetch", lambda place, *rest: Path("base"))
     where = training.RunDir(tmp_path)
-    base = fetch(locate("pocket:model"))
-    plan, drawn = steps(two), draws(two, from_folder(base, {}))
-    training._walk(where, prepare.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracked(), None)
+    base = model_folder(resolve_path("pocket:model"))
+    plan, drawn = phases(two), draws(two, parameters_from_folder(base, {}))
+    training._walk(where, prepare.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracker(), None)
     whole = ("facts", "nq_open", "facts_ranking")
     assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
 

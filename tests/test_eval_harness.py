@@ -101,13 +101,13 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
     import lm_eval.api.task
     from lm_eval.tasks import TaskManager
 
-    from hft_cli.evaluation.harness_tasks import _own_code_runner, build, harness_tasks
-    from hft_cli.launch.jobs import HarnessJob, Todo
+    from hft_cli.evaluation.harness_tasks import _own_code_runner, build_tasks, harness_tasks
+    from hft_cli.launch.jobs import HarnessJob, HarnessTask
 
     name, (task, rows, asked) = case.split()[0], ON_THE_HUB[case]
     config = settings(name, asked)
-    todo = Todo(name, asdict(config), None, False, "")
-    ours, _ = build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
+    todo = HarnessTask(name, asdict(config), None, False, "")
+    ours, _ = build_tasks(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
     assert list(ours) == [task]
     local = evaluated(ours.values(), None)
 
@@ -128,15 +128,15 @@ def test_local_files_give_the_prompts_targets_and_scores_of_the_harness_own_task
 
 
 def test_what_the_canned_model_says_is_sometimes_right_so_that_the_comparison_means_something(data_dir):
-    from hft_cli.evaluation.harness_tasks import build
+    from hft_cli.evaluation.harness_tasks import build_tasks
     from hft_cli.evaluation.harness_worker import _measured
-    from hft_cli.launch.jobs import HarnessJob, Todo
+    from hft_cli.launch.jobs import HarnessJob, HarnessTask
 
     found = {}
     for name in ("bbh", "humaneval", "hotpotqa"):
         config = settings(name, {"shots": 0} if name == "hotpotqa" else {})
-        todo = Todo(name, asdict(config), None, False, "")
-        tasks, _ = build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
+        todo = HarnessTask(name, asdict(config), None, False, "")
+        tasks, _ = build_tasks(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
         found[name] = _measured(evaluated(tasks.values(), None)["samples"], config)["scores"]
     assert found["bbh"]["exact_match,get-answer"] == 0.5
     assert found["bbh"]["exact_match,get-answer_stderr"] == pytest.approx(0.5)
@@ -145,11 +145,11 @@ def test_what_the_canned_model_says_is_sometimes_right_so_that_the_comparison_me
 
 
 def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punctuation(data_dir):
-    from hft_cli.evaluation.harness_tasks import build
-    from hft_cli.launch.jobs import HarnessJob, Todo
+    from hft_cli.evaluation.harness_tasks import build_tasks
+    from hft_cli.launch.jobs import HarnessJob, HarnessTask
 
-    todo = Todo("hotpotqa", asdict(settings("hotpotqa", {"shots": 2})), None, False, "")
-    (task,) = build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))[0].values()
+    todo = HarnessTask("hotpotqa", asdict(settings("hotpotqa", {"shots": 2})), None, False, "")
+    (task,) = build_tasks(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))[0].values()
     task.set_fewshot_seed(1234)
     assert len(task.eval_docs) == 5  # the last three are there to be examples
     prompt = task.fewshot_context(task.eval_docs[0], 2)
@@ -161,12 +161,12 @@ def test_hotpotqa_is_asked_closed_book_and_scored_without_case_articles_and_punc
 
 
 def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_is_scored(data_dir):
-    from hft_cli.evaluation.harness_tasks import build
-    from hft_cli.launch.jobs import HarnessJob, Todo
+    from hft_cli.evaluation.harness_tasks import build_tasks
+    from hft_cli.launch.jobs import HarnessJob, HarnessTask
 
-    todo = Todo("gsm8k", asdict(settings("gsm8k", {"metric": "exact_match,flexible"})), None, False, "")
+    todo = HarnessTask("gsm8k", asdict(settings("gsm8k", {"metric": "exact_match,flexible"})), None, False, "")
     with pytest.raises(UserError, match=r"Did you mean 'exact_match,flexible-extract'\?"):
-        build(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
+        build_tasks(todo, HarnessJob(ModelConfig(), "", (todo,), str(data_dir), 1, 42))
 
 
 def test_figures_of_a_task_that_goes_by_the_harness_name_keep_each_filter_s_error_beside_it():

@@ -27,7 +27,7 @@ from scipy.optimize import minimize
 
 from hft_cli.errors import UserError
 from hft_cli.launch.ranks import join_ranks
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 from hft_cli.training import gem
 from hft_cli.training.worker import freeze
 
@@ -239,7 +239,7 @@ def train(
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=rows(DATA),
-        processing_class=AutoTokenizer.from_pretrained(locate("pocket:model")),
+        processing_class=AutoTokenizer.from_pretrained(resolve_path("pocket:model")),
     )  # fmt: skip
     counted = gem.Steps()
     if projecting:

@@ -12,14 +12,14 @@ import torch
 from conftest import hft, results
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.parameters import from_folder
-from hft_cli.checkpoint.tensors import lay_over, reset_pieces, write_pieces
+from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.checkpoint.tensors import apply_deltas, reset_tensors, write_delta_file
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
 from hft_cli.method.selection import draw
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 
-BASE = Path(locate("pocket:model"))
+BASE = Path(resolve_path("pocket:model"))
 EVERYTHING = ("selection.embeddings=update", "selection.head=update", "selection.final_norm=update")
 
 
@@ -42,11 +42,11 @@ def tuned(tmp_path_factory) -> Path:
 
 def reset(tuned: Path, base: Path, out: Path, config: SelectionConfig, seed: int = 0, join: bool = False) -> set[str]:
     """Write the reset model to `out` and return the parameters that were drawn."""
-    own, theirs = from_folder(tuned), from_folder(base)
+    own, theirs = parameters_from_folder(tuned), parameters_from_folder(base)
     names = draw(own, config, 1, seed).updated
     delta = out.with_name("delta.safetensors")
-    write_pieces(reset_pieces(own, theirs, (tuned, base), names, join), delta, {})
-    lay_over(tuned, [delta], out)
+    write_delta_file(reset_tensors(own, theirs, (tuned, base), names, join), delta, {})
+    apply_deltas(tuned, [delta], out)
     return set(names)
 
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hft_cli.checkpoint import naming, tensors
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import from_config, from_folder
+from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_folder
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.errors import UserError
 from hft_cli.plan import costs
@@ -149,7 +149,7 @@ def config_of(name: str) -> Any:
 
 @cache
 def params_of(name: str) -> tuple[Param, ...]:
-    return from_config(config_of(name))
+    return parameters_from_config(config_of(name))
 
 
 @cache
@@ -263,15 +263,18 @@ def test_embeddings_head_and_final_norm_are_outside_the_layers(name: str, outsid
 def test_the_callers_config_is_left_as_it_is() -> None:
     config = config_of("llama")
     before = dict(vars(config))
-    from_config(config)
+    parameters_from_config(config)
     assert vars(config) == before
 
 
 def test_layers_and_experts_are_listed_in_numeric_order(saved: Callable[[str], Path]) -> None:
-    layers = [param.layer for param in from_config(AutoConfig.for_model("llama", **BASE | {"num_hidden_layers": 12}))]
+    layers = [
+        param.layer
+        for param in parameters_from_config(AutoConfig.for_model("llama", **BASE | {"num_hidden_layers": 12}))
+    ]
     inner = [layer for layer in layers if layer is not None]
     assert inner == sorted(inner)
-    down = next(param for param in from_folder(saved("mixtral")) if param.name.endswith("down_proj"))
+    down = next(param for param in parameters_from_folder(saved("mixtral")) if param.name.endswith("down_proj"))
     assert [int(tensor.split(".")[-3]) for tensor in down.stored] == list(range(12))
 
 
@@ -304,12 +307,12 @@ def test_nothing_is_guessed(name: str) -> None:
 def test_an_unplaced_parameter_is_named_with_an_override_that_places_it() -> None:
     config = AutoConfig.for_model("mamba", vocab_size=48, hidden_size=16, num_hidden_layers=3, state_size=4)
     with pytest.raises(UserError, match=r"'backbone\.layers\.0\.mixer\.A_log' \(and \d+ more\)") as error:
-        from_config(config)
+        parameters_from_config(config)
     override = str(error.value).split("'")[3]
     assert override == "model.kinds={mixer.A_log: KIND}"
     parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
     assert parser.parse_override(override).value() == {"mixer.A_log": "KIND"}
-    params = from_config(config, {"mixer": "attention"})
+    params = parameters_from_config(config, {"mixer": "attention"})
     assert {(param.kind, param.layer) for param in params if "mixer" in param.name} == {
         ("attention", 0), ("attention", 1), ("attention", 2)
     }  # fmt: skip
@@ -319,7 +322,7 @@ def test_a_vision_tower_is_refused() -> None:
     vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     config = AutoConfig.for_model("gemma3", text_config=WIDE, vision_config=vision | dict(patch_size=14))
     with pytest.raises(UserError, match=r"vision_tower|multi_modal"):
-        from_config(config)
+        parameters_from_config(config)
 
 
 def test_the_users_map_wins_over_the_patterns() -> None:
@@ -338,7 +341,7 @@ def test_the_users_map_wins_over_the_patterns() -> None:
 )
 def test_a_mistake_in_the_users_map_is_refused(kinds: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        from_config(config_of("llama"), kinds)
+        parameters_from_config(config_of("llama"), kinds)
 
 
 # Folders
@@ -346,13 +349,13 @@ def test_a_mistake_in_the_users_map_is_refused(kinds: dict[str, str], message: s
 
 @every_architecture
 def test_folder_and_config_give_the_same_params(name: str, saved: Callable[[str], Path]) -> None:
-    params = from_folder(saved(name))
-    assert bare(params) == bare(params_of(name)) == bare(from_config(saved(name)))
+    params = parameters_from_folder(saved(name))
+    assert bare(params) == bare(params_of(name)) == bare(parameters_from_config(saved(name)))
 
 
 @every_architecture
 def test_every_file_tensor_belongs_to_exactly_one_parameter(name: str, saved: Callable[[str], Path]) -> None:
-    stored = [tensor for param in from_folder(saved(name)) for tensor in param.stored]
+    stored = [tensor for param in parameters_from_folder(saved(name)) for tensor in param.stored]
     files = set(read_header(saved(name) / "model.safetensors"))
     assert len(stored) == len(set(stored))
     assert files - set(stored) == {key for key, _ in random_model(name).named_buffers() if key in files}
@@ -364,7 +367,7 @@ def test_each_parameter_alone_goes_back_to_its_file_tensors_bit_for_bit(
 ) -> None:
     files = load_file(saved(name) / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(saved(name))
-    params = from_folder(saved(name))
+    params = parameters_from_folder(saved(name))
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config_of(name))
     for param in params:
@@ -380,7 +383,7 @@ def test_each_parameter_alone_goes_back_to_its_file_tensors_bit_for_bit(
 def test_shards_give_the_same_params_as_one_file(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     random_model(name).save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert from_folder(tmp_path) == from_folder(saved(name))
+    assert parameters_from_folder(tmp_path) == parameters_from_folder(saved(name))
     files = tensors.checkpoint_files(tmp_path)
     for key, file in files.items():
         with safe_open(file, "pt") as opened:
@@ -395,8 +398,8 @@ def test_names_without_the_prefix_and_old_masks_are_read_as_the_hub_has_them_for
         return {key.removeprefix("transformer."): value for key, value in tensors.items()} | masks
 
     folder = edited("gpt2", as_on_the_hub)
-    params = from_folder(folder)
-    assert bare(params) == bare(from_config(config_of("gpt2")))
+    params = parameters_from_folder(folder)
+    assert bare(params) == bare(parameters_from_config(config_of("gpt2")))
     assert all(param.stored == (param.name.removeprefix("transformer."),) for param in params)
     files = load_file(folder / "model.safetensors")
     for model in (AutoModelForCausalLM.from_pretrained(folder), random_model("gpt2")):
@@ -407,7 +410,7 @@ def test_names_without_the_prefix_and_old_masks_are_read_as_the_hub_has_them_for
 
 def test_experts_without_the_prefix_are_cut_under_the_folders_own_names(edited: Callable[..., Path]) -> None:
     folder = edited("mixtral", lambda tensors: {key.removeprefix("model."): value for key, value in tensors.items()})
-    params = from_folder(folder)
+    params = parameters_from_folder(folder)
     files = load_file(folder / "model.safetensors")
     written = to_stored(random_model("mixtral"), dict(random_model("mixtral").named_parameters()), params)
     assert set(written) == set(files)
@@ -416,7 +419,7 @@ def test_experts_without_the_prefix_are_cut_under_the_folders_own_names(edited: 
 
 def test_experts_saved_merged_stay_merged(tmp_path: Path) -> None:
     random_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
-    params = from_folder(tmp_path)
+    params = parameters_from_folder(tmp_path)
     assert all(param.stored == (param.name,) for param in params)
     files = load_file(tmp_path / "model.safetensors")
     for model in (random_model("mixtral"), AutoModelForCausalLM.from_pretrained(tmp_path)):
@@ -429,7 +432,7 @@ def test_a_model_read_in_one_layout_is_not_written_in_another(saved: Callable[[s
     random_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="Cannot write"):
-        to_stored(merged, dict(merged.named_parameters()), from_folder(saved("mixtral")))
+        to_stored(merged, dict(merged.named_parameters()), parameters_from_folder(saved("mixtral")))
 
 
 @pytest.mark.parametrize(
@@ -450,7 +453,7 @@ def test_constants_of_old_checkpoints_are_no_parameters(
     name: str, constants: list[str], edited: Callable[..., Path]
 ) -> None:
     folder = edited(name, lambda tensors: tensors | {key: torch.ones(4) for key in constants})
-    params = from_folder(folder)
+    params = parameters_from_folder(folder)
     assert bare(params) == bare(params_of(name))
     assert not {tensor for param in params for tensor in param.stored} & set(constants)
 
@@ -463,7 +466,7 @@ def test_a_tied_head_that_the_file_repeats_belongs_to_the_embedding(
     name: str, embedding: str, edited: Callable[..., Path]
 ) -> None:
     folder = edited(name, lambda tensors: tensors | {"lm_head.weight": tensors[embedding]})
-    params = from_folder(folder)
+    params = parameters_from_folder(folder)
     assert [param.stored for param in params if param.kind in ("embedding", "head")] == [(embedding, "lm_head.weight")]
     written = to_stored(random_model(name), {embedding: random_model(name).get_parameter(embedding)}, params)
     assert set(written) == {embedding, "lm_head.weight"}
@@ -480,14 +483,14 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(
         return tensors | {"lm_head.weight": head}
 
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        from_folder(edited(name, change))
+        parameters_from_folder(edited(name, change))
 
 
 def test_a_tied_embedding_stored_only_as_the_head_is_found(edited: Callable[..., Path]) -> None:
     folder = edited("llama tied", lambda tensors: {
         key.replace("model.embed_tokens", "lm_head"): value for key, value in tensors.items()
     })  # fmt: skip
-    params = from_folder(folder)
+    params = parameters_from_folder(folder)
     assert [param.stored for param in params if param.kind == "embedding"] == [("lm_head.weight",)]
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert same_bits(loaded.lm_head.weight, random_model("llama tied").lm_head.weight)
@@ -517,24 +520,24 @@ def test_files_that_do_not_fit_the_config_are_refused(name: str, fault: str, edi
         "head lost": {"llama": "lm_head", "gpt2": "ln_f"}[name], "layer lost": ".2.",
     }  # fmt: skip
     with pytest.raises(UserError, match=named[fault]):
-        from_folder(edited(name, spoil))
+        parameters_from_folder(edited(name, spoil))
 
 
 def test_file_tensors_that_hold_several_parameters_are_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", **BASE))
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds several parameters"):
-        from_folder(tmp_path, {"": "attention"})
+        parameters_from_folder(tmp_path, {"": "attention"})
 
 
 def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="quantized"):
-        from_folder(edited("llama", quantization_config={"quant_method": "gptq"}))
+        parameters_from_folder(edited("llama", quantization_config={"quant_method": "gptq"}))
 
 
 def test_an_architecture_unknown_to_transformers_is_refused(edited: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="cannot build a causal language model"):
-        from_folder(edited("llama", model_type="no_such_model"))
+        parameters_from_folder(edited("llama", model_type="no_such_model"))
 
 
 # The fast path
@@ -556,7 +559,7 @@ def test_known_types_are_read_without_importing_torch(
     folders = [*(saved(name) for name in PLAIN), edited("llama", lambda tensors: tensors | constant)]
     run = subprocess.run([sys.executable, "-c", PROBE, *folders], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == [str(param) for folder in folders for param in from_folder(folder)]
+    assert run.stdout.splitlines() == [str(param) for folder in folders for param in parameters_from_folder(folder)]
 
 
 @pytest.mark.parametrize("model_type", naming.PLAIN)
@@ -573,7 +576,7 @@ def test_a_folder_of_seven_billion_parameters_takes_less_than_50_ms(tmp_path: Pa
     times = []
     for _ in range(10):
         start = time.process_time()  # not the clock: other tests run beside this one
-        assert len(from_folder(tmp_path)) == 291
+        assert len(parameters_from_folder(tmp_path)) == 291
         times.append(time.process_time() - start)
     assert min(times) < 0.05
 
@@ -666,4 +669,4 @@ def test_an_incomplete_folder_is_refused_with_the_fix(fault: str, message: str, 
     else:
         index.write_text("{")
     with pytest.raises(UserError, match=message):
-        from_folder(folder)
+        parameters_from_folder(folder)

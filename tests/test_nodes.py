@@ -21,7 +21,7 @@ from test_run import wait_for, wait_until_gone
 from hft_cli.config.schema import EngineConfig
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.launch import nodes
-from hft_cli.launch.nodes import Node, connected, free, introduce, listening, this_node
+from hft_cli.launch.nodes import Node, connect, free, introduce, listen, this_node
 
 FACTS = {
     "versions": {"torch": "2.13.0", "trl": "1.16.0"},
@@ -111,10 +111,10 @@ def follower(port: int, folder: Path, facts: dict[str, Any], rank: int = 1) -> t
     def come() -> None:
         node = Node(rank, 2, "127.0.0.1", port)
         try:
-            leader = connected(node, 5)
+            leader = connect(node, 5)
             assert leader is not None
             introduce(leader, facts, folder / ".nodes")
-            while not nodes.heed(leader.receive(1) or {}):
+            while not nodes.is_goodbye(leader.receive(1) or {}):
                 pass
             ended.append("done")
         except (UserError, NodeError, Stopped) as error:
@@ -131,7 +131,7 @@ def changed(part: str, key: str, value: Any) -> dict[str, Any]:
 
 def test_nodes_that_agree_begin_and_end_together(port, tmp_path):
     thread, ended = follower(port, tmp_path, FACTS)
-    with listening(Node(0, 2, "127.0.0.1", port)) as others:
+    with listen(Node(0, 2, "127.0.0.1", port)) as others:
         others.meet(FACTS, tmp_path / ".nodes")
     thread.join()
     assert ended == ["done"]
@@ -151,7 +151,7 @@ def test_a_node_with_other_versions_settings_or_files_is_refused_on_both_sides(f
     thread, ended = follower(port, tmp_path, facts)
     with (
         pytest.raises(UserError, match=words),
-        listening(Node(0, 2, "127.0.0.1", port)) as others,
+        listen(Node(0, 2, "127.0.0.1", port)) as others,
     ):
         others.meet(FACTS, tmp_path / ".nodes")
     thread.join()
@@ -165,7 +165,7 @@ def test_a_node_that_does_not_see_the_runs_folder_is_refused(port, tmp_path, mon
     thread, ended = follower(port, tmp_path / "elsewhere", FACTS)
     with (
         pytest.raises(UserError, match=r"Node 1 .*not the folder that node 0 writes to"),
-        listening(Node(0, 2, "127.0.0.1", port)) as others,
+        listen(Node(0, 2, "127.0.0.1", port)) as others,
     ):
         others.meet(FACTS, tmp_path / ".nodes")
     thread.join()
@@ -176,7 +176,7 @@ def test_two_nodes_with_one_number_are_refused(port, tmp_path):
     first, second = (follower(port, tmp_path, FACTS) for _ in range(2))
     with (
         pytest.raises(UserError, match=r"Two nodes are both engine.node_rank=1"),
-        listening(Node(0, 3, "127.0.0.1", port)) as others,
+        listen(Node(0, 3, "127.0.0.1", port)) as others,
     ):
         others.meet(FACTS, tmp_path / ".nodes")
     for thread, ended in (first, second):
@@ -189,7 +189,7 @@ def test_a_node_that_does_not_come_is_named(port, tmp_path, monkeypatch):
     thread, ended = follower(port, tmp_path, FACTS, rank=2)
     with (
         pytest.raises(NodeError, match=r"Node 1 did not come"),
-        listening(Node(0, 3, "127.0.0.1", port)) as others,
+        listen(Node(0, 3, "127.0.0.1", port)) as others,
     ):
         others.meet(FACTS, tmp_path / ".nodes")
     thread.join()
@@ -197,7 +197,7 @@ def test_a_node_that_does_not_come_is_named(port, tmp_path, monkeypatch):
 
 
 def test_what_tries_ports_does_not_disturb(port, tmp_path):
-    with listening(Node(0, 2, "127.0.0.1", port)) as others:
+    with listen(Node(0, 2, "127.0.0.1", port)) as others:
         for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": "1"}\n', b"[]\n"):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(word)
@@ -220,8 +220,8 @@ def test_what_tries_ports_does_not_disturb(port, tmp_path):
 )
 def test_a_node_that_ends_before_it_is_ready_ends_node_0_too(said, kind, words, port, tmp_path):
     def meet() -> None:
-        with listening(Node(0, 2, "127.0.0.1", port)) as others:
-            leader = connected(Node(1, 2, "127.0.0.1", port), 5)
+        with listen(Node(0, 2, "127.0.0.1", port)) as others:
+            leader = connect(Node(1, 2, "127.0.0.1", port), 5)
             assert leader is not None
             if said:
                 leader.send(**said)
@@ -241,7 +241,7 @@ def test_a_port_in_use_is_refused(port, which):
         taken.listen()
         with (
             pytest.raises(UserError, match=rf"Port {port + which} is in use on this machine. Choose another"),
-            listening(Node(0, 2, "127.0.0.1", port)),
+            listen(Node(0, 2, "127.0.0.1", port)),
         ):
             pass
 
@@ -253,7 +253,7 @@ def test_how_node_0_ends_before_the_others_are_let_in_is_how_they_end(error, kin
     thread, ended = follower(port, tmp_path, FACTS)
 
     def fail() -> None:
-        with listening(Node(0, 2, "127.0.0.1", port)):
+        with listen(Node(0, 2, "127.0.0.1", port)):
             time.sleep(1.5)  # the other one has come, and waits
             raise error
 

@@ -22,14 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import FIELDS, from_fields, from_folder
+from hft_cli.checkpoint.parameters import FIELDS, parameters_from_fields, parameters_from_folder
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, SelectionConfig
 from hft_cli.errors import UserError
-from hft_cli.launch.jobs import SealedStep
-from hft_cli.method.rounds import draws, step_config, steps
-from hft_cli.method.selection import draw, heaviest, units
-from hft_cli.paths import ARCHITECTURES, locate
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.method.rounds import draws, phase_config, phases
+from hft_cli.method.selection import draw, group_units, heaviest_draw
+from hft_cli.paths import ARCHITECTURES, resolve_path
 from hft_cli.plan import costs
 from hft_cli.plan.costs import PARTS, Memory, Setup
 from hft_cli.plan.planner import plan
@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-MODELS = {name: from_fields({**SMALL, **own}) for name, own in FAMILIES.items()}
+MODELS = {name: parameters_from_fields({**SMALL, **own}) for name, own in FAMILIES.items()}
 SHAPES = {name: costs.shape({**SMALL, **own}, MODELS[name] or ()) for name, own in FAMILIES.items()}
 
 # Elements of the published checkpoints, as the hub counts them in their files.
@@ -100,10 +100,10 @@ def names(params: tuple[Param, ...]) -> frozenset[str]:
 def test_shapes_from_the_fields_are_those_that_transformers_builds(family):
     from transformers import AutoConfig
 
-    from hft_cli.checkpoint.parameters import from_config
+    from hft_cli.checkpoint.parameters import parameters_from_config
 
     own = {**SMALL, **FAMILIES[family]}
-    made = from_config(AutoConfig.for_model(own.pop("model_type"), **own))
+    made = parameters_from_config(AutoConfig.for_model(own.pop("model_type"), **own))
     assert {(p.name, p.shape, p.kind, p.layer) for p in made} == {
         (p.name, p.shape, p.kind, p.layer) for p in MODELS[family] or ()
     }
@@ -117,7 +117,7 @@ def test_every_family_whose_shapes_follow_from_its_fields_is_tried():
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_a_shipped_architecture_has_the_published_number_of_elements(name):
     config = json.loads((ARCHITECTURES / f"{name}.json").read_text())
-    assert sum(p.elements for p in from_fields(config) or ()) == PUBLISHED[name]
+    assert sum(p.elements for p in parameters_from_fields(config) or ()) == PUBLISHED[name]
 
 
 def test_every_shipped_architecture_has_a_model_config_and_a_published_number():
@@ -141,17 +141,17 @@ def test_no_draw_has_more_elements_than_the_heaviest(family, selection, seed, ro
         drawn = draw(params, own, round, seed)
     except UserError:  # complementary by elements is for ratio 0.5
         return
-    most = set(heaviest(params, own))
+    most = set(heaviest_draw(params, own))
     assert sum(p.elements for p in params if p.name in most) >= drawn.updated_elements
     if own.balance == "matrices" and redraw == "independent":  # it is a draw: the same number of matrices
-        assert sum(u.params[0] in most for u in units(params)) == sum(
-            u.params[0] in drawn.updated for u in units(params)
+        assert sum(u.params[0] in most for u in group_units(params)) == sum(
+            u.params[0] in drawn.updated for u in group_units(params)
         )
 
 
 def test_the_heaviest_draw_of_a_grouped_attention_takes_queries_and_output():
     params, _ = of("llama with a tied head")
-    chosen = heaviest(params, SelectionConfig(level="category", ratio=0.5))
+    chosen = heaviest_draw(params, SelectionConfig(level="category", ratio=0.5))
     attention = {name.split(".")[-2] for name in chosen if "self_attn" in name}
     assert attention == {"q_proj", "o_proj"}
 
@@ -328,7 +328,7 @@ def test_activations_are_what_autograd_saves(family, mode, ratio):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own = {**SMALL, **FAMILIES[family], "attention_bias": False, "mlp_bias": False}
-    params = from_fields(own) or ()
+    params = parameters_from_fields(own) or ()
     net = costs.shape(own, params)
     config = AutoConfig.for_model(own.pop("model_type"), **own, eos_token_id=1, pad_token_id=0, bos_token_id=None)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -368,7 +368,7 @@ def test_activations_are_what_autograd_saves(family, mode, ratio):
 MEASURED = [(1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (3, "float32")]
 
 
-def sealed(folder: Path, model: Path, stage: int, dtype: str) -> SealedStep:
+def sealed(folder: Path, model: Path, stage: int, dtype: str) -> PhaseJob:
     """A step of HFT of two micro batches, as the runner seals it."""
     config = composed(
         "+method=hft", f"engine=zero{stage}", "engine.num_processes=2", "data=pocket_order", "data.test_path=null",
@@ -376,10 +376,10 @@ def sealed(folder: Path, model: Path, stage: int, dtype: str) -> SealedStep:
         "train.max_length=64", "train.save_every=1", "model=local", f"model.path={model}", f"model.dtype={dtype}",
         f"output_dir={folder}",
     )  # fmt: skip
-    (step,), (drawn,) = steps(config), draws(config, from_folder(model))
+    (step,), (drawn,) = phases(config), draws(config, parameters_from_folder(model))
     log = str(folder / "metrics.jsonl")
-    return SealedStep(
-        step_config(config, step), step, str(model), log, drawn.updated, drawn.frozen,
+    return PhaseJob(
+        phase_config(config, step), step, str(model), log, drawn.updated, drawn.frozen,
         deepspeed=deepspeed_settings(config),
     )  # fmt: skip
 
@@ -391,7 +391,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     out = tmp_path_factory.mktemp("ranks")
-    model = Path(shutil.copytree(locate("pocket:model"), out / "model"))
+    model = Path(shutil.copytree(resolve_path("pocket:model"), out / "model"))
     own = {**SMALL, "vocab_size": 512, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
     LlamaForCausalLM(LlamaConfig(**own)).to(torch.bfloat16).save_pretrained(model)
     files = []
@@ -415,8 +415,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("stage", "dtype"), MEASURED)
 def test_the_ranks_of_deepspeed_hold_what_was_foretold(stage, dtype, ranks):
     folder = ranks / f"zero{stage}-{dtype}"
-    told = SealedStep.read(folder / "step.json")
-    params = from_folder(told.model)
+    told = PhaseJob.read(folder / "step.json")
+    params = parameters_from_folder(told.model)
     net = costs.shape(json.loads((Path(told.model) / "config.json").read_text()), params)
     setup = Setup(stage, 2, dtype, 2, 64, accumulation=2)
     expected = asdict(costs.memory(params, frozenset(told.updated), net, setup))
@@ -500,7 +500,7 @@ def rank(files: list[Path]) -> None:
     DeepSpeedEngine.step = stepped
     for file in files:
         held.clear()
-        worker.train(SealedStep.read(file), RoundDir(file.parent))
+        worker.train(PhaseJob.read(file), RoundDir(file.parent))
         (file.parent / f"held.{os.environ['RANK']}").write_text(json.dumps(held))
     dist.barrier()
     dist.destroy_process_group()
@@ -553,7 +553,7 @@ def test_a_sweep_of_plans_is_one_table_and_writes_nothing(tmp_path):
 def test_a_plan_counts_rows_and_steps_of_data_that_are_here():
     (found,) = plan(planned(data="pocket_order", **{"train.max_steps": "null", "train.epochs": 3, "train.batch_size": 32,
                                                     "train.micro_batch_size": 4})).rounds  # fmt: skip
-    assert found.rows == len(Path(locate("pocket:skills/order/train.jsonl")).read_text().splitlines())
+    assert found.rows == len(Path(resolve_path("pocket:skills/order/train.jsonl")).read_text().splitlines())
     assert found.steps == 3 * -(-found.rows // 32)
 
 

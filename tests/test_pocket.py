@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.data.rows import read_chats
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 
-POCKET = Path(locate("pocket:"))
+POCKET = Path(resolve_path("pocket:"))
 SKILLS = sorted(path.name for path in (POCKET / "skills").iterdir())
 
 
 def test_all_of_it_is_under_3_megabytes_and_the_model_under_a_million_parameters():
     assert sum(path.stat().st_size for path in POCKET.rglob("*") if path.is_file()) < 3_000_000
-    assert sum(param.elements for param in from_folder(POCKET / "model")) < 1_000_000
+    assert sum(param.elements for param in parameters_from_folder(POCKET / "model")) < 1_000_000
 
 
 def test_there_are_900_facts_or_more_each_asked_once_with_a_source():

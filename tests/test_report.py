@@ -18,7 +18,7 @@ from conftest import environment, hft
 from hft_cli.errors import UserError
 from hft_cli.report import html
 from hft_cli.report.groups import groups
-from hft_cli.report.runs import gather, items
+from hft_cli.report.runs import find_runs, item_scores
 from hft_cli.report.sections import overview, weight_change
 from hft_cli.report.write import report
 
@@ -166,7 +166,7 @@ def test_jobs_that_a_sweep_never_began_are_missing_by_name(tmp_path):
     hydra = {"sweeper": {"params": {"+method": "fft,hft", "x": "9"}},
              "overrides": {"task": ["seed=1,2", "data.path=[a,b]"]}}  # fmt: skip
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
-    missing = {Path(run.row.run).name: run.row.note for run in gather([tmp_path]) if run.row.status == "missing"}
+    missing = {Path(run.row.run).name: run.row.note for run in find_runs([tmp_path]) if run.row.status == "missing"}
     assert missing.keys() == {"method=hft,seed=1", "method=hft,seed=2"}
     assert "+method=hft x=9 seed=1 data.path=[a,b]" in missing["method=hft,seed=1"]
 
@@ -200,13 +200,13 @@ def test_what_was_scored_later_is_beside_the_papers_table_and_paired_item_by_ite
     changes = {(row["method"], row["task"]): row for row in table(tmp_path / "out", "before_after")}
     assert float(changes["FFT", "knowledge/nq_open"]["change"]) == -0.5
     assert changes["FFT", "knowledge/nq_open"]["change_n"] == "4"
-    (fft,) = (run for run in gather([tmp_path]) if run.row.method == "fft")
+    (fft,) = (run for run in find_runs([tmp_path]) if run.row.method == "fft")
     assert fft.row.retained == 0.7  # of the suite that all runs of a sweep have
 
 
 def test_a_run_given_twice_is_there_once(tmp_path):
     run = make(tmp_path / "run")
-    assert len(gather([tmp_path, run, tmp_path / "run/../run"])) == 1
+    assert len(find_runs([tmp_path, run, tmp_path / "run/../run"])) == 1
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -230,7 +230,7 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting_and_others_are_told_apa
     make(tmp_path / "d", config={"continual": {"name": "seqft", "gem_margin": 0.5}})  # GEM's key without GEM
     make(tmp_path / "e", "fft")
     make(tmp_path / "f", "fft", ratio=0.3)  # a ratio where all is updated
-    found = {group.label: len(group.runs) for group in groups(gather([tmp_path]))}
+    found = {group.label: len(group.runs) for group in groups(find_runs([tmp_path]))}
     assert found == {"FFT max_steps 10": 2, "HFT max_steps 10": 3, "HFT max_steps 99": 1}
 
 
@@ -245,7 +245,7 @@ def test_the_table_of_methods_has_means_deviations_and_t_intervals(tmp_path):
     assert number(half["skill"]) == 0.8
     assert number(half["retained_sd"]) == 0.1
     assert float(half["retained_high"]) == pytest.approx(0.6 + 4.302653 * 0.1 / 3**0.5)
-    shown = part(overview.sections(gather([tmp_path]), False), "methods").markdown()
+    shown = part(overview.sections(find_runs([tmp_path]), False), "methods").markdown()
     assert "60.0 ± 10.0 [35.2, 84.8]" in shown
 
 
@@ -256,7 +256,7 @@ def test_differences_from_fft_are_paired_by_data_seed(tmp_path):
             make(tmp_path / f"h{seed}{draw}", seed=seed, draw_seed=draw, retained=base + 0.1 * draw)
     make(tmp_path / "h3", seed=3, draw_seed=1, retained=0.9)  # no FFT to compare with
     make(tmp_path / "other", "fft", rate=7.0)
-    (record,) = part(overview.sections(gather([tmp_path]), False), "differences").records
+    (record,) = part(overview.sections(find_runs([tmp_path]), False), "differences").records
     assert (record["setting"], record["against"], record["retained_n"]) == ("HFT lr 0.001", "FFT lr 0.001", 2)
     assert (record["retained"], record["retained_sd"]) == pytest.approx((0.15, 0))
 
@@ -275,7 +275,7 @@ def test_the_methods_figure_shows_the_same_numbers(tmp_path):
     make(tmp_path / "a", "fft", skill=0.6, retained=0.3)
     make(tmp_path / "b", skill=0.5, retained=0.8, seed=1)
     make(tmp_path / "c", skill=0.7, retained=0.8, seed=2)
-    figure = plotted(overview.sections(gather([tmp_path]), False), "methods")
+    figure = plotted(overview.sections(find_runs([tmp_path]), False), "methods")
     left, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["FFT", "HFT"]
     points = {(round(x, 6), y) for line in left.lines if line.get_marker() in "os" for x, y in line.get_xydata()}
@@ -287,7 +287,7 @@ def test_the_tradeoff_figure_is_means_over_seeds_by_learning_rate(tmp_path):
     for seed in (1, 2):
         for rate in (1e-4, 1e-3):
             make(tmp_path / f"{seed}{rate}", seed=seed, rate=rate, skill=0.1 * seed + 100 * rate)
-    figure = plotted(overview.sections(gather([tmp_path]), False), "tradeoff")
+    figure = plotted(overview.sections(find_runs([tmp_path]), False), "tradeoff")
     line = next(line for line in figure.axes[0].lines if line.get_label() == "HFT")
     assert list(line.get_xdata()) == [1e-4, 1e-3]
     assert line.get_ydata() == pytest.approx([16, 25])
@@ -302,7 +302,7 @@ def test_the_ratio_curve_ends_in_the_run_that_updates_everything(tmp_path):
             make(tmp_path / f"{ratio}{seed}", ratio=ratio, seed=seed, skill=ratio + 0.01 * seed)
     make(tmp_path / "fft", "fft", skill=0.99)
     make(tmp_path / "other", "fft", skill=0.11, rate=9e-3)  # not the same in the rest
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     records = part(made, "ratio").records
     assert [(record["ratio"], record["runs"]) for record in records] == [(0.25, 2), (0.5, 2), (0.75, 2), (1.0, 1)]
     assert [record["skill"] for record in records] == pytest.approx([0.265, 0.515, 0.765, 0.99])
@@ -314,7 +314,7 @@ def test_levels_stand_beside_each_other_and_beside_the_papers(tmp_path):
     for level, kept in (("category", 0.9), ("layer", 0.8), ("model", 0.7)):
         make(tmp_path / level, level=level, retained=kept)
     make(tmp_path / "fft", "fft", retained=0.5)
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     records = part(made, "levels").records
     assert [(r["level"], r["retained"]) for r in records] == [
         ("all", 0.5), ("model", 0.7), ("layer", 0.8), ("category", 0.9)
@@ -326,7 +326,7 @@ def test_levels_stand_beside_each_other_and_beside_the_papers(tmp_path):
 
 def test_one_ratio_one_level_and_one_rate_make_no_such_sections(tmp_path):
     make(tmp_path / "a")
-    found = titles(overview.sections(gather([tmp_path]), False))
+    found = titles(overview.sections(find_runs([tmp_path]), False))
     assert found == ["The runs", "Methods", "What was updated", "Before and after", "Cost"]
 
 
@@ -341,7 +341,7 @@ def test_retention_at_equal_skill_is_read_off_each_seeds_path(tmp_path):
                 skill = 0.2 + 0.3 * i
                 kept = start - 0.5 * skill + 0.1 * (seed - 1)
                 make(tmp_path / f"{method}{seed}{i}", method, seed=seed, rate=rate, skill=skill, retained=kept)
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     records = part(made, "frontier").records
     assert [record["skill"] for record in records] == pytest.approx([0.2, 0.35, 0.5, 0.65, 0.8])
     for record in records:
@@ -358,7 +358,7 @@ def test_methods_without_a_common_skill_are_said_to_have_none(tmp_path):
     for i, rate in enumerate((1e-4, 1e-3)):
         make(tmp_path / f"f{i}", "fft", rate=rate, skill=0.8 + 0.1 * i)
         make(tmp_path / f"h{i}", "hft", rate=rate, skill=0.2 + 0.1 * i)
-    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Retention at equal skill"]
+    (section,) = [s for s in overview.sections(find_runs([tmp_path]), False) if s.title == "Retention at equal skill"]
     assert "no skill that every method and seed reached" in section.text[-1]
 
 
@@ -369,7 +369,7 @@ def test_r_is_averaged_cell_by_cell_with_op_bwt_and_blanks(tmp_path):
     make(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], seed=1)
     make(tmp_path / "b", r=[[0.6, None], [0.6, 0.8]], seed=2)
     make(tmp_path / "c", r=[[0.6, 0.1], [0.5, 0.7]], continual="replay")
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     plain, replay = part(made, "sequences").records
     assert (plain["op"], plain["bwt"]) == pytest.approx((0.6, -0.2))
     assert (replay["setting"], replay["op"], replay["bwt"]) == ("HFT + replay", pytest.approx(0.6), pytest.approx(-0.1))
@@ -391,7 +391,7 @@ def test_shares_of_the_variance_of_crossed_seeds(tmp_path):
         for data in (1, 2):
             make(tmp_path / f"{draw}{data}", seed=data, draw_seed=draw, retained=0.5 + 0.1 * draw,
                  skill=0.5 + 0.1 * data)  # fmt: skip
-    records = part(overview.sections(gather([tmp_path]), False), "variance").records
+    records = part(overview.sections(find_runs([tmp_path]), False), "variance").records
     skill, kept = records
     assert (skill["measure"], skill["grid"], kept["measure"]) == ("skill", "3 x 2", "retained")
     assert (skill["draw"], skill["data"], skill["rest"]) == pytest.approx((0, 1, 0))
@@ -405,7 +405,7 @@ def test_effects_of_updating_a_layer_are_found_again(tmp_path):
         updated = [name for name in NAMES if rng.random() < 0.5]
         lost = sum(".layers.1." in name for name in updated)
         make(tmp_path / str(seed), level="model", draw_seed=seed, updated=updated, retained=0.9 - 0.05 * lost)
-    records = part(overview.sections(gather([tmp_path]), False), "effects").records
+    records = part(overview.sections(find_runs([tmp_path]), False), "effects").records
     layers = {r["term"]: r for r in records if r["family"] == "layer" and r["measure"] == "retained"}
     assert layers["layer 1"]["effect"] == pytest.approx(-0.05)
     assert layers["layer 0"]["effect"] == pytest.approx(0)
@@ -417,14 +417,14 @@ def test_a_draw_under_several_data_seeds_counts_once_among_the_draws(tmp_path):
         updated = [name for i, name in enumerate(NAMES) if i != draw]
         for data in (1, 2):
             make(tmp_path / f"{draw}{data}", level="model", draw_seed=draw, seed=data, updated=updated)
-    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
+    (section,) = [s for s in overview.sections(find_runs([tmp_path]), False) if s.title == "Draws against data"]
     assert "HFT: effects by matrix need 7 different draws or more; there are 5." in section.text
 
 
 def test_too_few_draws_for_effects_are_said(tmp_path):
     for seed in range(3):
         make(tmp_path / str(seed), level="model", draw_seed=seed, updated=NAMES[seed : 2 * seed + 5])
-    (section,) = [s for s in overview.sections(gather([tmp_path]), False) if s.title == "Draws against data"]
+    (section,) = [s for s in overview.sections(find_runs([tmp_path]), False) if s.title == "Draws against data"]
     assert "HFT: effects by layer need 4 different draws or more; there are 3." in section.text
 
 
@@ -433,7 +433,7 @@ def test_too_few_draws_for_effects_are_said(tmp_path):
 
 def test_the_draws_figure_marks_what_was_updated(tmp_path):
     make(tmp_path / "run", updated=["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"])
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     (axes,) = plotted(made, "draws").axes
     columns = [label.get_text() for label in axes.get_xticklabels()]
     assert columns == ["q", "k", "v", "o", "up", "down", "input_norm"]
@@ -472,18 +472,18 @@ def test_norms_are_those_of_the_last_delta_against_the_base(tmp_path, bfloat16, 
     plan = json.loads((run / "plan.json").read_text()) | {"base": str(base), "base_sha256": weights_hash(base)}
     (run / "plan.json").write_text(json.dumps(plan))
     found = {record["tensor"]: record["relative"]
-             for record in part(overview.sections(gather([tmp_path / "run"]), True), "norms").records}  # fmt: skip
+             for record in part(overview.sections(find_runs([tmp_path / "run"]), True), "norms").records}  # fmt: skip
     assert found == {NAMES[0]: pytest.approx(0.5), NAMES[1]: pytest.approx(0.5), "lm_head.weight": 0}
-    axes = plotted(overview.sections(gather([tmp_path / "run"]), True), "norms").axes[0]
+    axes = plotted(overview.sections(find_runs([tmp_path / "run"]), True), "norms").axes[0]
     assert [text.get_text() for text in axes.texts] == ["50", "50"]
     save(base / "model.safetensors", start | {"lm_head.weight": np.zeros(4)}, bfloat16)
-    (section,) = [s for s in overview.sections(gather([run]), True) if s.title == "Size of the change"]
+    (section,) = [s for s in overview.sections(find_runs([run]), True) if s.title == "Size of the change"]
     assert "are not those that it started from" in section.text[0]
 
 
 def test_norms_without_the_base_say_why_there_are_none(tmp_path):
     make(tmp_path / "run")
-    (section,) = [s for s in overview.sections(gather([tmp_path]), True) if s.title == "Size of the change"]
+    (section,) = [s for s in overview.sections(find_runs([tmp_path]), True) if s.title == "Size of the change"]
     assert "is gone" in section.text[0]
 
 
@@ -497,8 +497,8 @@ def test_items_give_a_paired_interval_and_other_rows_are_left_out(tmp_path):
         folder.mkdir(parents=True)
         lines = [json.dumps({"row": i, "exact_match": float(value), "nll": 9}) for i, value in enumerate(values)]
         (folder / "facts.jsonl").write_text("\n".join(lines) + "\n")
-    (found,) = gather([tmp_path])
-    assert items(found, "pocket/facts") == ([1, 1, 1, 1], [1, 0, 1, 0])
+    (found,) = find_runs([tmp_path])
+    assert item_scores(found, "pocket/facts") == ([1, 1, 1, 1], [1, 0, 1, 0])
     records = {r["task"]: r for r in part(overview.sections([found], False), "before_after").records}
     facts = records["pocket/facts"]
     assert (facts["change"], facts["change_n"]) == (-0.5, 4)
@@ -511,7 +511,7 @@ def test_items_give_a_paired_interval_and_other_rows_are_left_out(tmp_path):
 def test_cost_is_over_runs_with_what_they_ran_on(tmp_path):
     make(tmp_path / "a", seed=1)
     make(tmp_path / "b", seed=2)
-    (record,) = part(overview.sections(gather([tmp_path]), False), "cost").records
+    (record,) = part(overview.sections(find_runs([tmp_path]), False), "cost").records
     assert (record["train_seconds"], record["tokens_per_second"]) == (2, 1000)
     assert (record["peak_memory_bytes"], record["hardware"], record["runs"]) == (3 << 20, "2 CPUs", 2)
 
@@ -569,7 +569,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 def test_tables_of_the_paper_are_apart_and_said_to_be_the_papers(tmp_path):
     make(tmp_path / "a")
-    made = overview.sections(gather([tmp_path]), False)
+    made = overview.sections(find_runs([tmp_path]), False)
     own = [p for section in made for p in section.parts if not getattr(p, "paper", False)]
     assert "Llama" not in html.markdown("x", [overview.Section("x", (), own)])
     theirs = part(made, "paper_sft")

@@ -23,10 +23,10 @@ from hft_cli.config.deepspeed import FREE, FREE_OF_ZERO
 from hft_cli.config.schema import ModelConfig, SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import score_cache, scorer
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 from hft_cli.training import resume
 
-BASE = Path(locate("pocket:model"))
+BASE = Path(resolve_path("pocket:model"))
 ZERO2 = ("engine=zero2", "engine.num_processes=2")
 ZERO3 = ("engine=zero3", "engine.num_processes=2")
 TWO_RANKS = ("engine.num_processes=2", "train.micro_batch_size=2")
@@ -567,7 +567,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
 def test_resume_finds_the_run_and_refuses_another_draw_or_data(tmp_path):
     out = tmp_path / "runs" / "today" / "run"
     rows = tmp_path / "rows.jsonl"
-    shutil.copy(locate("pocket:skills/order/train.jsonl"), rows)
+    shutil.copy(resolve_path("pocket:skills/order/train.jsonl"), rows)
     long = (*LONG, f"data.path={rows}")
     process = start(out, *long)
     wait_for(out / "rounds/01-rows/checkpoints/checkpoint-20/hft.json", process)
@@ -680,7 +680,7 @@ def test_the_start_is_scored_once_for_all_runs_that_share_it(tmp_path):
     suite = SuiteConfig("none")
     keys = {
         score_cache.key(
-            scorer._identity(scorer.Scored(BASE, ModelConfig("m", str(BASE), dtype=dtype))), suite.batch_size
+            scorer._identity(scorer.ScoredModel(BASE, ModelConfig("m", str(BASE), dtype=dtype))), suite.batch_size
         )
         for dtype in ("float32", "float32", "bfloat16")
     }

@@ -16,7 +16,7 @@ from scipy import stats
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
-from hft_cli.method.selection import draw, units
+from hft_cli.method.selection import draw, group_units
 
 
 def model(layers: int, matrices: dict[str, tuple[str, tuple[int, ...]]], bias: bool = False, tied: bool = False):
@@ -73,7 +73,7 @@ configs = st.builds(
 def test_a_draw_parts_the_parameters_and_keeps_a_matrix_with_its_bias(params, config, round, seed):
     made = draw(params, config, round, seed)
     assert sorted(made.updated + made.frozen) == sorted(p.name for p in params)
-    for unit in units(params):
+    for unit in group_units(params):
         assert len({name in made.updated for name in unit.params}) == 1
 
 
@@ -85,7 +85,7 @@ def test_category_reaches_the_ratio_in_every_layer_and_over_the_model_to_within_
     made = draw(params, SelectionConfig(ratio=ratio, redraw=redraw), round, seed)
     exact = Fraction(str(ratio))
     updated, size = Counter(), Counter()
-    for unit in units(params):
+    for unit in group_units(params):
         if unit.layer is not None:
             size[unit.kind, unit.layer] += 1
             updated[unit.kind, unit.layer] += unit.params[0] in made.updated
@@ -102,7 +102,7 @@ def test_category_reaches_the_ratio_in_every_layer_and_over_the_model_to_within_
 def test_half_of_llama_is_exactly_the_papers_counts(layers, seed, round):
     made = draw(model(layers, LLAMA), SelectionConfig(), round, seed)
     per_layer = defaultdict(Counter)
-    for unit in units(model(layers, LLAMA)):
+    for unit in group_units(model(layers, LLAMA)):
         per_layer[unit.layer][unit.kind] += unit.params[0] in made.updated
     blocks = [per_layer[layer] for layer in range(layers)]
     assert all(block["attention"] == 2 and block["norm"] == 1 for block in blocks)
@@ -116,7 +116,7 @@ def test_half_of_llama_is_exactly_the_papers_counts(layers, seed, round):
 def test_layer_and_model_take_the_nearest_number_of_whole_layers_or_matrices(params, seed, level, ratio):
     made = draw(params, SelectionConfig(level=level, ratio=ratio), 1, seed)
     groups = defaultdict(set)
-    for unit in units(params):
+    for unit in group_units(params):
         if unit.layer is not None:
             groups[unit.layer if level == "layer" else unit.name].add(unit.params[0] in made.updated)
     assert all(len(states) == 1 for states in groups.values())
@@ -128,7 +128,7 @@ def test_layer_and_model_take_the_nearest_number_of_whole_layers_or_matrices(par
 @settings(max_examples=100, deadline=None)
 def test_balancing_elements_comes_within_one_unit_of_the_ratio(params, ratio, seed, level):
     made = draw(params, SelectionConfig(level=level, ratio=ratio, balance="elements"), 1, seed)
-    inside = [u for u in units(params) if u.layer is not None]
+    inside = [u for u in group_units(params) if u.layer is not None]
     whole = sum(u.elements for u in inside)
     groups = defaultdict(int)
     for unit in inside:
@@ -226,7 +226,7 @@ def test_balanced_rounds_update_the_matrices_of_a_group_equally_often_to_within_
     config = SelectionConfig(level=level, ratio=ratio, redraw="balanced")
     updated = [set(draw(params, config, round, seed).updated) for round in range(1, rounds + 1)]
     counts = defaultdict(set)
-    for unit in units(params):
+    for unit in group_units(params):
         if unit.layer is not None:
             group = (unit.kind, unit.layer) if level == "category" else level
             counts[group].add(sum(unit.params[0] in names for names in updated))
@@ -236,7 +236,7 @@ def test_balanced_rounds_update_the_matrices_of_a_group_equally_often_to_within_
 def test_balanced_halves_of_llama_differ_by_at_most_one_over_the_whole_model_and_begin_as_independent_ones():
     params, config = model(4, LLAMA), SelectionConfig(redraw="balanced")
     updated = [set(draw(params, config, round, 3).updated) for round in range(1, 8)]
-    counts = {sum(u.params[0] in names for names in updated) for u in units(params) if u.layer is not None}
+    counts = {sum(u.params[0] in names for names in updated) for u in group_units(params) if u.layer is not None}
     assert counts == {3, 4}
     assert updated[0] == set(draw(params, SelectionConfig(), 1, 3).updated)
 
@@ -268,5 +268,5 @@ def test_the_ledgers_numbers_are_what_the_names_give():
     sizes = {p.name: p.elements for p in params}
     assert made.total_elements == sum(sizes.values())
     assert made.updated_elements == sum(sizes[name] for name in made.updated)
-    inside = [u for u in units(params) if u.layer is not None]
+    inside = [u for u in group_units(params) if u.layer is not None]
     assert made.matrices_reached == sum(u.params[0] in made.updated for u in inside) / len(inside)

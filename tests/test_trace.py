@@ -16,10 +16,10 @@ from test_run import BASE, changed, ledger, ranks, wait_for, wait_until_gone
 from hft_cli.config import schema, validate
 from hft_cli.config.schema import DataConfig, MethodConfig, ModelConfig, RunConfig
 from hft_cli.config.validate import check
-from hft_cli.data.rows import Source, kept_rows, read_sources
+from hft_cli.data.rows import Source, read_sources, rows_of_source
 from hft_cli.errors import UserError
 from hft_cli.evaluation import metrics
-from hft_cli.method.rounds import Step, steps
+from hft_cli.method.rounds import Phase, phases
 
 pytestmark = pytest.mark.xdist_group("trace")  # on one worker: they share a run of a minute
 TASKS = ("C-STANCE", "Py150", "20Minuten")
@@ -243,7 +243,7 @@ def config(**changes) -> RunConfig:
 
 
 def test_a_task_is_a_round_with_its_own_epochs_metric_and_test_set():
-    found = steps(config())
+    found = phases(config())
     assert [(s.round, s.name, s.test, s.epochs, s.metric) for s in found] == [
         (1, "C-STANCE", "root/C-STANCE", 1, "accuracy"),
         (2, "Py150", "root/Py150", 5, "accuracy"),
@@ -252,7 +252,7 @@ def test_a_task_is_a_round_with_its_own_epochs_metric_and_test_set():
 
 
 def test_replay_has_the_general_set_after_the_first_task_too():
-    found = steps(config(continual__name="replay", continual__replay_general="lima"))
+    found = phases(config(continual__name="replay", continual__replay_general="lima"))
     assert [(s.number, s.round, s.name) for s in found] == [
         (1, 1, "C-STANCE"), (2, 1, "C-STANCE-replay"), (3, 2, "Py150"), (4, 2, "Py150-replay"),
         (5, 3, "20Minuten"), (6, 3, "20Minuten-replay"),
@@ -265,7 +265,7 @@ def test_replay_has_the_general_set_after_the_first_task_too():
 
 
 def test_gem_remembers_every_past_task():
-    found: tuple[Step, ...] = steps(config(continual__name="gem", continual__gem_memory=5))
+    found: tuple[Phase, ...] = phases(config(continual__name="gem", continual__gem_memory=5))
     assert [len(s.memories) for s in found] == [0, 1, 2]
     assert found[2].memories == (Source("root/C-STANCE", rows=5), Source("root/Py150", rows=5))
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_is_refused_in_one_line(changes, said):
     def both() -> None:
         made = config(**changes)
         check(made)
-        steps(made)
+        phases(made)
 
     with pytest.raises(UserError, match=said) as caught:
         both()
@@ -306,11 +306,11 @@ def test_what_cannot_be_is_refused_in_one_line(changes, said):
 
 def test_kept_rows_are_drawn_under_the_seed_alone_and_stand_in_the_order_of_the_file(folder):
     for rows, count in ((10, 3), (10, 10), (3, 10)):
-        kept = kept_rows(rows, count, "42\0x")
-        assert kept == sorted(set(kept)) == kept_rows(rows, count, "42\0x")
+        kept = rows_of_source(rows, count, "42\0x")
+        assert kept == sorted(set(kept)) == rows_of_source(rows, count, "42\0x")
         assert len(kept) == min(rows, count)
         assert all(0 <= index < rows for index in kept)
-    drawn = [tuple(kept_rows(100, 10, f"{seed}\0x")) for seed in range(50)]
+    drawn = [tuple(rows_of_source(100, 10, f"{seed}\0x")) for seed in range(50)]
     assert len(set(drawn)) == 50
     half, data = str(folder / "Py150"), DataConfig(name="d", path="p")
     some = read_sources([Source(half, share=0.5), Source(half, rows=3)], data, 1)
@@ -336,7 +336,7 @@ def test_test_rows_of_a_task_have_the_shape_of_its_training_rows(folder):
 
 
 def test_rounds_have_names_of_their_own_whatever_their_files_are_called():
-    found = steps(config(data__tasks=[], data__path=["a/x", "b/x", "c/x-1"], data__metric="accuracy", train__epochs=1))
+    found = phases(config(data__tasks=[], data__path=["a/x", "b/x", "c/x-1"], data__metric="accuracy", train__epochs=1))
     assert len({step.name for step in found}) == 3
 
 

@@ -17,7 +17,7 @@ from hft_cli.config.schema import TrackingConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import write_text
 from hft_cli.run_dir import RunDir
-from hft_cli.runner.tracking import log_scores, require, track
+from hft_cli.runner.tracking import log_scores, require_tracker, track
 from hft_cli.runner.training import run
 
 BOARD = TrackingConfig(name="tensorboard")
@@ -186,7 +186,7 @@ def test_a_folder_that_only_has_the_name_of_a_package_is_not_taken_for_it(monkey
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="not installed"):
-        require(TrackingConfig(name="wandb"))
+        require_tracker(TrackingConfig(name="wandb"))
 
 
 def test_a_tracker_that_does_not_exist_is_refused_and_nothing_is_written(tmp_path):

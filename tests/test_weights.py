@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.tensors import Writer, lay_over, read_header, same_bytes, tensors
+from hft_cli.checkpoint.tensors import Writer, apply_deltas, read_header, same_bytes, stored_tensors
 from hft_cli.errors import UserError
-from hft_cli.paths import fetch
+from hft_cli.paths import model_folder
 
 
 def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
@@ -77,7 +77,7 @@ def test_a_model_is_the_base_with_the_delta_over_it(tmp_path, shards):
     base = checkpoint(tmp_path / "base", shards)
     delta = {"b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half()}
     save_file(delta, tmp_path / "delta.safetensors")
-    lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
+    apply_deltas(base, [tmp_path / "delta.safetensors"], tmp_path / "out", {"chat_template.jinja": "{{ x }}"})
     made, expected = everything(tmp_path / "out"), everything(base) | delta
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in made)
@@ -92,14 +92,14 @@ def test_a_delta_that_does_not_fit_is_refused_and_writes_nothing(tmp_path, delta
     base = checkpoint(tmp_path / "base", SHARDS)
     save_file(delta, tmp_path / "delta.safetensors")
     with pytest.raises(UserError, match=r"has [az] as \[.*\], which .* has not"):
-        lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / "out")
+        apply_deltas(base, [tmp_path / "delta.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_same_bytes_tells_bits_apart_not_values(tmp_path):
     for name, value in {"zero": 0.0, "minus": -0.0, "nan": float("nan"), "again": float("nan")}.items():
         checkpoint(tmp_path / name, [{"x": torch.full((1000,), value)}])
-    place = {path.name: tensors(path)["x"] for path in tmp_path.iterdir()}
+    place = {path.name: stored_tensors(path)["x"] for path in tmp_path.iterdir()}
     assert not same_bytes(place["zero"], place["minus"])
     assert same_bytes(place["nan"], place["again"])
 
@@ -110,8 +110,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         base = checkpoint(tmp_path / f"base{number}", [{"big": torch.zeros(size)}])
         save_file({"big": torch.ones(size)}, tmp_path / "delta.safetensors")
         tracemalloc.start()
-        lay_over(base, [tmp_path / "delta.safetensors"], tmp_path / f"out{number}")
-        assert not same_bytes(tensors(base)["big"], tensors(tmp_path / f"out{number}")["big"])
+        apply_deltas(base, [tmp_path / "delta.safetensors"], tmp_path / f"out{number}")
+        assert not same_bytes(stored_tensors(base)["big"], stored_tensors(tmp_path / f"out{number}")["big"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 16 << 20
@@ -121,4 +121,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_model_that_is_not_there_is_a_users_mistake(path):
     with pytest.raises(UserError, match=f"model.path={path} is not a folder"):
-        fetch(path)
+        model_folder(path)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.checkpoint.naming import BUFFERS, Param, natural_order
+from hft_cli.checkpoint.naming import BUFFERS, Param, parameter_order
 from hft_cli.checkpoint.tensors import TensorInfo
 from hft_cli.errors import UserError
 
@@ -60,7 +60,7 @@ def converted(model: Any, infos: Mapping[str, TensorInfo], folder: Path) -> Layo
     stored: dict[str, list[str]] = {name: [] for name in shapes}
     aliases: dict[str, list[str]] = {}
     strange = []
-    for name in sorted(infos, key=natural_order):
+    for name in sorted(infos, key=parameter_order):
         target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:  # the loader's own fallback
             target, source = name, None
@@ -124,7 +124,7 @@ def to_stored(model: Any, named: Mapping[str, Tensor], params: Iterable[Param] =
             result.update(dict.fromkeys(stored, next(iter(written.values()))))
             continue
         # The names may differ by the prefix alone, so both in natural order pair up.
-        pairs = list(zip(sorted(written, key=natural_order), sorted(stored, key=natural_order), strict=False))
+        pairs = list(zip(sorted(written, key=parameter_order), sorted(stored, key=parameter_order), strict=False))
         if len(written) != len(stored) or any(a.split(".")[-3:] != b.split(".")[-3:] for a, b in pairs):
             raise UserError(f"Cannot write '{name}' as '{stored[0]}': transformers writes it as '{pairs[0][0]}'.")
         result.update((target, written[own]) for own, target in pairs)

@@ -139,18 +139,18 @@ def unplaced(names: list[str]) -> UserError:
     )
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
+def parameter_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10, so that every reader lists the parameters in one order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def place(name: str) -> tuple[int, str] | None:
+def layer_and_matrix(name: str) -> tuple[int, str] | None:
     """Layer and matrix (with its bias) of a parameter's name; None outside the layers."""
     found = re.search(r"\.(\d+)\.(.+?)(?:\.weight|\.bias)?$", name)
     return (int(found.group(1)), found.group(2)) if found else None
 
 
-def called(matrices: Iterable[str]) -> dict[str, str]:
+def short_names(matrices: Iterable[str]) -> dict[str, str]:
     """Matrix -> a short name for a figure's edge, where no other has the same: q, gate, input_norm."""
     names = list(matrices)
     ends = [name.rsplit(".", 1)[-1].removesuffix("_proj").replace("layernorm", "norm") for name in names]

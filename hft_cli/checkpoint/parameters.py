@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.conversion import Layout, converted, meta_model, shapes_of
-from hft_cli.checkpoint.naming import BUFFERS, PLAIN, Param, match, natural_order, placing_rules, unplaced
+from hft_cli.checkpoint.naming import BUFFERS, PLAIN, Param, match, parameter_order, placing_rules, unplaced
 from hft_cli.checkpoint.tensors import TensorInfo, checkpoint_files, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import read_json_object
@@ -20,7 +20,7 @@ from hft_cli.files import read_json_object
 MOST_TOKENS = 2048  # of a row, unless train.max_length says more
 
 
-def positions(config: Mapping[str, Any]) -> int | None:
+def max_positions(config: Mapping[str, Any]) -> int | None:
     """The most tokens that a model reads, from its config; None if that does not say."""
     own = config.get("text_config") or config
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
@@ -33,7 +33,7 @@ def _params(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Iterable[str]], kinds: Mapping[str, str]
 ) -> tuple[Param, ...]:
     rules = placing_rules(kinds)
-    placed = {name: match(name, shapes[name], rules) for name in sorted(shapes, key=natural_order)}
+    placed = {name: match(name, shapes[name], rules) for name in sorted(shapes, key=parameter_order)}
     if missing := [name for name, found in placed.items() if found is None]:
         raise unplaced(missing)
     for pattern, _ in rules:
@@ -46,7 +46,7 @@ def _params(
     )
 
 
-def from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
+def parameters_from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
     """The parameters of the model that a config describes, in natural name order; `stored` is (name,) for each.
 
     Takes a transformers config, a folder with a config.json, or such a file. Builds the model without weights.
@@ -58,7 +58,7 @@ def from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Par
     return _params(shapes, {name: (name,) for name in shapes}, kinds)
 
 
-def from_fields(config: Mapping[str, Any], kinds: Mapping[str, str] = {}) -> tuple[Param, ...] | None:
+def parameters_from_fields(config: Mapping[str, Any], kinds: Mapping[str, str] = {}) -> tuple[Param, ...] | None:
     """What `from_config` gives, from the fields of config.json alone and without torch; None unless the model type is
     in FIELDS and all the fields that its shapes hang on are there.
 
@@ -112,7 +112,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
+def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
     """The parameters of the checkpoint in a folder, in natural name order, each with the file tensors that hold it.
 
     File tensors in no Param's `stored` are buffers: constants that the module holds itself or ignores on load.

@@ -105,7 +105,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
 
 CHUNK = 1 << 22  # bytes handled at once
 
-Place = tuple[Path, TensorInfo]  # a stored tensor: its file, and its dtype, shape and byte range there
+StoredTensor = tuple[Path, TensorInfo]  # a stored tensor: its file, and its dtype, shape and byte range there
 
 
 class Writer:
@@ -152,7 +152,7 @@ class Writer:
                 raise ValueError(f"{self._path.name} ends before {self._left[-1][0]}")
 
 
-def tensors(folder: Path) -> dict[str, Place]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint: name -> its file, and its dtype, shape and byte range there."""
     headers: dict[Path, dict[str, TensorInfo]] = {}
     found = {}
@@ -172,7 +172,7 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def lay_over(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, str] | None = None) -> None:
+def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, str] | None = None) -> None:
     """Write the model that has the deltas' tensors (the last one's, of several), in their dtypes, and for the rest the
     base's, file by file.
 
@@ -182,8 +182,10 @@ def lay_over(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, 
     Raises:
         UserError: if a tensor of a delta is not in the base with the same shape.
     """
-    changes: dict[str, Place] = {name: (delta, info) for delta in deltas for name, info in read_header(delta).items()}
-    where = tensors(base)
+    changes: dict[str, StoredTensor] = {
+        name: (delta, info) for delta in deltas for name, info in read_header(delta).items()
+    }
+    where = stored_tensors(base)
     for name, (delta, info) in changes.items():
         if name not in where or where[name][1].shape != info.shape:
             raise UserError(f"{delta} has {name} as {list(info.shape)}, which {base} has not.")
@@ -202,14 +204,14 @@ def lay_over(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, 
             continue
         with Writer(part / file.name, {name: info for name, (_, info) in places.items()}, {"format": "pt"}) as writer:
             for name, place in places.items():
-                writer.add(name, read(place))
+                writer.add(name, read_bytes(place))
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
 
 
-def reset_pieces(
+def reset_tensors(
     tuned: Sequence[Param], base: Sequence[Param], folders: tuple[Path, Path], names: Iterable[str], join: bool
-) -> dict[str, list[Place]]:
+) -> dict[str, list[StoredTensor]]:
     """Where the bytes lie that put the named parameters of a tuned model back to its base (Half-Reset, section 2).
 
     Args:
@@ -223,9 +225,9 @@ def reset_pieces(
     Raises:
         UserError: for names or shapes that do not fit, naming the first few.
     """
-    own, theirs = tensors(folders[0]), tensors(folders[1])
+    own, theirs = stored_tensors(folders[0]), stored_tensors(folders[1])
     stored, base_stored = ({p.name: p.stored for p in params} for params in (tuned, base))
-    pieces: dict[str, list[Place]] = {}
+    pieces: dict[str, list[StoredTensor]] = {}
     odd: list[str] = []
     for name in names:
         if len(base_stored.get(name, ())) != len(stored[name]):
@@ -254,7 +256,7 @@ def reset_pieces(
     return pieces
 
 
-def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path, metadata: Mapping[str, str]) -> None:
+def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, metadata: Mapping[str, str]) -> None:
     """Stream a delta together from tensors that lie in other files; the pieces of one are joined along its rows."""
     announced = {}
     for name, places in pieces.items():
@@ -266,18 +268,18 @@ def write_pieces(pieces: Mapping[str, Sequence[Place]], out: Path, metadata: Map
         announced[name] = first
     with Writer(out, announced, {"format": "pt", **metadata}) as writer:
         for name, places in pieces.items():
-            writer.add(name, chain.from_iterable(read(place) for place in places))
+            writer.add(name, chain.from_iterable(read_bytes(place) for place in places))
 
 
-def same_bytes(one: Place, other: Place) -> bool:
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors have the same dtype, shape and bits."""
     (_, info), (_, other_info) = one, other
     if (info.dtype, info.shape) != (other_info.dtype, other_info.shape):
         return False
-    return all(a == b for a, b in zip(read(one), read(other), strict=True))
+    return all(a == b for a, b in zip(read_bytes(one), read_bytes(other), strict=True))
 
 
-def read(place: Place) -> Iterator[bytes]:
+def read_bytes(place: StoredTensor) -> Iterator[bytes]:
     """A stored tensor's bytes, a chunk at a time.
 
     Raises:

@@ -335,19 +335,19 @@ class PlanConfig(RunConfig):
     """Tokens of a row on average, at least 1; null takes every row as full (train.max_length). Not for memory."""
 
 
-def places(value: Any) -> tuple[str, ...]:
+def as_paths(value: Any) -> tuple[str, ...]:
     """data.path or data.test_path as a tuple: nothing, one place or several."""
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def training_sets(data: DataConfig) -> tuple[str, ...]:
     """Where the rows of each round are."""
-    return tuple(f"{data.path}/{task}" for task in data.tasks) if data.tasks else places(data.path)
+    return tuple(f"{data.path}/{task}" for task in data.tasks) if data.tasks else as_paths(data.path)
 
 
 def test_sets(data: DataConfig) -> tuple[str, ...]:
     """Where the test rows are: of none, of all rounds together, or of each round."""
-    return training_sets(data) if data.tasks else places(data.test_path)
+    return training_sets(data) if data.tasks else as_paths(data.test_path)
 
 
 def test_format(data: DataConfig) -> str:
@@ -355,7 +355,7 @@ def test_format(data: DataConfig) -> str:
     return data.format if data.tasks else "auto"
 
 
-def of_task(key: str, value: Any, task: str) -> Any:
+def value_for_task(key: str, value: Any, task: str) -> Any:
     """A task's own value of a key that holds one for all tasks or a map from task to value.
 
     Raises:

@@ -15,7 +15,7 @@ from hft_cli.config.schema import (
     PlanConfig,
     RunConfig,
     SuiteConfig,
-    places,
+    as_paths,
     test_sets,
     training_sets,
 )
@@ -169,7 +169,7 @@ def check(config: RunConfig) -> None:
             f"x engine.num_processes={engine.num_processes}{nodes}. Nearest that is: "
             f"{max(1, round(train.batch_size / step_rows)) * step_rows}."
         )
-    if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in places(value)):
+    if not all(isinstance(place, str) for value in (data.path, data.test_path) for place in as_paths(value)):
         raise UserError("data.path and data.test_path are each a path or a list of paths.")
     if data.tasks and (not isinstance(data.path, str) or data.test_path is not None):
         raise UserError(

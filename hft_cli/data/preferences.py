@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hft_cli.data.rows import Chat, Row, checked, content_hash, kind_of, read_rows, turns_or_text
+from hft_cli.data.rows import Chat, Row, check_chat, content_hash, json_type, read_rows, turns_or_text
 from hft_cli.errors import UserError, choose
 
 Preference = dict[str, Chat]  # {"prompt": turns, "chosen": the assistant's answer, "rejected": the other answer}
@@ -57,7 +57,7 @@ def read_preferences(
     for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
         try:
             if not isinstance(row, dict):
-                raise UserError(f"not an object but {kind_of(row)}.")
+                raise UserError(f"not an object but {json_type(row)}.")
             preference = _preference(row)
             reason = _reason(preference) or ("tied scores" if ties == "drop" and _tied(row) else None)
         except UserError as error:
@@ -107,7 +107,7 @@ def _chat(value: Any, column: str, given: Chat) -> Chat:
     try:
         # An empty answer is no mistake here: such rows are counted and left out.
         last = chat[-1] if chat[-1]["content"].strip() else {**chat[-1], "content": "-"}
-        checked([*chat[:-1], last])
+        check_chat([*chat[:-1], last])
     except UserError as error:
         raise UserError(f"'{column}': {error}") from None
     return chat

@@ -15,7 +15,7 @@ from typing import Any
 
 from hft_cli.config.schema import DataConfig
 from hft_cli.errors import UserError, choose
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list
     chats: list[Chat] = []
     for source in sources:
         if source.general:
-            chats += read_chats(locate(source.path))
+            chats += read_chats(resolve_path(source.path))
             continue
-        own = read_chats(locate(source.path), format=data.format, split=source.split, max_rows=data.max_rows)
+        own = read_chats(resolve_path(source.path), format=data.format, split=source.split, max_rows=data.max_rows)
         count = round(source.share * len(own)) if source.rows is None else source.rows
-        chats += [own[index] for index in kept_rows(len(own), max(count, 1), f"{seed}\0{source.path}")]
+        chats += [own[index] for index in rows_of_source(len(own), max(count, 1), f"{seed}\0{source.path}")]
     return chats
 
 
-def kept_rows(rows: int, count: int, key: str) -> list[int]:
+def rows_of_source(rows: int, count: int, key: str) -> list[int]:
     """`count` of the indices below `rows` (all, if there are fewer), drawn uniformly under `key`, in order.
 
     As in selection: the first of an order by hash, so that it hangs on no state and is the same everywhere.
@@ -96,13 +96,13 @@ def read_chats(path: str, *, format: str = "auto", split: str = "train", max_row
     for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
         try:
             if not isinstance(row, dict):
-                raise UserError(f"not an object but {kind_of(row)}.")
+                raise UserError(f"not an object but {json_type(row)}.")
             if shape == "auto":
                 shape = _shape_of(row)
             keys, read = READERS[shape]
             if missing := [key for key in keys if key not in row]:
                 raise UserError(f"no '{missing[0]}', which the shape '{shape}' needs (keys found: {', '.join(row)}).")
-            chats.append(checked(read(row)))
+            chats.append(check_chat(read(row)))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not chats:
@@ -118,7 +118,7 @@ def content_hash(chats: Iterable[Chat]) -> str:
     return digest.hexdigest()
 
 
-def repeats(train: Sequence[Chat], test: Sequence[Chat]) -> tuple[int, int]:
+def count_repeats(train: Sequence[Chat], test: Sequence[Chat]) -> tuple[int, int]:
     """How many rows of `train` repeat an earlier one exactly, and how many are in `test` as well."""
     own, tested = ([hashlib.sha256(_line(chat)).digest() for chat in chats] for chats in (train, test))
     others = set(tested)
@@ -212,7 +212,7 @@ def _list_in(document: Any, file: Path) -> list[Any]:
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
     if len(lists) != 1:
         raise UserError(
-            f"{file}: neither a list of objects nor an object with one list in it, but {kind_of(document)}."
+            f"{file}: neither a list of objects nor an object with one list in it, but {json_type(document)}."
         )
     return lists[0]
 
@@ -225,7 +225,7 @@ def _shape_of(row: Row) -> str:
     raise UserError(f"unknown shape (keys found: {', '.join(row) or 'none'}). Known: {known}.")
 
 
-def checked(chat: Chat) -> Chat:
+def check_chat(chat: Chat) -> Chat:
     """The chat itself; UserError unless it can be learnt from: it ends with an answer, and no answer is empty."""
     for number, turn in enumerate(chat, 1):
         if turn["role"] == "assistant" and not turn["content"].strip():
@@ -245,7 +245,7 @@ def checked(chat: Chat) -> Chat:
     return chat
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What a parsed JSON value is, as an error message says it."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
     return names.get(type(value), "a number")
@@ -253,17 +253,17 @@ def kind_of(value: Any) -> str:
 
 def text_of(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} is {kind_of(value)}, not a string.")
+        raise UserError(f"{what} is {json_type(value)}, not a string.")
     return value
 
 
 def _turns(value: Any, column: str, role: str, content: str, roles: dict[str, str]) -> Chat:
     if not isinstance(value, list) or not value:
-        raise UserError(f"'{column}' is {'empty' if value == [] else kind_of(value)}, not a list of turns.")
+        raise UserError(f"'{column}' is {'empty' if value == [] else json_type(value)}, not a list of turns.")
     chat = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
-            raise UserError(f"turn {number} of '{column}' is {kind_of(turn)}, not an object.")
+            raise UserError(f"turn {number} of '{column}' is {json_type(turn)}, not an object.")
         for key in (role, content):
             if key not in turn:
                 raise UserError(f"turn {number} of '{column}' has no '{key}' (keys found: {', '.join(turn)}).")

@@ -30,7 +30,7 @@ def _failing_at(place: str) -> Iterator[None]:
         raise UserError(f"{place}: the chat template fails: {error}") from error
 
 
-def as_text(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
+def apply_template(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
     """The chat as its template writes it, with `options` of apply_chat_template; UserError at `place` if that fails."""
     with _failing_at(place):
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
@@ -41,7 +41,7 @@ def render_chat(chat: Chat, place: str, tokenizer: Any, template: str, loss: str
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if loss == "all":
-        return as_text(chat, place, tokenizer), []
+        return apply_template(chat, place, tokenizer), []
     if not MARKS.search(template):
         return rendered_by_prefixes(chat, place, tokenizer)
     with _failing_at(place):
@@ -58,7 +58,7 @@ def check_template(chat: Chat, place: str, tokenizer: Any) -> str:
     """What is written after an answer; UserError if that is nothing, or the answer is left out: neither would show."""
     chat_template(None, tokenizer)  # a tokenizer without one is refused here
     answer = "An answer to look for."
-    text = as_text([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer)
+    text = apply_template([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer)
     _, found, tail = text.rpartition(answer)
     other = "choose another (model.chat_template=tulu|plain|PATH)"
     if not found:
@@ -81,13 +81,13 @@ def _with_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
 
 def rendered_by_prefixes(chat: Chat, place: str, tokenizer: Any) -> tuple[str, list[Span]]:
     """Without marks: a turn is what the text has grown by since the prompt for it was written."""
-    text = as_text(chat, place, tokenizer)
+    text = apply_template(chat, place, tokenizer)
     spans = []
     for number, turn in enumerate(chat):
         if turn["role"] != "assistant":
             continue
-        prompt = as_text(chat[:number], place, tokenizer, add_generation_prompt=True)
-        upto = text if number + 1 == len(chat) else as_text(chat[: number + 1], place, tokenizer)
+        prompt = apply_template(chat[:number], place, tokenizer, add_generation_prompt=True)
+        upto = text if number + 1 == len(chat) else apply_template(chat[: number + 1], place, tokenizer)
         if not (text.startswith(upto) and upto.startswith(prompt)):
             raise UserError(
                 f"{place}: the chat template writes turn {number + 1} differently in the whole chat than on its own "

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 from hft_cli.data.rows import BATCH, Chat
-from hft_cli.data.templates import MARKS, Span, as_text, chat_template, check_template, render_chat
+from hft_cli.data.templates import MARKS, Span, apply_template, chat_template, check_template, render_chat
 from hft_cli.errors import UserError, choose
 
 LOSSES = ("assistant", "all")
@@ -200,7 +200,7 @@ def _asked(chat: Chat, place: str, tokenizer: Any, template: str) -> tuple[str, 
     """The chat as text, and where in it the last answer begins."""
     marked = bool(MARKS.search(template))
     text, spans = render_chat(chat, place, tokenizer, template, "assistant" if marked else "all")
-    prompt = as_text(chat[:-1], place, tokenizer, add_generation_prompt=True)
+    prompt = apply_template(chat[:-1], place, tokenizer, add_generation_prompt=True)
     begins = [len(prompt)] if text.startswith(prompt) else []
     if len(spans) == sum(turn["role"] == "assistant" for turn in chat):
         # Of a template without a generation prompt, marks show the place. Some (SmolLM3's) begin before the answer's
@@ -234,7 +234,7 @@ def _question(chat: Chat, text: str, place: str, tokenizer: Any) -> Span:
     # A search for the content itself could find it in a system turn or in the header, and not where it is stripped.
     other = next(other for n in count() if (other := f"[question {n}]") not in text)
     changed = [*chat[:number], {**chat[number], "content": other}, *chat[number + 1 :]]
-    before, found, after = as_text(changed, place, tokenizer).partition(other)
+    before, found, after = apply_template(changed, place, tokenizer).partition(other)
     start, end = len(before), len(text) - len(after)
     if not (found and start <= end and text.startswith(before) and text.endswith(after)):
         raise UserError(

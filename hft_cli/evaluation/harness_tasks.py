@@ -12,10 +12,10 @@ from typing import Any
 from hft_cli.config.schema import BenchmarkConfig
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation.benchmarks import BENCHMARKS, parts, splits
-from hft_cli.launch.jobs import HarnessJob, Todo
+from hft_cli.launch.jobs import HarnessJob, HarnessTask
 
 
-def build(one: Todo, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
+def build_tasks(one: HarnessTask, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
     """A benchmark's tasks by name, and what is to be noted of their rows.
 
     Raises:

@@ -24,7 +24,7 @@ from hft_cli.config.schema import BenchmarkConfig
 from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import sandbox
-from hft_cli.evaluation.harness_tasks import benchmark_name, build
+from hft_cli.evaluation.harness_tasks import benchmark_name, build_tasks
 from hft_cli.evaluation.metrics import mean_and_error
 from hft_cli.files import write_json, write_text
 from hft_cli.launch.jobs import HarnessJob
@@ -62,7 +62,9 @@ def score(job: HarnessJob, progress: Path) -> None:
     if rank:  # the first one runs the programs
         sandbox.run = lambda program: "left to the first rank"  # type: ignore[assignment,misc]
     none = TaskManager(include_defaults=False)
-    built = {one.name: build(one, job) for one in job.todo}  # before the model: what is wrong with files shows here
+    built = {
+        one.name: build_tasks(one, job) for one in job.todo
+    }  # before the model: what is wrong with files shows here
     model = load(job, rank, ranks)
     for one in job.todo:
         start = time.perf_counter()

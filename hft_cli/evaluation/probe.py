@@ -21,7 +21,7 @@ from typing import Any
 from hft_cli.config.schema import ProbeConfig
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 
 QUESTION = "[question]"  # stands for the pattern where a fact's subject is a whole question
 
@@ -65,7 +65,7 @@ def settings(name: str, values: Mapping[str, Any], data_dir: Path | None) -> Pro
         if place is None:
             continue
         if place.startswith("pocket:") or Path(place).is_absolute():
-            path = Path(locate(place))
+            path = Path(resolve_path(place))
         elif data_dir is None:
             return None
         else:

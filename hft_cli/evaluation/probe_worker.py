@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.parameters import MOST_TOKENS, positions
+from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
 from hft_cli.errors import UserError
 from hft_cli.evaluation.probe import Fact, Query, queries, text
 from hft_cli.files import write_json, write_text
@@ -45,7 +45,7 @@ def score(job: ProbeJob, progress: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hft_cli.data.templates import as_text, chat_template
+    from hft_cli.data.templates import apply_template, chat_template
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -61,7 +61,7 @@ def score(job: ProbeJob, progress: Path) -> None:
 
     def through_template(question: str) -> str:
         chat = [{"role": "user", "content": question}]
-        return as_text(chat, "the chat template", tokenizer, add_generation_prompt=True)
+        return apply_template(chat, "the chat template", tokenizer, add_generation_prompt=True)
 
     for name, config in job.probes.items():
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def log_likelihoods(
     import torch
 
     keeps = "logits_to_keep" in signature(model.forward).parameters
-    longest = positions(model.config.to_dict()) or MOST_TOKENS
+    longest = max_positions(model.config.to_dict()) or MOST_TOKENS
     rows: dict[
         tuple[int, ...], list[tuple[int, int, int, int]]
     ] = {}  # input -> (pair, continuation, tokens, last token)

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.parameters import MOST_TOKENS, positions
+from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
 from hft_cli.data.rows import Chat, read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import prompts, tokenize
 from hft_cli.errors import UserError
 from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import Job, Task
-from hft_cli.paths import locate
+from hft_cli.launch.jobs import RowsJob, RowsTask
+from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
 
 Scores = dict[str, float]
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     """Score the job in the file argv[0]; a user's mistake goes into mistake.txt beside it."""
     path = Path(argv[0])
     try:
-        job = Job.read(path)
+        job = RowsJob.read(path)
         evaluate(job, RoundDir(path.parent))
     except UserError as error:
         write_text(path.parent / "mistake.txt", str(error))
@@ -55,13 +55,13 @@ class _Model:
     longest: int  # positions
 
 
-def evaluate(job: Job, folder: RoundDir) -> None:
+def evaluate(job: RowsJob, folder: RoundDir) -> None:
     """Write each task's scores: first its own in [0, 1], then its standard error and counts.
 
     With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
     """
     todo = {
-        (suite, name): (task, read_chats(locate(task.path), format=task.format, split="test"))
+        (suite, name): (task, read_chats(resolve_path(task.path), format=task.format, split="test"))
         for suite, tasks in job.tasks.items()
         for name, task in tasks.items()
         if not folder.score(suite, name).exists()
@@ -79,7 +79,7 @@ def evaluate(job: Job, folder: RoundDir) -> None:
         write_json(kept, scores)  # last: a task with it is done
 
 
-def _load(job: Job) -> _Model:
+def _load(job: RowsJob) -> _Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,11 +101,11 @@ def _load(job: Job) -> _Model:
             for name in job.reset:
                 own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
     model.to(device).eval()
-    return _Model(model, tokenizer, device, positions(model.config.to_dict()) or MOST_TOKENS)
+    return _Model(model, tokenizer, device, max_positions(model.config.to_dict()) or MOST_TOKENS)
 
 
 def _teacher_forced(
-    loaded: _Model, chats: Sequence[Chat], task: Task, job: Job, tick: Callable[[int, int], None]
+    loaded: _Model, chats: Sequence[Chat], task: RowsTask, job: RowsJob, tick: Callable[[int, int], None]
 ) -> tuple[Scores, list[Item]]:
     import torch
 
@@ -144,7 +144,7 @@ def _teacher_forced(
 
 
 def _generated(
-    loaded: _Model, chats: Sequence[Chat], task: Task, job: Job, tick: Callable[[int, int], None]
+    loaded: _Model, chats: Sequence[Chat], task: RowsTask, job: RowsJob, tick: Callable[[int, int], None]
 ) -> tuple[Scores, list[Item]]:
     import torch
     from transformers import GenerationConfig, set_seed

@@ -20,10 +20,10 @@ from typing import Any
 
 from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig
 from hft_cli.evaluation import score_cache
-from hft_cli.evaluation.suite import Asked, _rows, uses_template
+from hft_cli.evaluation.suite import Suite, _rows, uses_template
 from hft_cli.files import read_json
-from hft_cli.launch.jobs import HarnessJob, Job, ProbeJob, Task, Todo
-from hft_cli.launch.worker import work
+from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
+from hft_cli.launch.worker import run_worker
 from hft_cli.paths import NOT_WEIGHTS
 from hft_cli.run_dir import RoundDir
 from hft_cli.text import say
@@ -32,7 +32,7 @@ VERSION = 2  # of how benchmarks and probes are scored: a higher one scores anew
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredModel:
     """A model to score. `weights`: their hash, needed for `shared` (its scores are kept for other runs) and keys.
 
     With `reset` these parameters are put back to the model at `base`, in memory only.
@@ -52,7 +52,7 @@ class _Cell:
 
     suite: str
     name: str
-    what: Task | Todo | ProbeConfig
+    what: RowsTask | HarnessTask | ProbeConfig
     hangs_on: tuple[Any, ...]
 
 
@@ -60,11 +60,11 @@ Files = dict[str, dict[str, Path]]  # suite -> name -> file of scores
 
 
 def score(
-    asked: Asked,
-    model: Scored,
+    asked: Suite,
+    model: ScoredModel,
     folder: RoundDir,
     *,
-    tests: Mapping[str, Task] | None = None,
+    tests: Mapping[str, RowsTask] | None = None,
     generation: GenerationConfig | None = None,
     seed: int = 0,
     ranks: int = 1,
@@ -116,7 +116,7 @@ def read(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return (one["scores"], {key: one[key] for key in one if key != "scores"}) if "scores" in one else (one, {})
 
 
-def _cells(asked: Asked, model: Scored, tests: Mapping[str, Task], generated: list[Any]) -> list[_Cell]:
+def _cells(asked: Suite, model: ScoredModel, tests: Mapping[str, RowsTask], generated: list[Any]) -> list[_Cell]:
     suite = asked.suite
     cells: list[_Cell] = []
     for where, name, task in (
@@ -136,7 +136,7 @@ def _cells(asked: Asked, model: Scored, tests: Mapping[str, Task], generated: li
         settings = None if own is None else asdict(own)
         seed = suite.seed if own is None or own.temperature else None
         harness = metadata.version("lm-eval")
-        todo = Todo(name, settings, limit, chat, "")
+        todo = HarnessTask(name, settings, limit, chat, "")
         how = {**asdict(todo), "settings": {**(settings or {}), "source": ""}}
         cells.append(_Cell(suite.name, name, todo, ("benchmark", VERSION, how, asked.rows[name], seed, harness)))
     for name, one in asked.probes.items():
@@ -146,7 +146,7 @@ def _cells(asked: Asked, model: Scored, tests: Mapping[str, Task], generated: li
     return cells
 
 
-def _identity(model: Scored) -> dict[str, Any]:
+def _identity(model: ScoredModel) -> dict[str, Any]:
     """What any score hangs on: the weights, and all beside them that says how they are used."""
     template = model.config.chat_template
     own = Path(template).expanduser() if template else None
@@ -164,20 +164,20 @@ def _identity(model: Scored) -> dict[str, Any]:
 
 def _score_rows(
     new: list[tuple[_Cell, Path]],
-    asked: Asked,
-    model: Scored,
+    asked: Suite,
+    model: ScoredModel,
     folder: RoundDir,
     generation: GenerationConfig,
     seed: int,
     meanwhile: Callable[[], None],
 ) -> None:
-    tasks: dict[str, dict[str, Task]] = {}
+    tasks: dict[str, dict[str, RowsTask]] = {}
     for cell, file in new:
-        if isinstance(cell.what, Task):
+        if isinstance(cell.what, RowsTask):
             tasks.setdefault(cell.suite, {})[file.stem] = cell.what
     if not tasks:
         return
-    Job(
+    RowsJob(
         model=model.config,
         path=str(model.path),
         tasks=tasks,
@@ -187,7 +187,7 @@ def _score_rows(
         base=model.base,
         reset=model.reset,
     ).write(folder.folder / "job.json")
-    work(
+    run_worker(
         "hft_cli.evaluation.rows_worker",
         folder.folder / "job.json",
         folder,
@@ -198,13 +198,13 @@ def _score_rows(
 
 def _score_benchmarks(
     new: list[tuple[_Cell, Path]],
-    asked: Asked,
-    model: Scored,
+    asked: Suite,
+    model: ScoredModel,
     folder: RoundDir,
     ranks: int,
     meanwhile: Callable[[], None],
 ) -> None:
-    todo = [replace(cell.what, out=str(file)) for cell, file in new if isinstance(cell.what, Todo)]
+    todo = [replace(cell.what, out=str(file)) for cell, file in new if isinstance(cell.what, HarnessTask)]
     if not todo:
         return
     data_dir = asked.suite.data_dir
@@ -217,7 +217,7 @@ def _score_benchmarks(
         seed=asked.suite.seed,
     ).write(folder.folder / "harness.json")
     label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
-    work(
+    run_worker(
         "hft_cli.evaluation.harness_worker",
         folder.folder / "harness.json",
         folder,
@@ -229,8 +229,8 @@ def _score_benchmarks(
 
 def _score_probes(
     new: list[tuple[_Cell, Path]],
-    asked: Asked,
-    model: Scored,
+    asked: Suite,
+    model: ScoredModel,
     folder: RoundDir,
     ranks: int,
     meanwhile: Callable[[], None],
@@ -249,7 +249,7 @@ def _score_probes(
         seed=asked.suite.seed,
     ).write(folder.folder / "probe.json")
     label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
-    work(
+    run_worker(
         "hft_cli.evaluation.probe_worker",
         folder.folder / "probe.json",
         folder,

@@ -13,23 +13,23 @@ from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import benchmarks, probe
 from hft_cli.evaluation.benchmarks import BENCHMARKS
 from hft_cli.files import read_json
-from hft_cli.launch.jobs import Task
-from hft_cli.paths import locate
+from hft_cli.launch.jobs import RowsTask
+from hft_cli.paths import resolve_path
 
 
 @dataclass(frozen=True)
-class Asked:
+class Suite:
     """A suite, checked: what it scores by name, and the hash of each one's rows ("hub" where they come from there)."""
 
     suite: SuiteConfig
-    tasks: dict[str, Task]  # sets of rows, by exact match
+    tasks: dict[str, RowsTask]  # sets of rows, by exact match
     benchmarks: dict[str, BenchmarkConfig | None]  # None: a task by the harness's name
     probes: dict[str, ProbeConfig]
     rows: dict[str, str]
     left_out: tuple[str, ...]
 
 
-def read_suite(suite: SuiteConfig) -> Asked:
+def read_suite(suite: SuiteConfig) -> Suite:
     """A suite with its settings checked and its files found and read.
 
     Raises:
@@ -65,8 +65,8 @@ def read_suite(suite: SuiteConfig) -> Asked:
         if not probe.read(found):
             raise UserError(f"There is no fact in {found.facts} with a pattern that ends in its object.")
         probes[f"{name}_ranking"] = found  # beside a set of rows of the same name
-    tasks = {name: Task(suite.tasks[name]) for name in _wanted(suite, suite.tasks)}
-    return Asked(
+    tasks = {name: RowsTask(suite.tasks[name]) for name in _wanted(suite, suite.tasks)}
+    return Suite(
         suite=suite,
         tasks=tasks,
         benchmarks={**own, **dict.fromkeys(harness)},
@@ -85,8 +85,8 @@ def _wanted(suite: SuiteConfig, names: Iterable[str]) -> list[str]:
     return [name for name in names if not suite.only or name in suite.only]
 
 
-def _rows(task: Task) -> str:
-    return content_hash(read_chats(locate(task.path), format=task.format, split="test"))
+def _rows(task: RowsTask) -> str:
+    return content_hash(read_chats(resolve_path(task.path), format=task.format, split="test"))
 
 
 def uses_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig, RunConfig
 from hft_cli.data.rows import Source
 from hft_cli.files import from_dict, read_json, write_json
-from hft_cli.method.rounds import Step
+from hft_cli.method.rounds import Phase
 
 
 @dataclass(frozen=True)
-class SealedStep:
+class PhaseJob:
     """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
 
     `adapter` is the folder of the LoRA adapters to go on from, `base_sha256` the hash of the weights that the run began
@@ -21,7 +21,7 @@ class SealedStep:
     """
 
     config: RunConfig
-    step: Step
+    phase: Phase
     model: str
     metrics: str
     updated: tuple[str, ...]
@@ -34,17 +34,17 @@ class SealedStep:
         write_json(path, asdict(self))
 
     @classmethod
-    def read(cls, path: Path) -> SealedStep:
+    def read(cls, path: Path) -> PhaseJob:
         values = read_json(path)
-        config, step = from_dict(RunConfig, values.pop("config")), values.pop("step")
+        config, step = from_dict(RunConfig, values.pop("config")), values.pop("phase")
         for key in ("sources", "memories"):
             step[key] = tuple(Source(**source) for source in step[key])
         updated, frozen = (tuple(values.pop(key)) for key in ("updated", "frozen"))
-        return cls(config=config, step=Step(**step), updated=updated, frozen=frozen, **values)
+        return cls(config=config, phase=Phase(**step), updated=updated, frozen=frozen, **values)
 
 
 @dataclass(frozen=True)
-class Task:
+class RowsTask:
     """A set of rows that a model is scored on, and how."""
 
     path: str
@@ -53,7 +53,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Job:
+class RowsJob:
     """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric.
 
     `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
@@ -61,7 +61,7 @@ class Job:
 
     model: ModelConfig
     path: str
-    tasks: dict[str, dict[str, Task]]
+    tasks: dict[str, dict[str, RowsTask]]
     batch_size: int
     generation: GenerationConfig
     seed: int
@@ -72,12 +72,12 @@ class Job:
         write_json(path, asdict(self))
 
     @classmethod
-    def read(cls, path: Path) -> Job:
+    def read(cls, path: Path) -> RowsJob:
         values = read_json(path)
         model = from_dict(ModelConfig, values.pop("model"))
         generation = from_dict(GenerationConfig, values.pop("generation"))
         tasks = {
-            suite: {name: Task(**task) for name, task in own.items()} for suite, own in values.pop("tasks").items()
+            suite: {name: RowsTask(**task) for name, task in own.items()} for suite, own in values.pop("tasks").items()
         }
         return cls(model=model, generation=generation, tasks=tasks, **values)
 
@@ -106,7 +106,7 @@ class ProbeJob:
 
 
 @dataclass(frozen=True)
-class Todo:
+class HarnessTask:
     """One benchmark to score. `settings` is null for a task that goes by the harness's name; `out`: file of scores.
 
     The items go into a file beside `out`, with .jsonl for .json.
@@ -125,7 +125,7 @@ class HarnessJob:
 
     model: ModelConfig
     path: str
-    todo: tuple[Todo, ...]
+    todo: tuple[HarnessTask, ...]
     data_dir: str | None
     batch_size: int
     seed: int
@@ -136,5 +136,5 @@ class HarnessJob:
     @classmethod
     def read(cls, path: Path) -> HarnessJob:
         values = read_json(path)
-        todo = tuple(Todo(**one) for one in values.pop("todo"))
+        todo = tuple(HarnessTask(**one) for one in values.pop("todo"))
         return cls(model=from_dict(ModelConfig, values.pop("model")), todo=todo, **values)

@@ -144,7 +144,7 @@ class Peer:
 
 
 @dataclass
-class Others:
+class Followers:
     """The other nodes, as node 0 has them."""
 
     node: Node
@@ -299,7 +299,7 @@ def _brief(value: Any) -> str:
 
 
 @contextmanager
-def listening(node: Node) -> Iterator[Others]:
+def listen(node: Node) -> Iterator[Followers]:
     """Node 0's side. Bound at once, so that the others may come early; ends by telling them how the run ended.
 
     Raises:
@@ -315,7 +315,7 @@ def listening(node: Node) -> Iterator[Others]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("", node.port))
         listener.listen(128)
-        others = Others(node, listener)
+        others = Followers(node, listener)
         try:
             yield others
         except UserError as error:
@@ -330,7 +330,7 @@ def listening(node: Node) -> Iterator[Others]:
         others.dismiss("", 0)
 
 
-def connected(node: Node, seconds: float) -> Peer | None:
+def connect(node: Node, seconds: float) -> Peer | None:
     """A follower's side: the connection to node 0, which knows who we are; None if it does not answer in time."""
     end = time.monotonic() + seconds
     while True:
@@ -362,7 +362,7 @@ def introduce(leader: Peer, facts: Mapping[str, Any], shared: Path) -> None:
         f"output_dir={shared.parent} is not the folder that node 0 writes to. It must be on a file system that all "
         "nodes share."
     )
-    if heed(answer):
+    if is_goodbye(answer):
         raise UserError(f"Node 0 says that the run is finished, and here it is not: {mistake}")
     end = time.monotonic() + LAG
     while not (shared.exists() and shared.read_text() == answer["go"]):
@@ -373,7 +373,7 @@ def introduce(leader: Peer, facts: Mapping[str, Any], shared: Path) -> None:
     leader.send(ready=True)
 
 
-def heed(message: Mapping[str, Any]) -> bool:
+def is_goodbye(message: Mapping[str, Any]) -> bool:
     """Whether node 0 says that the run is done.
 
     Raises:

@@ -19,13 +19,13 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.launch.nodes import Node, Others, Peer, heed
+from hft_cli.launch.nodes import Followers, Node, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir
 from hft_cli.text import say
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
+def hold_lock(lock: Path) -> Iterator[None]:
     """Hold the directory of `lock` alone. Workers hold it too, so that one still dying keeps the next from starting."""
     with lock.open("w") as file:
         try:
@@ -42,7 +42,7 @@ def alone(lock: Path) -> Iterator[None]:
 _LOCKS: list[int] = []  # descriptors that workers inherit
 
 
-def work(
+def run_worker(
     module: str,
     job: Path,
     folder: RoundDir,
@@ -50,7 +50,7 @@ def work(
     ranks: int | None = None,
     send: Callable[[], None] = lambda: None,
     checkpoints: bool = False,
-    others: Others | None = None,
+    others: Followers | None = None,
 ) -> None:
     """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
 
@@ -116,7 +116,7 @@ def work(
 AT_ONCE = 5.0  # seconds within which signals to several nodes are one
 
 
-def follow(leader: Peer, node: Node, run: Path, ranks: int) -> None:
+def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
     """Start our ranks whenever node 0 says so, on the files of the run in `run`, until it says goodbye.
 
     A signal is passed on to node 0, which has all ranks keep a checkpoint; a second one ends us at once.
@@ -147,7 +147,7 @@ def follow(leader: Peer, node: Node, run: Path, ranks: int) -> None:
             if "end" in message and process is not None:
                 _end(process)
                 process = None
-            if heed(message):
+            if is_goodbye(message):
                 return
     finally:
         for one, handler in usual.items():

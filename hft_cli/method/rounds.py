@@ -9,11 +9,11 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import MOST_TOKENS, positions
-from hft_cli.config.schema import RunConfig, of_task, places, test_sets, training_sets
+from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
+from hft_cli.config.schema import RunConfig, as_paths, test_sets, training_sets, value_for_task
 from hft_cli.data.rows import Source
 from hft_cli.errors import UserError, choose
-from hft_cli.method.selection import Draw, adapted, draw
+from hft_cli.method.selection import Draw, draw, lora_draw
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
@@ -22,7 +22,7 @@ PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt
 
 
 @dataclass(frozen=True)
-class Step:
+class Phase:
     """One training, or one Half-Reset. `number` counts from 1; `round` is that of the draw, which a replay shares.
 
     `stage` is how it trains, on the rows of `sources` (of a Half-Reset: the base), for so many `epochs` unless
@@ -51,7 +51,7 @@ class Step:
         return _label(str(self.test)) if self.stage == "half_reset" else self.name
 
 
-def steps(config: RunConfig) -> tuple[Step, ...]:
+def phases(config: RunConfig) -> tuple[Phase, ...]:
     """The steps of a run, in order."""
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
@@ -64,18 +64,18 @@ def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
     """
     seed = config.seed if config.selection.seed is None else config.selection.seed
     if config.continual.name == "lora":
-        return tuple(adapted(params, config.selection, step.round, seed) for step in steps(config))
-    return tuple(draw(params, config.selection, step.round, seed) for step in steps(config))
+        return tuple(lora_draw(params, config.selection, step.round, seed) for step in phases(config))
+    return tuple(draw(params, config.selection, step.round, seed) for step in phases(config))
 
 
-def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
+def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
     """The config with what hangs on the model filled in: `model` is its config.json, `name` what errors call it.
 
     Raises:
         UserError: for what the model's own config rules out.
     """
     model = model.get("text_config") or model
-    longest = positions(model)
+    longest = max_positions(model)
     asked = config.train.max_length
     if longest and asked and asked > longest:
         raise UserError(
@@ -88,7 +88,11 @@ def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
             f"{', '.join(PACKABLE)}. Set train.packing=false."
         )
     answers = config.generation.max_new_tokens
-    if longest and answers >= longest - 1 and any(step.test and step.metric != "exact_match" for step in steps(config)):
+    if (
+        longest
+        and answers >= longest - 1
+        and any(step.test and step.metric != "exact_match" for step in phases(config))
+    ):
         raise UserError(
             f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
             f"{name}. Set generation.max_new_tokens={longest // 2} or less."
@@ -96,7 +100,7 @@ def settled(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
     return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
 
 
-def _train(config: RunConfig) -> tuple[Step, ...]:
+def _train(config: RunConfig) -> tuple[Phase, ...]:
     data, continual = config.data, config.continual
     sets, tests = training_sets(data), test_sets(data)
     stages = config.method.stages * (len(sets) if len(config.method.stages) == 1 else 1)
@@ -104,21 +108,22 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
     names = _names(sets)
     tasks = data.tasks or names
     sources = [
-        Source(path, split=of_task("data.split", data.split, task)) for path, task in zip(sets, tasks, strict=True)
+        Source(path, split=value_for_task("data.split", data.split, task))
+        for path, task in zip(sets, tasks, strict=True)
     ]
-    made: list[Step] = []
+    made: list[Phase] = []
     for index, (name, stage, task) in enumerate(zip(names, stages, tasks, strict=True)):
         number = len(made) + 1
         made.append(
-            Step(
+            Phase(
                 number=number,
                 round=index + 1,
                 name=name,
                 stage=stage,
                 sources=(sources[index],),
                 test=tests[index] if tests else None,
-                metric=of_task("data.metric", data.metric, task),
-                epochs=of_task("train.epochs", config.train.epochs, task),
+                metric=value_for_task("data.metric", data.metric, task),
+                epochs=value_for_task("train.epochs", config.train.epochs, task),
                 memories=tuple(replace(past, rows=continual.gem_memory) for past in sources[:index])
                 if continual.name == "gem"
                 else (),
@@ -142,11 +147,11 @@ def _train(config: RunConfig) -> tuple[Step, ...]:
     return tuple(made)
 
 
-def _half_reset(config: RunConfig) -> tuple[Step, ...]:
+def _half_reset(config: RunConfig) -> tuple[Phase, ...]:
     """One step without training; its data are only those it is scored on."""
-    test = next(iter(places(config.data.test_path)), None)
-    metric = of_task("data.metric", config.data.metric, _label(str(test)))
-    return (Step(1, 1, "half_reset", "half_reset", (Source(str(config.model.base)),), test, metric),)
+    test = next(iter(as_paths(config.data.test_path)), None)
+    metric = value_for_task("data.metric", config.data.metric, _label(str(test)))
+    return (Phase(1, 1, "half_reset", "half_reset", (Source(str(config.model.base)),), test, metric),)
 
 
 def _names(data: tuple[str, ...]) -> list[str]:
@@ -165,7 +170,7 @@ def _label(path: str) -> str:
     return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
-def step_config(config: AnyRun, step: Step) -> AnyRun:
+def phase_config(config: AnyRun, step: Phase) -> AnyRun:
     """The config of one step: what a DPO round, a task or a replay sets for itself stands in `train`."""
     own: dict[str, Any] = {"epochs": step.epochs}
     if step.stage == "dpo":
@@ -180,7 +185,7 @@ def step_config(config: AnyRun, step: Step) -> AnyRun:
 
 
 # FFT and HFT run the same steps, and so do their DPO: what differs is the selection, which fft and dpo set to `all`.
-METHODS: dict[str, Callable[[RunConfig], tuple[Step, ...]]] = {
+METHODS: dict[str, Callable[[RunConfig], tuple[Phase, ...]]] = {
     "fft": _train,
     "hft": _train,
     "dpo": _train,

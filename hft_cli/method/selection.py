@@ -64,7 +64,7 @@ class Draw:
         return {**asdict(self), "updated_fraction": self.updated_fraction}
 
 
-def units(params: Iterable[Param]) -> tuple[Unit, ...]:
+def group_units(params: Iterable[Param]) -> tuple[Unit, ...]:
     """Group parameters into units (a weight with its bias), in the order in which they first appear."""
     groups: dict[str, list[Param]] = {}
     for param in params:
@@ -89,7 +89,7 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     Raises:
         UserError: if the model has no transformer layers, or the config cannot be met on this model.
     """
-    everything = units(params)
+    everything = group_units(params)
     inside = [u for u in everything if u.layer is not None]
     if not inside:
         raise UserError("The model has no transformer layers to select from. Map them by model.kinds.")
@@ -119,7 +119,7 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     )
 
 
-def heaviest(params: Sequence[Param], config: SelectionConfig) -> tuple[str, ...]:
+def heaviest_draw(params: Sequence[Param], config: SelectionConfig) -> tuple[str, ...]:
     """Names of parameters with at least as many elements as any draw has, whatever its round and seed: the worst draw.
 
     With balance=matrices it is a draw, the one whose order is by size. With balance=elements a draw misses its share by
@@ -129,7 +129,7 @@ def heaviest(params: Sequence[Param], config: SelectionConfig) -> tuple[str, ...
         UserError: if the config cannot be met on this model.
     """
     draw(params, config, 1, 0)  # refuses what cannot be met
-    everything = units(params)
+    everything = group_units(params)
     inside = [u for u in everything if u.layer is not None]
     if config.balance == "matrices" or config.level == "all":
         chosen = list(STRATEGIES[config.level](inside, config, _by_size(inside, _exact(config))))
@@ -150,7 +150,7 @@ def heaviest(params: Sequence[Param], config: SelectionConfig) -> tuple[str, ...
     return tuple(sorted(p for u in everything if u.name in names for p in u.params))
 
 
-def adapted(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
+def lora_draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
     """What LoRA changes: the weight matrices of attention and feed-forward, without biases, norms and experts.
 
     Raises:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import from_config, from_fields, from_folder
-from hft_cli.checkpoint.tensors import tensors
+from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_fields, parameters_from_folder
+from hft_cli.checkpoint.tensors import stored_tensors
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig
 from hft_cli.config.validate import check, check_plan
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import Source, read_sources
 from hft_cli.errors import UserError, choose
-from hft_cli.method.rounds import Step, draws, settled, step_config, steps
-from hft_cli.method.selection import Draw, heaviest
-from hft_cli.paths import ARCHITECTURES, config_from_hub, locate
+from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
+from hft_cli.method.selection import Draw, heaviest_draw
+from hft_cli.paths import ARCHITECTURES, config_from_hub, resolve_path
 from hft_cli.plan import costs
 from hft_cli.plan.costs import Disk, Flops, Memory, Network, Setup, Shape
 
@@ -64,7 +64,7 @@ class Round:
     `steps` is None where neither the data nor rows=… says; `once` are the FLOPs that a round has before its first step.
     """
 
-    step: Step
+    phase: Phase
     draw: Draw
     setup: Setup
     rows: int | None
@@ -114,7 +114,7 @@ class Plan:
             "disk_bytes": {**asdict(self.disk), "total": self.disk.total},
             "rounds": [
                 {
-                    "name": found.step.name,
+                    "name": found.phase.name,
                     "steps": found.steps,
                     "memory_bytes": {**asdict(found.memory), "total": found.memory.total},
                     "memory_bytes_worst_draw": found.worst.total,
@@ -139,9 +139,9 @@ def plan(config: PlanConfig, counted: Mapping[int, int] | None = None) -> Plan:
     check(config)
     check_plan(config)
     model = _model(config)
-    config = settled(config, dict(model.config), config.model.name)
+    config = with_model_limits(config, dict(model.config), config.model.name)
     drawn = draws(config, model.params)
-    planned = steps(config)
+    planned = phases(config)
     trains = planned[0].stage != "half_reset"
     if trains and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
@@ -176,11 +176,11 @@ def _model(config: PlanConfig) -> Model:
         UserError: if none of them is there.
     """
     path, asked, kinds = config.model.path, config.model.architecture, config.model.kinds
-    folder = Path(locate(path))
+    folder = Path(resolve_path(path))
     if folder.is_dir() and list(folder.glob("*.safetensors")):
         read = _read(folder / "config.json")
-        files = tensors(folder)
-        params = from_folder(folder, kinds)
+        files = stored_tensors(folder)
+        params = parameters_from_folder(folder, kinds)
         infos = {p.name: [files[name][1] for name in p.stored] for p in params}
         dtypes = {info.dtype for own in infos.values() for info in own}
         named = "mixed dtypes" if len(dtypes) > 1 else dtypes.pop()
@@ -194,8 +194,8 @@ def _model(config: PlanConfig) -> Model:
         choose("model.architecture", asked, sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         file = ARCHITECTURES / f"{asked}.json"
     read = _read(file)
-    found = from_fields(read, kinds)
-    params = from_config(file, kinds) if found is None else found
+    found = parameters_from_fields(read, kinds)
+    params = parameters_from_config(file, kinds) if found is None else found
     dtype = str(read.get("dtype") or read.get("torch_dtype") or config.model.dtype)
     stored = {p.name: p.elements * WIDTHS.get(dtype, 4) for p in params}
     return Model(read, f"{file.name} (no weights)", params, costs.shape(_text(read), params), dtype, stored)
@@ -217,7 +217,7 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _setup(config: PlanConfig, step: Step, width: int) -> Setup:
+def _setup(config: PlanConfig, step: Phase, width: int) -> Setup:
     """How a step trains. `config` is the step's own, `width` the model's hidden size."""
     train, engine = config.train, config.engine
     # What transformers takes where nothing is asked for.
@@ -262,7 +262,7 @@ def trained(config: PlanConfig, model: Model, updated: Iterable[str]) -> tuple[t
 
 def _worst(config: PlanConfig, model: Model, chosen: Draw) -> tuple[str, ...]:
     """Names of the heaviest draw; LoRA has one only."""
-    return chosen.updated if config.continual.name == "lora" else heaviest(model.params, config.selection)
+    return chosen.updated if config.continual.name == "lora" else heaviest_draw(model.params, config.selection)
 
 
 def _worst_memory(config: PlanConfig, model: Model, chosen: Draw, setup: Setup) -> Memory:
@@ -275,8 +275,8 @@ def _worst_memory(config: PlanConfig, model: Model, chosen: Draw, setup: Setup) 
     return bound.at_least(costs.memory(*trained(config, model, chosen.updated), model.shape, setup))
 
 
-def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw, rows: int | None) -> Round:
-    own: PlanConfig = step_config(config, step)
+def _round(config: PlanConfig, model: Model, step: Phase, chosen: Draw, rows: int | None) -> Round:
+    own: PlanConfig = phase_config(config, step)
     setup = _setup(own, step, model.shape.hidden)
     params, names = trained(config, model, chosen.updated)
     everything = frozenset(p.name for p in model.params)
@@ -295,7 +295,7 @@ def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw, rows: int
     if config.tflops is not None and count is not None:
         time = costs.hours(needed.total * count + once, setup.ranks, config.tflops, config.utilization)
     return Round(
-        step=step,
+        phase=step,
         draw=chosen,
         setup=setup,
         rows=rows,
@@ -312,14 +312,14 @@ def _round(config: PlanConfig, model: Model, step: Step, chosen: Draw, rows: int
     )
 
 
-def _rows(step: Step, config: PlanConfig) -> int | None:
+def _rows(step: Phase, config: PlanConfig) -> int | None:
     """Rows that a step trains on: counted where the data are here, else from rows=…; None if neither says."""
     total = 0
     for source in step.sources:
-        here = Path(locate(source.path)).exists()
+        here = Path(resolve_path(source.path)).exists()
         if here and step.stage == "dpo":
             read = read_preferences(
-                locate(source.path), split=source.split, max_rows=config.data.max_rows, ties=config.dpo.ties
+                resolve_path(source.path), split=source.split, max_rows=config.data.max_rows, ties=config.dpo.ties
             )
             total += len(read.rows)
         elif here:
@@ -351,7 +351,7 @@ def _steps(config: PlanConfig, rows: int | None, row_tokens: int | None) -> int 
     return ceil(float(train.epochs) * a_pass)
 
 
-def _fits(config: PlanConfig, model: Model, planned: Sequence[Step]) -> Iterable[Fit]:
+def _fits(config: PlanConfig, model: Model, planned: Sequence[Phase]) -> Iterable[Fit]:
     """What each engine needs, with and without checkpointing, in the heaviest round under the worst draw."""
     drawn = draws(config, model.params)
     for name, (stage, optimizer, parameters) in ENGINES.items():
@@ -372,7 +372,7 @@ def _fits(config: PlanConfig, model: Model, planned: Sequence[Step]) -> Iterable
             except UserError:
                 yield Fit(name, checkpointing, None)
                 continue
-            setups = [_setup(step_config(other, step), step, model.shape.hidden) for step in planned]
+            setups = [_setup(phase_config(other, step), step, model.shape.hidden) for step in planned]
             found = [
                 _worst_memory(other, model, chosen, setup).total for chosen, setup in zip(drawn, setups, strict=True)
             ]

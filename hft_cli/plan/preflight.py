@@ -12,7 +12,7 @@ from hft_cli.errors import UserError
 from hft_cli.launch.environment import cuda_build, gpus, host_memory, torch_sees_gpu
 from hft_cli.plan.costs import Memory
 from hft_cli.plan.planner import Plan
-from hft_cli.text import size
+from hft_cli.text import format_bytes
 
 # What is wrong with versions that we do not take.
 WRONG = {
@@ -29,7 +29,7 @@ def preflight(config: RunConfig, planned: Plan, new: bool) -> None:
         UserError: for packages that do not fit, GPUs that are not there or too small, or too little memory or disk.
     """
     check_packages(config)
-    if planned.rounds[0].step.stage != "half_reset":
+    if planned.rounds[0].phase.stage != "half_reset":
         memories = gpus()
         check_device(config.engine, memories, sum(p.elements for p in planned.model.params))
         if config.engine.check_memory:
@@ -108,16 +108,17 @@ def check_memory(config: RunConfig, planned: Plan, memories: list[float | None],
             for fit in sorted(fits, key=lambda fit: -(fit.bytes or 0))[:2]
         )
         raise UserError(
-            f"By its plan round {found.step.name} needs {size(found.memory.total)} on each GPU, and they have "
-            f"{size(min(known))}. {f'What fits: {ways}.' if ways else 'More GPUs, or shorter rows, need less.'} "
+            f"By its plan round {found.phase.name} needs {format_bytes(found.memory.total)} on each GPU, and they have "
+            f"{format_bytes(min(known))}. "
+            f"{f'What fits: {ways}.' if ways else 'More GPUs, or shorter rows, need less.'} "
             f"(hft plan shows the parts.) {anyway}"
         )
     # Without a GPU all is in the host's memory; activations and buffers, which come and go, are not counted.
     each = found.host if memories else found.host + _lasting(found.memory)
     if each * ranks > host:
         raise UserError(
-            f"By its plan round {found.step.name} needs {size(each * ranks)} of this machine's memory for "
-            f"{ranks} rank{'s' * (ranks > 1)}, and it has {size(host)}. {anyway}"
+            f"By its plan round {found.phase.name} needs {format_bytes(each * ranks)} of this machine's memory for "
+            f"{ranks} rank{'s' * (ranks > 1)}, and it has {format_bytes(host)}. {anyway}"
         )
 
 
@@ -133,6 +134,6 @@ def check_disk(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"By its plan the run keeps {size(needed)} in {folder}, where {size(free)} are free. Free some, choose "
-            "another output_dir, or keep fewer checkpoints (train.save_limit)."
+            f"By its plan the run keeps {format_bytes(needed)} in {folder}, where {format_bytes(free)} are free. "
+            "Free some, choose another output_dir, or keep fewer checkpoints (train.save_limit)."
         )

@@ -8,14 +8,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from hft_cli.report import stats
-from hft_cli.report.runs import Row, Run
+from hft_cli.report.runs import Run, RunRow
 from hft_cli.report.stats import Estimate, estimate
 from hft_cli.report.tables import Value
 
 if TYPE_CHECKING:
     from hft_cli.report.figures import Dot, Series
 
-Measure = Callable[[Row], float | None]
+Measure = Callable[[RunRow], float | None]
 
 MEASURES: dict[str, tuple[str, Measure]] = {
     "skill": ("Skill learned (%)", lambda row: row.skill),
@@ -34,7 +34,7 @@ MOST_PANELS = 6  # of maps in one figure
 
 
 @dataclass(frozen=True)
-class Lot:
+class Comparison:
     """Runs on the same data. `name` tells it from the others in titles, `suffix` in the names of files."""
 
     name: str
@@ -77,7 +77,7 @@ def _seeds(group: Group) -> dict[str, Value]:
     }
 
 
-def behind(found: Sequence[Group]) -> str:
+def sample_note(found: Sequence[Group]) -> str:
     """How many runs and seeds are behind a figure."""
     runs = [run for group in found for run in group.runs]
     seeds = sorted({run.row.seed for run in runs if run.row.seed is not None})
@@ -141,7 +141,7 @@ def series_of(
     return Series(label, style, panels, joined)
 
 
-def lots(found: Sequence[Group]) -> list[list[Group]]:
+def comparisons(found: Sequence[Group]) -> list[list[Group]]:
     return [list(found[i : i + MOST_PANELS]) for i in range(0, len(found), MOST_PANELS)]
 
 
@@ -153,7 +153,7 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
-    def first(self) -> Row:
+    def first(self) -> RunRow:
         return self.runs[0].row
 
 

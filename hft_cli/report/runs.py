@@ -17,7 +17,7 @@ from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.sweeps import jobs
-from hft_cli.text import natural
+from hft_cli.text import natural_order
 
 COUNTED = ("verified", "no model written")  # statuses of runs that means are taken over
 
@@ -39,7 +39,7 @@ FREE = (
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run in a table. Shares are in [0, 1]; `skill` and `retained` are means over the tasks, None if not scored."""
 
     run: str
@@ -95,7 +95,7 @@ class Drawn:
 class Run:
     """A run with all that the report needs of it. `setting`: its flat configuration without seeds and places."""
 
-    row: Row
+    row: RunRow
     folder: Path
     stages: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)  # SUITE/TASK -> the task's own metric
@@ -123,7 +123,7 @@ class Run:
         return tuple(item for item in self.key if not item[0].startswith(prefixes))
 
 
-def gather(places: Iterable[Path]) -> list[Run]:
+def find_runs(places: Iterable[Path]) -> list[Run]:
     """Every run in the places or below them, once each, and those that a sweep was to have but has not.
 
     Raises:
@@ -131,7 +131,7 @@ def gather(places: Iterable[Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for place in places:
-        plans = sorted(place.glob("**/plan.json"), key=lambda path: natural(str(path)))
+        plans = sorted(place.glob("**/plan.json"), key=lambda path: natural_order(str(path)))
         if not plans:
             raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
         for plan in plans:
@@ -140,7 +140,7 @@ def gather(places: Iterable[Path]) -> list[Run]:
         for sweep in sorted(place.glob("**/multirun.yaml")):
             for folder, typed in jobs(sweep):
                 if folder.resolve() not in found:
-                    row = Row(run=str(folder), status="missing", note=f"the sweep was to have: {' '.join(typed)}")
+                    row = RunRow(run=str(folder), status="missing", note=f"the sweep was to have: {' '.join(typed)}")
                     found[folder.resolve()] = Run(row, folder)
     return list(found.values())
 
@@ -148,13 +148,13 @@ def gather(places: Iterable[Path]) -> list[Run]:
 def read_run(run: RunDir) -> Run:
     """A run with its status, whatever state it is in."""
     if not run.results.exists():
-        return Run(Row(run=str(run.folder), status="unfinished", note=_progress(run)), run.folder)
+        return Run(RunRow(run=str(run.folder), status="unfinished", note=_progress(run)), run.folder)
     try:
         return _read(run, read_json(run.results))
     # one run's broken file does not take the others' table away
     except (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-        return Run(Row(run=str(run.folder), status="results.json is broken", note=reason), run.folder)
+        return Run(RunRow(run=str(run.folder), status="results.json is broken", note=reason), run.folder)
 
 
 def _progress(run: RunDir) -> str:
@@ -192,7 +192,7 @@ def _read(run: RunDir, results: dict[str, Any]) -> Run:
     tasks = _tasks(sequence) if "R" in sequence else None
     level, ratio = str(selection["level"]), number(selection["ratio"])
     draws, problem = _draws(run)
-    row = Row(
+    row = RunRow(
         run=str(run.folder),
         status=status,
         method=str(results["method"]),
@@ -322,7 +322,7 @@ def _stages(run: RunDir, first: str) -> tuple[str, ...]:
         return (first,)
 
 
-def _setting(run: RunDir, row: Row, results: Mapping[str, Any]) -> dict[str, str]:
+def _setting(run: RunDir, row: RunRow, results: Mapping[str, Any]) -> dict[str, str]:
     """What the run was set to, as text by key, without what only seeds or places it, and without what had no say in it
     (the keys of a selection where all is updated, of replay without replay).
     """
@@ -375,7 +375,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def items(run: Run, task: str) -> tuple[list[float], list[float]] | None:
+def item_scores(run: Run, task: str) -> tuple[list[float], list[float]] | None:
     """What each item of SUITE/TASK scored before and after, the items of both only; None without such records."""
     metric = run.metrics[task]
     if kept := run.records.get(task):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hft_cli.report.stats import Estimate
-from hft_cli.text import grid
+from hft_cli.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ class Table:
         return [[cell(record) for _, cell in self.columns] for record in self.records]
 
     def markdown(self) -> str:
-        return grid(self.heads, self.body)
+        return markdown_table(self.heads, self.body)
 
     def csv(self) -> str:
         """Every raw value; a key that a record lacks is empty."""

@@ -14,10 +14,10 @@ from hft_cli.errors import UserError
 from hft_cli.files import write_json, write_text
 from hft_cli.report.html import markdown as as_markdown
 from hft_cli.report.html import page
-from hft_cli.report.runs import Row, gather
+from hft_cli.report.runs import RunRow, find_runs
 from hft_cli.report.sections.overview import as_json, sections
 from hft_cli.report.tables import Column, Record, Table, plain, short
-from hft_cli.text import grid, mebibytes, natural, percent_text
+from hft_cli.text import markdown_table, mebibytes, natural_order, percent_text
 
 
 def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
@@ -34,7 +34,7 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file. Choose a folder.")
-    runs = gather(places)
+    runs = find_runs(places)
     rows = [run.row for run in runs]
     made = sections(runs, norms)
     runs_table = Table(
@@ -70,7 +70,7 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
 HEADS = "Scores are in %; updated is the share of all elements, embeddings and head included; OP and BWT of sequences."
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
+def _columns(rows: Sequence[RunRow]) -> list[Column]:
     """The columns of the table of runs: those that every report has, and those that some run of these has."""
     return [
         ("method", lambda r: str(r["label"] or r["run"])),
@@ -87,7 +87,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def _record(row: Row) -> Record:
+def _record(row: RunRow) -> Record:
     seed = "" if row.seed is None else str(row.seed)
     return {
         "run": row.run,
@@ -110,18 +110,18 @@ def share(key: str) -> Callable[[Record], str]:
     return lambda record: percent_text(value) if isinstance(value := record.get(key), int | float) else ""
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[RunRow]) -> str:
     """The runs as a Markdown table, in the order of method, learning rate and seed."""
     columns, records = _columns(rows), [_record(row) for row in sorted(rows, key=_order)]
-    return grid([head for head, _ in columns], [[cell(record) for _, cell in columns] for record in records])
+    return markdown_table([head for head, _ in columns], [[cell(record) for _, cell in columns] for record in records])
 
 
-def _order(row: Row) -> tuple[Any, ...]:
-    where = (row.learning_rate or 0, row.seed or 0, row.draw_seed or 0, natural(row.run))
+def _order(row: RunRow) -> tuple[Any, ...]:
+    where = (row.learning_rate or 0, row.seed or 0, row.draw_seed or 0, natural_order(row.run))
     return not row.method, row.method, row.continual, row.selection, *where
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _csv(rows: Sequence[RunRow]) -> str:
     text = io.StringIO()
     names = [name for name in vars(rows[0]) if name != "scores"]
     writer = csv.writer(text, lineterminator="\n")

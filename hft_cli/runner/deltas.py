@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.tensors import Place, lay_over, read_header, weights_hash, write_pieces
+from hft_cli.checkpoint.tensors import StoredTensor, apply_deltas, read_header, weights_hash, write_delta_file
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json, write_text
-from hft_cli.method.rounds import steps
-from hft_cli.paths import fetch
+from hft_cli.method.rounds import phases
+from hft_cli.paths import model_folder
 from hft_cli.run_dir import RoundDir, RunDir
-from hft_cli.text import grid
+from hft_cli.text import markdown_table
 
 ABOUT = "hft.json"  # what a published delta says of itself
 
@@ -32,9 +32,9 @@ def materialize(run: RunDir, number: int | None, out: Path) -> None:
     _new(out)
     config, plan = read_config(run), read_json(run.plan)
     done = _rounds(run, number)
-    base = fetch(plan["base"])
+    base = model_folder(plan["base"])
     _same_base(base, plan["base_sha256"], "the run began with")
-    lay_over(base, [folder.delta for folder in done], out, _template(done[-1], config.model.chat_template))
+    apply_deltas(base, [folder.delta for folder in done], out, _template(done[-1], config.model.chat_template))
 
 
 def publish(run: RunDir, number: int | None, out: Path) -> None:
@@ -46,13 +46,15 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     """
     _new(out)
     plan, done = read_json(run.plan), _rounds(run, number)
-    changes: dict[str, Place] = {
+    changes: dict[str, StoredTensor] = {
         name: (folder.delta, info) for folder in done for name, info in read_header(folder.delta).items()
     }
     about = _about(run, plan, len(done))
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    write_pieces({name: [place] for name, place in changes.items()}, part / DELTA, {"base_sha256": plan["base_sha256"]})
+    write_delta_file(
+        {name: [place] for name, place in changes.items()}, part / DELTA, {"base_sha256": plan["base_sha256"]}
+    )
     for name, text in _template(done[-1], read_config(run).model.chat_template).items():
         write_text(part / name, text)
     write_json(part / ABOUT, about)
@@ -69,9 +71,9 @@ def apply(delta: Path, base: str, out: Path) -> None:
     _new(out)
     if not (delta / ABOUT).exists() or not (delta / DELTA).exists():
         raise UserError(f"{delta} is neither a run nor a published delta: it has no {ABOUT} and {DELTA}.")
-    folder = fetch(base, "base")
+    folder = model_folder(base, "base")
     _same_base(folder, read_json(delta / ABOUT)["base_sha256"], f"{delta} was made from")
-    lay_over(folder, [delta / DELTA], out, _template(RoundDir(delta), "as published"))
+    apply_deltas(folder, [delta / DELTA], out, _template(RoundDir(delta), "as published"))
 
 
 def _template(folder: RoundDir, asked: str | None) -> dict[str, str]:
@@ -95,7 +97,7 @@ def _rounds(run: RunDir, number: int | None) -> list[RoundDir]:
     config = read_config(run)
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no deltas (method.save_model=false).")
-    planned = steps(config)
+    planned = phases(config)
     last = planned[-1].round if number is None else number
     if not 1 <= last <= planned[-1].round:
         raise UserError(f"round={last} is not one of the rounds of {run.folder}: 1 to {planned[-1].round}.")
@@ -146,7 +148,7 @@ def _card(about: dict[str, Any], name: str) -> str:
         f"SHA-256 over the base's weight files: `{about['base_sha256']}`; another base is refused.",
         f"```\nhft materialize {name} base={base} out=model\n```",
         'Then `AutoModelForCausalLM.from_pretrained("model")`.',
-        grid(["round", "data", "selection", "ratio", "seed", "updated"], rounds),
+        markdown_table(["round", "data", "selection", "ratio", "seed", "updated"], rounds),
     ]
     scores = [
         [f"{suite}/{task}", metric.replace("_", " "), f"{100 * before:.1f}", f"{100 * after[metric]:.1f}"]
@@ -156,5 +158,5 @@ def _card(about: dict[str, Any], name: str) -> str:
         if (before := about["eval"].get("before", {}).get(suite, {}).get(task, {}).get(metric)) is not None
     ]
     if scores:
-        parts.append(grid(["score (%)", "metric", "base", "this"], scores))
+        parts.append(markdown_table(["score (%)", "metric", "base", "this"], scores))
     return "\n".join(front) + "\n\n" + "\n\n".join(parts) + "\n"

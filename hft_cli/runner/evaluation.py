@@ -6,20 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.parameters import from_folder
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.config.schema import EvalConfig, read_config
 from hft_cli.config.validate import check_eval
 from hft_cli.errors import UserError
-from hft_cli.evaluation.scorer import Scored, read, score
+from hft_cli.evaluation.scorer import ScoredModel, read, score
 from hft_cli.evaluation.suite import read_suite, uses_template
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.environment import gpus
-from hft_cli.launch.worker import alone
-from hft_cli.paths import fetch, locate
+from hft_cli.launch.worker import hold_lock
+from hft_cli.paths import model_folder, resolve_path
 from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import RoundDir, finished
-from hft_cli.runner.tracking import log_scores, require
+from hft_cli.runner.tracking import log_scores, require_tracker
 
 
 def run_eval(config: EvalConfig) -> Path:
@@ -32,7 +32,7 @@ def run_eval(config: EvalConfig) -> Path:
         subprocess.CalledProcessError: if a worker fails; its log is named on stderr.
     """
     check_eval(config)
-    require(config.tracking)
+    require_tracker(config.tracking)
     asked = read_suite(config.suite)
     name = config.suite.name
     if not asked.rows:
@@ -42,11 +42,13 @@ def run_eval(config: EvalConfig) -> Path:
         )
     models = _models(config)
     for model in models.values():
-        check_device(config.engine, gpus(), sum(p.elements for p in from_folder(model.path, config.model.kinds)))
+        check_device(
+            config.engine, gpus(), sum(p.elements for p in parameters_from_folder(model.path, config.model.kinds))
+        )
     folder = Path(config.run or config.output_dir).expanduser() / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
-    with alone(folder / ".lock"):
+    with hold_lock(folder / ".lock"):
         results: dict[str, Any] = read_json(file)["models"] if file.exists() else {}
         for when, model in models.items():
             files = score(asked, model, RoundDir(folder / when), ranks=config.engine.num_processes, keyed=True)[name]
@@ -73,12 +75,12 @@ def run_eval(config: EvalConfig) -> Path:
     return file
 
 
-def _models(config: EvalConfig) -> dict[str, Scored]:
+def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     """What to score, by the name of its folder: after and before of a run, or the model alone."""
-    found: dict[str, Scored] = {}
+    found: dict[str, ScoredModel] = {}
     if config.run is None:
-        path = fetch(locate(config.model.path))
-        found["model"] = Scored(path, config.model, weights_hash(path))
+        path = model_folder(resolve_path(config.model.path))
+        found["model"] = ScoredModel(path, config.model, weights_hash(path))
     else:
         run = finished(config.run)
         sealed = read_config(run).model
@@ -86,8 +88,8 @@ def _models(config: EvalConfig) -> dict[str, Scored]:
         if "after" in config.models and not run.model.is_dir():
             raise UserError(f"The run in {config.run} has no model (method.save_model=false?). Use models=[before].")
         for when in config.models:
-            path = run.model if when == "after" else fetch(locate(sealed.path))
-            found[when] = Scored(path, own, weights_hash(path), shared=when == "before")
+            path = run.model if when == "after" else model_folder(resolve_path(sealed.path))
+            found[when] = ScoredModel(path, own, weights_hash(path), shared=when == "before")
         if "before" in found and found["before"].weights != read_json(run.plan)["base_sha256"]:
             raise UserError(
                 f"The weights in {found['before'].path} have changed since the run in {config.run} began with them. "

@@ -10,18 +10,18 @@ from typing import Any
 
 import yaml
 
-from hft_cli.checkpoint.parameters import from_folder
-from hft_cli.checkpoint.tensors import Place, reset_pieces, weights_hash
+from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.checkpoint.tensors import StoredTensor, reset_tensors, weights_hash
 from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, read_config, test_format
 from hft_cli.data.preferences import preferences_hash, read_preferences
-from hft_cli.data.rows import content_hash, read_chats, read_sources, repeats
+from hft_cli.data.rows import content_hash, count_repeats, read_chats, read_sources
 from hft_cli.errors import UserError
-from hft_cli.evaluation.suite import Asked, read_suite, uses_template
+from hft_cli.evaluation.suite import Suite, read_suite, uses_template
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
-from hft_cli.method.rounds import Step, draws, steps
+from hft_cli.method.rounds import Phase, draws, phases
 from hft_cli.method.selection import Draw
-from hft_cli.paths import fetch, locate
+from hft_cli.paths import model_folder, resolve_path
 from hft_cli.plan.planner import plan as make_plan
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir
@@ -47,9 +47,9 @@ class Prepared:
 
     config: RunConfig
     base: Path
-    plan: tuple[Step, ...]
+    phases: tuple[Phase, ...]
     drawn: tuple[Draw, ...]
-    asked: Asked
+    asked: Suite
     inputs: dict[str, Any]
 
 
@@ -59,12 +59,12 @@ def prepare(config: RunConfig, base: Path, where: RunDir) -> Prepared:
     Raises:
         UserError: for a mistake in the config or the data, or a machine that cannot do it.
     """
-    params = from_folder(base, config.model.kinds)
-    plan, drawn = steps(config), draws(config, params)
+    params = parameters_from_folder(base, config.model.kinds)
+    plan, drawn = phases(config), draws(config, params)
     if not drawn[0].updated and plan[0].stage != "half_reset":
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if plan[0].stage == "half_reset":
-        pieces_of_reset(plan[0], drawn[0], base, config)  # whether the two models fit
+        half_reset_tensors(plan[0], drawn[0], base, config)  # whether the two models fit
     asked = read_suite(config.suite)
     uses_template(config.suite, config.model, base)  # or says why it cannot
     rounds = [asdict(step) | {"data": step.data} | rows_of_step(step, config) for step in plan]
@@ -105,10 +105,10 @@ def clear_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def pieces_of_reset(step: Step, chosen: Draw, tuned: Path, config: RunConfig) -> dict[str, list[Place]]:
-    folders = (tuned, fetch(locate(step.data), "model.base"))
-    own, base = (from_folder(folder, config.model.kinds) for folder in folders)
-    return reset_pieces(own, base, folders, chosen.updated, config.method.shared_rows)
+def half_reset_tensors(step: Phase, chosen: Draw, tuned: Path, config: RunConfig) -> dict[str, list[StoredTensor]]:
+    folders = (tuned, model_folder(resolve_path(step.data), "model.base"))
+    own, base = (parameters_from_folder(folder, config.model.kinds) for folder in folders)
+    return reset_tensors(own, base, folders, chosen.updated, config.method.shared_rows)
 
 
 def find_unfinished(config: RunConfig) -> RunDir:
@@ -191,7 +191,7 @@ def same_inputs(where: RunDir, inputs: dict[str, Any]) -> None:
                 )
 
 
-def rows_of_step(step: Step, config: RunConfig) -> dict[str, Any]:
+def rows_of_step(step: Phase, config: RunConfig) -> dict[str, Any]:
     """What is known of a step's rows: the hash of what it trains on (or of the weights that a Half-Reset puts back),
     that of its test set, and how many rows are repeated or in the test set too.
 
@@ -200,10 +200,10 @@ def rows_of_step(step: Step, config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     if step.stage == "half_reset":
-        known: dict[str, Any] = {"data_sha256": weights_hash(fetch(locate(step.data), "model.base"))}
+        known: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(step.data), "model.base"))}
     elif step.stage == "dpo":
         read = read_preferences(
-            locate(step.data), split=step.sources[0].split, max_rows=data.max_rows, ties=config.dpo.ties
+            resolve_path(step.data), split=step.sources[0].split, max_rows=data.max_rows, ties=config.dpo.ties
         )
         known = {"data_sha256": preferences_hash(read.rows), "rows": len(read.rows)}
     else:
@@ -211,10 +211,10 @@ def rows_of_step(step: Step, config: RunConfig) -> dict[str, Any]:
         known = {"data_sha256": content_hash(chats), "rows": len(chats)}
     if step.test is None:
         return known
-    test = read_chats(locate(step.test), format=test_format(data), split="test")
+    test = read_chats(resolve_path(step.test), format=test_format(data), split="test")
     known["test_sha256"] = content_hash(test)
     if step.stage == "sft" and not step.replays:
-        repeated, shared = repeats(chats, test)
+        repeated, shared = count_repeats(chats, test)
         known |= {"rows_repeated": repeated, "rows_in_test": shared}
         if repeated or shared:
             say(

@@ -29,7 +29,7 @@ SETTLES = {"tensorboard": 0.0, "wandb": 2.0, "trackio": 2.0}
 RESULTS = ("OP", "BWT", "verified")
 
 
-def require(tracking: TrackingConfig) -> None:
+def require_tracker(tracking: TrackingConfig) -> None:
     """Refuse a tracker whose package is not installed.
 
     Raises:
@@ -43,7 +43,7 @@ def require(tracking: TrackingConfig) -> None:
         raise UserError(f"tracking={name} needs {name}, which is not installed: pip install 'hft-cli[{name}]'")
 
 
-class Tracked:
+class Tracker:
     """A run as its tracker has it; without a tracker nothing is sent."""
 
     def __init__(self, tracker: Any = None, file: Path = Path(), place: str = "", state: State | None = None) -> None:
@@ -126,7 +126,7 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
 
 
 @contextmanager
-def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracked]:
+def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
     """The run in `folder` at its tracker, begun there with its `settings` or continued, and closed in the end.
 
     Another project or run name, like another tracker, begins anew, and is sent all that there has been.
@@ -135,7 +135,7 @@ def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -
         UserError: if the tracker does not let us in.
     """
     if tracking.name == "none":
-        yield Tracked()
+        yield Tracker()
         return
     file = RunDir(folder).tracking
     name = tracking.run_name or folder.resolve().name
@@ -145,7 +145,7 @@ def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -
     plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
     with redirect_stdout(sys.stderr):  # trackio says where it logs to; ours is the table of results
         tracker, state = _OPEN[tracking.name](tracking.project, name, folder, plain, state)
-    tracked = Tracked(tracker, file, place, state)
+    tracked = Tracker(tracker, file, place, state)
     tracked.keep(now=True)
     ended = False
     try:
@@ -165,7 +165,7 @@ def log_scores(
     Raises:
         UserError: if the tracker is not installed or does not let us in.
     """
-    require(tracking)
+    require_tracker(tracking)
     with track(tracking, folder, settings) as tracked:
         tracked.scores(when, scores, max(tracked.state["step"], 0))
 

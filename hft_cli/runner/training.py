@@ -11,35 +11,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.tensors import lay_over, write_pieces
+from hft_cli.checkpoint.tensors import apply_deltas, write_delta_file
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import RunConfig, test_format
 from hft_cli.config.validate import check
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.evaluation.metrics import backward_transfer, overall_performance
-from hft_cli.evaluation.scorer import Scored, score, scores_of
-from hft_cli.evaluation.suite import Asked
+from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
+from hft_cli.evaluation.suite import Suite
 from hft_cli.files import flatten, read_json, write_json, write_text
-from hft_cli.launch.jobs import SealedStep, Task
-from hft_cli.launch.nodes import LATE, WAIT, Node, Others, connected, introduce, listening, this_node
-from hft_cli.launch.worker import alone, follow, work
-from hft_cli.method.rounds import Step, settled, step_config
+from hft_cli.launch.jobs import PhaseJob, RowsTask
+from hft_cli.launch.nodes import LATE, WAIT, Followers, Node, connect, introduce, listen, this_node
+from hft_cli.launch.worker import follow_leader, hold_lock, run_worker
+from hft_cli.method.rounds import Phase, phase_config, with_model_limits
 from hft_cli.method.selection import Draw
-from hft_cli.paths import fetch, locate
+from hft_cli.paths import model_folder, resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.prepare import (
     Prepared,
     clear_folder,
     find_unfinished,
+    half_reset_tensors,
     node_facts,
-    pieces_of_reset,
     prepare,
     refuse_other_files,
     same_config,
     same_inputs,
     seal,
 )
-from hft_cli.runner.tracking import Tracked, require, track
+from hft_cli.runner.tracking import Tracker, require_tracker, track
 from hft_cli.runner.verify import verify
 from hft_cli.text import say
 
@@ -56,7 +56,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
         NodeError: if another node fails or goes away.
     """
     check(config)
-    require(config.tracking)
+    require_tracker(config.tracking)
     node = this_node(config.engine)
     if node is None:
         return _lead(config, overrides, search, None)
@@ -65,7 +65,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             f"engine.num_nodes={node.count} needs output_dir=…: one folder, on a file system that all nodes share."
         )
     if node.rank == 0:
-        with listening(node) as others:
+        with listen(node) as others:
             return _lead(config, overrides, False, others)
     _join(config, node)
     return None
@@ -78,18 +78,18 @@ def _join(config: RunConfig, node: Node) -> None:
         UserError: for a mistake in the config or the data, or on another node.
         NodeError: if node 0 fails, goes away, or does not come.
     """
-    base = fetch(locate(config.model.path))
-    config = settled(config, read_json(base / "config.json"), base.name)
+    base = model_folder(resolve_path(config.model.path))
+    config = with_model_limits(config, read_json(base / "config.json"), base.name)
     where = RunDir(Path(config.output_dir).expanduser())
     if where.done.exists():
         same_config(where, config)
         return
-    leader = connected(node, LATE)
+    leader = connect(node, LATE)
     try:
         prepared = prepare(config, base, where)
         if leader is None:
             say(f"Waiting for node 0 at {node.host}:{node.port}.")
-            leader = connected(node, WAIT)
+            leader = connect(node, WAIT)
         if leader is None:
             raise NodeError(f"Node 0 does not answer at {node.host}:{node.port}. Start the same command there too.")
         introduce(leader, node_facts(prepared), where.nodes)
@@ -99,18 +99,18 @@ def _join(config: RunConfig, node: Node) -> None:
             told = {"mistake": str(error)}
         elif isinstance(error, Stopped):
             told = {"stop": error.number}
-        leader = leader or connected(node, LATE)
+        leader = leader or connect(node, LATE)
         if leader is not None:
             with suppress(NodeError):
                 leader.send(**told)
         raise
-    follow(leader, node, where.folder, config.engine.num_processes)
+    follow_leader(leader, node, where.folder, config.engine.num_processes)
 
 
-def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Others | None) -> RunDir:
+def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Followers | None) -> RunDir:
     """The whole run, of several nodes on node 0."""
-    base = fetch(locate(config.model.path))
-    config = settled(config, read_json(base / "config.json"), base.name)
+    base = model_folder(resolve_path(config.model.path))
+    config = with_model_limits(config, read_json(base / "config.json"), base.name)
     where = find_unfinished(config) if config.resume and search else RunDir(Path(config.output_dir).expanduser())
     if config.resume and not where.config.exists():
         raise UserError(f"resume=true, but there is no run in {where.folder}.")
@@ -125,7 +125,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Oth
     if new:
         refuse_other_files(where)
         where.folder.mkdir(parents=True, exist_ok=True)
-    with alone(where.lock):
+    with hold_lock(where.lock):
         if new:
             seal(where, config, overrides, prepared.drawn, inputs)
         else:
@@ -146,22 +146,22 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Oth
             raise
 
 
-def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | None) -> RunDir:
+def _walk(where: RunDir, prepared: Prepared, tracked: Tracker, others: Followers | None) -> RunDir:
     """Score, train round by round, score again; what is done already is not done again.
 
     The suite's benchmarks and probes are scored at the start and at the end only; its sets of rows and the data's own
     test sets after each round of several as well.
     """
     config, base, plan, drawn, asked = (
-        getattr(prepared, name) for name in ("config", "base", "plan", "drawn", "asked")
+        getattr(prepared, name) for name in ("config", "base", "phases", "drawn", "asked")
     )
     tests = {
-        step.task: Task(step.test, step.metric, test_format(config.data))
+        step.task: RowsTask(step.test, step.metric, test_format(config.data))
         for step in plan
         if step.test is not None and not step.replays
     }
     scored = partial(_score, where, config, others)
-    start = Scored(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
+    start = ScoredModel(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
     before = scored("before", start, asked, tests)
     tracked.scores("before", before, 0)
     model, adapter = base, None
@@ -178,17 +178,17 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | 
             seen = {other.task for other in plan if other.round <= step.round}
             due = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
             whole = asked if step.round == plan[-1].round else replace(asked, benchmarks={}, probes={})
-            scores.append(scored(f"round-{step.round:02d}", Scored(model, config.model), whole, due))
+            scores.append(scored(f"round-{step.round:02d}", ScoredModel(model, config.model), whole, due))
             tracked.scores(f"round-{step.round:02d}", scores[-1], trained)
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
         after = scores[-1]
     elif config.method.save_model:
-        after = scored("after", Scored(where.model, config.model), asked, tests)
+        after = scored("after", ScoredModel(where.model, config.model), asked, tests)
     else:
-        back = str(fetch(locate(str(config.model.base))))
-        reset = Scored(base, config.model, base=back, reset=drawn[0].updated)
+        back = str(model_folder(resolve_path(str(config.model.base))))
+        reset = ScoredModel(base, config.model, base=back, reset=drawn[0].updated)
         after = scored("after", reset, asked, tests)
     if not scores:
         tracked.scores("after", after, trained)
@@ -197,7 +197,7 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracked, others: Others | 
     return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual, send)
 
 
-def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _measures(plan: Sequence[Phase], scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """R with its overall performance and backward transfer, where there are rounds and each has its own test set."""
     rounds = [step for step in plan if not step.replays]
     tasks = [step.task for step in rounds]
@@ -210,20 +210,20 @@ def _measures(plan: Sequence[Step], scores: Sequence[dict[str, Any]]) -> dict[st
 
 def _round(
     where: RunDir,
-    step: Step,
+    step: Phase,
     chosen: Draw,
     model: Path,
     config: RunConfig,
     adapter: Path | None,
     send: Callable[[], None],
-    others: Others | None,
+    others: Followers | None,
 ) -> Path:
     """Train one round from the model at `model`, unless it is done, and return the folder of the model after it.
 
     While it trains, `send` is called a few times a second.
     LoRA goes on from the adapters of the round before, beside the base: merged into it, they are the model at `model`.
     """
-    start = fetch(locate(config.model.path)) if adapter else model
+    start = model_folder(resolve_path(config.model.path)) if adapter else model
     base_sha256 = read_json(where.plan)["base_sha256"]
     folder = where.round(step.number, step.name)
     out = where.model if where.model.exists() else folder.model
@@ -232,15 +232,17 @@ def _round(
         say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
         begun = time.perf_counter()
         if config.method.save_model:
-            write_pieces(pieces_of_reset(step, chosen, model, config), folder.delta, {"base_sha256": base_sha256})
+            write_delta_file(
+                half_reset_tensors(step, chosen, model, config), folder.delta, {"base_sha256": base_sha256}
+            )
         write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - begun, 3)})
     if not config.method.save_model:
         return model
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
-        SealedStep(
-            config=step_config(config, step),
-            step=step,
+        PhaseJob(
+            config=phase_config(config, step),
+            phase=step,
             model=str(start),
             metrics=str(where.metrics),
             updated=chosen.updated,
@@ -248,17 +250,17 @@ def _round(
             adapter=str(adapter) if adapter else None,
             base_sha256=base_sha256,
             deepspeed=deepspeed_settings(config),
-        ).write(folder.step)
+        ).write(folder.job)
         say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
         label = f"Round {step.round}, {step.name}"
-        work("hft_cli.training.worker", folder.step, folder, label, ranks, send, checkpoints=True, others=others)
+        run_worker("hft_cli.training.worker", folder.job, folder, label, ranks, send, checkpoints=True, others=others)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():
         own = config.model.chat_template is None
         extra = {folder.template.name: folder.template.read_text()} if folder.template.exists() and not own else {}
-        lay_over(start, [folder.delta], out, extra)
+        apply_deltas(start, [folder.delta], out, extra)
     if model.is_relative_to(where.folder) and model != out:
         shutil.rmtree(model, ignore_errors=True)  # the last round's model has served
     return out
@@ -272,11 +274,11 @@ def _size(chosen: Draw) -> str:
 def _score(
     where: RunDir,
     config: RunConfig,
-    others: Others | None,
+    others: Followers | None,
     when: str,
-    model: Scored,
-    asked: Asked,
-    tests: dict[str, Task],
+    model: ScoredModel,
+    asked: Suite,
+    tests: dict[str, RowsTask],
 ) -> dict[str, Any]:
     """Scores of one model over the suite and the data's test sets, kept in eval/WHEN; empty if none were asked."""
     folder = RoundDir(where.folder / "eval" / when)
@@ -300,7 +302,7 @@ def _score(
 def _finish(
     where: RunDir,
     config: RunConfig,
-    plan: Sequence[Step],
+    plan: Sequence[Phase],
     drawn: Sequence[Draw],
     outcomes: Sequence[dict[str, Any]],
     scores: dict[str, Any],
@@ -323,7 +325,7 @@ def _finish(
             "seed": config.seed,
             "learning_rate": None
             if plan[0].stage == "half_reset"
-            else step_config(config, plan[0]).train.learning_rate,
+            else phase_config(config, plan[0]).train.learning_rate,
             "rounds": [
                 {
                     "name": step.name,

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import from_folder
-from hft_cli.checkpoint.tensors import Place, TensorInfo, read_header, same_bytes, tensors, weights_hash
+from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.checkpoint.tensors import StoredTensor, TensorInfo, read_header, same_bytes, stored_tensors, weights_hash
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
-from hft_cli.method.rounds import draws, steps
-from hft_cli.paths import fetch, locate
+from hft_cli.method.rounds import draws, phases
+from hft_cli.paths import model_folder, resolve_path
 from hft_cli.run_dir import RunDir
 
 MOST_NAMES = 5  # named in a fault
@@ -55,16 +55,16 @@ def verify(
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
     plan = read_json(run.plan)
-    base = fetch(plan["base"])
+    base = model_folder(plan["base"])
     if weights_hash(base) != plan["base_sha256"]:
         raise UserError(f"The weights in {base} are not those that the run started from, so it cannot be verified.")
-    params = from_folder(base, config.model.kinds)
+    params = parameters_from_folder(base, config.model.kinds)
     stored = {p.name: p.stored for p in params}
 
-    now: dict[str, Place] = tensors(base)  # where each tensor's value stands after the rounds so far
+    now: dict[str, StoredTensor] = stored_tensors(base)  # where each tensor's value stands after the rounds so far
     last: dict[str, int] = {}  # the round that wrote it
     proofs: list[RoundProof] = []
-    plan_steps = steps(config)
+    plan_steps = phases(config)
     entries = _entries(run)
     for step, made in zip(plan_steps, draws(config, params), strict=True):
         entry = {"name": step.name, **made.as_dict()}
@@ -103,7 +103,7 @@ def verify(
         )
 
     try:
-        final = tensors(model or run.model)
+        final = stored_tensors(model or run.model)
     except UserError as error:
         return tuple(replace(proof, faults=(*proof.faults, str(error))) for proof in proofs)
     wrong: dict[int, set[str]] = {}
@@ -131,13 +131,17 @@ def _entries(run: RunDir) -> list[Any]:
 
 
 def _reset_faults(
-    held: dict[str, TensorInfo], delta: Path, params: tuple[Param, ...], config: RunConfig, tuned: dict[str, Place]
+    held: dict[str, TensorInfo],
+    delta: Path,
+    params: tuple[Param, ...],
+    config: RunConfig,
+    tuned: dict[str, StoredTensor],
 ) -> list[str]:
     """A Half-Reset's delta must hold the base's tensors; further rows, if it has any, must be the tuned ones."""
-    folder = fetch(locate(str(config.model.base)))
-    theirs = {p.name: p.stored for p in from_folder(folder, config.model.kinds)}
+    folder = model_folder(resolve_path(str(config.model.base)))
+    theirs = {p.name: p.stored for p in parameters_from_folder(folder, config.model.kinds)}
     source = {at: there for p in params for at, there in zip(p.stored, theirs.get(p.name, ()), strict=False)}
-    base = tensors(folder)
+    base = stored_tensors(folder)
     wrong = set()
     for name, info in held.items():
         if name not in source or name not in tuned:  # said already: the draw freezes it
@@ -153,7 +157,7 @@ def _reset_faults(
     return _named("its delta is not the base's for", wrong)
 
 
-def _fits(one: Place | None, info: TensorInfo) -> bool:
+def _fits(one: StoredTensor | None, info: TensorInfo) -> bool:
     return one is not None and (one[1].dtype, one[1].shape) == (info.dtype, info.shape)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hft_cli.checkpoint.naming import Param
 from hft_cli.errors import UserError
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import SealedStep
+from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.ranks import barrier, gather_objects, max_over_ranks
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import dpo, gem, lora, resume
@@ -28,7 +28,7 @@ SIGNALS: list[int] = []  # that came and asked us to stop
 
 
 def watching(
-    sealed: SealedStep,
+    sealed: PhaseJob,
     folder: RoundDir,
     params: Mapping[str, Param],
     identity: Mapping[str, Any],
@@ -98,7 +98,7 @@ def watching(
             if not self.engines or self.engines[-1] | {"from_step": 0} != now | {"from_step": 0}:
                 self.engines.append({"from_step": state.global_step, **now})
             if rank == 0:
-                _forget_after(metrics, sealed.step.name, state.global_step)
+                _forget_after(metrics, sealed.phase.name, state.global_step)
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
             self.logged = self.first = state.global_step
@@ -135,8 +135,8 @@ def watching(
                 self.loss = logs["loss"]
                 self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
                 line = {
-                    "round": sealed.step.round,
-                    "name": sealed.step.name,
+                    "round": sealed.phase.round,
+                    "name": sealed.phase.name,
                     "step": state.global_step,
                     "tokens_per_second": self.tokens_per_second(),
                 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash
 from hft_cli.data.rows import BATCH, Chat
-from hft_cli.data.templates import as_text, check_template
+from hft_cli.data.templates import apply_template, check_template
 from hft_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def prepare(
 
     def ids(chats: list[Chat], first: int, **options: Any) -> list[list[int]]:
         texts = [
-            as_text(chat, f"{where}, example {first + number}", tokenizer, **options)
+            apply_template(chat, f"{where}, example {first + number}", tokenizer, **options)
             for number, chat in enumerate(chats)
         ]
         encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.tensors import tensors
+from hft_cli.checkpoint.tensors import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_text
 from hft_cli.launch.ranks import barrier
@@ -142,7 +142,7 @@ def prove_frozen(model: Any, params: Mapping[str, Param], folder: Path) -> None:
     from deepspeed.runtime.zero import GatheredParameters
     from safetensors import safe_open
 
-    files = tensors(folder)
+    files = stored_tensors(folder)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for long, parameter in model.named_parameters():
         name = long.removeprefix(PREFIX).replace(".base_layer.", ".")

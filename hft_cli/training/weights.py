@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.tensors import Place, Writer, tensors
+from hft_cli.checkpoint.tensors import StoredTensor, Writer, stored_tensors
 from hft_cli.errors import UserError
-from hft_cli.launch.jobs import SealedStep
+from hft_cli.launch.jobs import PhaseJob
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +24,19 @@ def frozen_checksum(model: Any) -> int:
     digest = hashlib.sha256()
     for name, parameter in getattr(model, "module", model).named_parameters():
         if not parameter.requires_grad:
-            held = getattr(parameter, "ds_tensor", parameter).detach()
+            file_value = getattr(parameter, "ds_tensor", parameter).detach()
             digest.update(name.encode())
-            digest.update(held.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(file_value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest()[:6], "big")
 
 
 def write_delta(
-    model: Any, sealed: SealedStep, params: Mapping[str, Param], path: Path, value: Callable[[str], torch.Tensor]
+    model: Any, sealed: PhaseJob, params: Mapping[str, Param], path: Path, value: Callable[[str], torch.Tensor]
 ) -> None:
     """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
-    base = tensors(Path(sealed.model))
+    base = stored_tensors(Path(sealed.model))
     announced = {stored: base[stored][1] for name in sealed.updated for stored in params[name].stored}
-    metadata = {"format": "pt", "round": str(sealed.step.round), "base_sha256": sealed.base_sha256}
+    metadata = {"format": "pt", "round": str(sealed.phase.round), "base_sha256": sealed.base_sha256}
     with Writer(path, announced, metadata) as writer:
         for name in sealed.updated:
             parts = to_stored(model, {name: value(name)}, [params[name]])
@@ -52,13 +52,13 @@ def restore_masters(model: Any, params: Mapping[str, Param], folder: Path) -> No
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
-    files = tensors(folder)
+    files = stored_tensors(folder)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and files[params[name].stored[0]][1].dtype != "BF16":
             safe_set_full_fp32_param(parameter, held(params[name], files).to(parameter.device))
 
 
-def held(param: Param, files: Mapping[str, Place]) -> torch.Tensor:
+def held(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
     """The float32 value that the files hold of a parameter.
 
     Raises:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.checkpoint.parameters import from_folder
-from hft_cli.checkpoint.tensors import tensors, weights_hash
+from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.checkpoint.tensors import stored_tensors, weights_hash
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.preferences import preferences_hash, read_preferences
 from hft_cli.data.rows import content_hash, read_sources
@@ -23,10 +23,10 @@ from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json, write_text
-from hft_cli.launch.jobs import SealedStep
+from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.ranks import barrier, join_ranks, leave_ranks, max_over_ranks
 from hft_cli.method.selection import names_hash
-from hft_cli.paths import locate
+from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import dpo, gem, lora, resume
 from hft_cli.training.callbacks import SIGNALS, peak_memory, stop_asked, watching
@@ -44,14 +44,14 @@ def main(argv: list[str]) -> int:
     """Train the round whose step file is argv[0]; a user's mistake goes into the round's mistake.txt."""
     path = Path(argv[0])
     try:
-        train(SealedStep.read(path), RoundDir(path.parent))
+        train(PhaseJob.read(path), RoundDir(path.parent))
     except UserError as error:
         write_text(RoundDir(path.parent).mistake, str(error))
         return 2
     return 0
 
 
-def train(sealed: SealedStep, folder: RoundDir) -> None:
+def train(sealed: PhaseJob, folder: RoundDir) -> None:
     """Train one round and write delta.safetensors and, last, outcome.json; none of them if it was asked to stop.
 
     Raises:
@@ -67,7 +67,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Before DeepSpeed's settings exist: under ZeRO-3 they would reach for the weightless model that this may build.
-    params = {p.name: p for p in from_folder(sealed.model, config.model.kinds)}
+    params = {p.name: p for p in parameters_from_folder(sealed.model, config.model.kinds)}
     arguments = _arguments(sealed, folder)
     if config.engine.zero_stage is not None:
         join_ranks()
@@ -101,7 +101,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         barrier(world)
         watch.converted = Path(checkpoint)
         arguments.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
-    if sealed.step.stage == "dpo":
+    if sealed.phase.stage == "dpo":
         kind = config.dpo.reference
         other = dpo.reference(kind, model, lambda: load_model(sealed.model, config))
         trainer = dpo.dpo_trainer(model, other, arguments, dataset, tokenizer, [watch])
@@ -130,7 +130,7 @@ def train(sealed: SealedStep, folder: RoundDir) -> None:
         whole = {name: full_value(value) for name, value in own.items()}  # a collective, as below
         if rank == 0:
             lora.save(model, whole, folder.adapter)
-            files = tensors(Path(sealed.model))
+            files = stored_tensors(Path(sealed.model))
 
             def value(name: str) -> torch.Tensor:
                 return lora.merged(model, name, whole, held(params[name], files))
@@ -198,19 +198,19 @@ def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]
         parameter.requires_grad_(wanted[name])
 
 
-def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
+def _arguments(sealed: PhaseJob, folder: RoundDir) -> SFTConfig | DPOConfig:
     import torch
     from trl import DPOConfig, SFTConfig
 
     config, train, engine = sealed.config, sealed.config.train, sealed.config.engine
     gpu = torch.cuda.is_available()
-    if sealed.step.stage == "dpo":
+    if sealed.phase.stage == "dpo":
         make, own = DPOConfig, dpo.settings(config.dpo.reference, config.dpo.beta)
     else:
         make, own = SFTConfig, {"packing": train.packing}
         if not train.packing:
             own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and cut already
-    if sealed.step.replays and not config.continual.replay_shuffle:
+    if sealed.phase.replays and not config.continual.replay_shuffle:
         own["train_sampling_strategy"] = "sequential"
     return make(
         **own,
@@ -248,7 +248,7 @@ def _arguments(sealed: SealedStep, folder: RoundDir) -> SFTConfig | DPOConfig:
 
 
 def _rows(
-    sealed: SealedStep, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
+    sealed: PhaseJob, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
 ) -> tuple[Dataset, dict[str, Any]]:
     """The rows as the trainer takes them, made once by rank 0 and read by all, with their counts and hash."""
     from datasets import load_from_disk
@@ -256,29 +256,29 @@ def _rows(
     counts_file = folder.tokens / "counts.json"
     if rank == 0 and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
-        dataset, counts = (_pairs if sealed.step.stage == "dpo" else _chats)(sealed, tokenizer)
+        dataset, counts = (_pairs if sealed.phase.stage == "dpo" else _chats)(sealed, tokenizer)
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
     barrier(world)
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
 
 
-def _chats(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+def _chats(sealed: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize  # the runner has filled it in
-    chats = read_sources(sealed.step.sources, data, sealed.config.seed)
+    chats = read_sources(sealed.phase.sources, data, sealed.config.seed)
     made = tokenize(
         chats,
         tokenizer,
         max_length=longest,
         loss=data.loss,
         long_prompts=data.long_prompts,
-        where=sealed.step.data,
+        where=sealed.phase.data,
     )
     return made.dataset, _counts(made) | {"rows_prompt_cut": made.cut, "sha256": content_hash(chats)}
 
 
-def _memories(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+def _memories(sealed: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
     """GEM: the kept rows of each past task that fit into train.max_length; none for a round without a past."""
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize
@@ -291,21 +291,21 @@ def _memories(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> list[Da
             long_prompts=data.long_prompts,
             where=source.path,
         ).dataset
-        for source in sealed.step.memories
+        for source in sealed.phase.memories
     ]
 
 
-def _pairs(sealed: SealedStep, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
+def _pairs(sealed: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Any]]:
     data = sealed.config.data
     longest = sealed.config.train.max_length or sys.maxsize
     read = read_preferences(
-        locate(sealed.step.data),
-        split=sealed.step.sources[0].split,
+        resolve_path(sealed.phase.data),
+        split=sealed.phase.sources[0].split,
         max_rows=data.max_rows,
         ties=sealed.config.dpo.ties,
     )
     start = weights_hash(Path(sealed.model))
-    made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=sealed.step.data)
+    made = dpo.prepare(read.rows, tokenizer, max_length=longest, start=start, where=sealed.phase.data)
     left_out = read.left_out | {"prompt fills max_length": made.dropped, "alike when cut": made.alike}
     counts = _counts(made) | {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
     return made.dataset, counts | {"sha256": preferences_hash(read.rows)}

@@ -7,11 +7,11 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_cli.checkpoint.naming import called, category, place
+from hft_cli.checkpoint.naming import category, layer_and_matrix, short_names
 from hft_cli.report.groups import count_of
 from hft_cli.report.runs import Matrix, Run
 from hft_cli.report.tables import Plot, Record, Section, Table, percent, plain, short
-from hft_cli.text import natural
+from hft_cli.text import natural_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +25,11 @@ def layers_by_matrices(values: Mapping[str, float]) -> tuple[tuple[str, ...], tu
     """Layers, matrices by category and the values by parameter name as a matrix; None where there is no such one."""
     at: dict[tuple[int, str], float] = {}
     for name, value in values.items():
-        where = place(name)
+        where = layer_and_matrix(name)
         if where is not None and (where not in at or name.endswith("weight")):  # a bias goes with its matrix
             at[where] = value
     layers = sorted({layer for layer, _ in at})
-    names = called(sorted({matrix for _, matrix in at}, key=natural))
+    names = short_names(sorted({matrix for _, matrix in at}, key=natural_order))
     kinds, usual = ("attention", "feed-forward", "norm", "other"), ("q", "k", "v", "o", "gate", "up", "down")
     matrices = sorted(
         names, key=lambda m: (kinds.index(category(m)), usual.index(names[m]) if names[m] in usual else 9)
@@ -50,7 +50,7 @@ def draws(runs: Sequence[Run]) -> Section | None:
     records: list[Record] = []
     for own in lots:
         for drawn in own[0].draws:
-            inside = [name for name in drawn.updated | drawn.frozen if place(name)]
+            inside = [name for name in drawn.updated | drawn.frozen if layer_and_matrix(name)]
             records.append({
                 "run": own[0].row.run, "runs": len(own), "round": drawn.round, "name": drawn.name, "level": drawn.level,
                 "ratio": own[0].row.ratio, "draw_seed": own[0].draw_seed, "updated": len(drawn.updated),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hft_cli.report import stats
-from hft_cli.report.groups import MEASURES, Group, Lot, behind, cells_of, groups, less_rate, order
+from hft_cli.report.groups import MEASURES, Comparison, Group, cells_of, groups, less_rate, order, sample_note
 from hft_cli.report.stats import estimate
 from hft_cli.report.tables import Plot, Record, Section, Table, Value, estimated, percent, spread
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def frontier_section(lot: Lot) -> Section | None:
+def frontier_section(lot: Comparison) -> Section | None:
     """Retention at equal skill along sweeps of the learning rate, seed by seed."""
     by: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in groups([run for run in lot.runs if run.row.skill is not None and run.row.retained is not None]):
@@ -44,7 +44,7 @@ def frontier_section(lot: Lot) -> Section | None:
         columns += [(f"{name} − {names[0]}", spread(f"{name} - {names[0]}", signed=True)) for name in names[1:]]
         caption = (
             "Retention (%) at equal skill, over the skills that every method and seed reached: mean ± standard "
-            "deviation [95% t interval over seeds]; differences are paired by seed, in points. " + behind(shown)
+            "deviation [95% t interval over seeds]; differences are paired by seed, in points. " + sample_note(shown)
         )
         parts.append(Table(stem, caption, columns, records))
     else:
@@ -69,7 +69,7 @@ def frontier_section(lot: Lot) -> Section | None:
     caption = (
         "Retention against skill; a line for each method and seed, through its runs in the order of the learning rate "
         f"({', '.join(f'{rate:g}' for rate in sorted({g.first.learning_rate or 0 for g in shown}))}). Up and right is "
-        f"better. {behind(shown)}"
+        f"better. {sample_note(shown)}"
     )
     parts.append(Plot(stem, caption, draw))
     return Section(lot.title("Retention at equal skill"), text, parts)

@@ -11,10 +11,9 @@ from hft_cli.report import published
 from hft_cli.report.groups import (
     INTERVAL,
     MEASURES,
+    Comparison,
     Group,
-    Lot,
     Measure,
-    behind,
     cells_of,
     dot_of,
     groups,
@@ -22,10 +21,11 @@ from hft_cli.report.groups import (
     measured_in,
     order,
     over_seeds,
+    sample_note,
     series_of,
     setting_of,
 )
-from hft_cli.report.runs import Row
+from hft_cli.report.runs import RunRow
 from hft_cli.report.stats import estimate
 from hft_cli.report.tables import Plot, Record, Section, Table, Value, estimated, percent, plain, short, spread
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def methods_section(lot: Lot) -> Section | None:
+def methods_section(lot: Comparison) -> Section | None:
     found = groups(lot.runs)
     keys = measured_in(found)
     if not keys:
@@ -50,7 +50,7 @@ def methods_section(lot: Lot) -> Section | None:
                ("draw seeds", plain("draw_seeds")),
                *((MEASURES[key][0], spread(key, signed=key == "bwt")) for key in keys),
                ("interval", plain("interval"))]  # fmt: skip
-    caption = f"Each setting over its seeds: mean ± standard deviation [95% interval of the mean]. {behind(found)}"
+    caption = f"Each setting over its seeds: mean ± standard deviation [95% interval of the mean]. {sample_note(found)}"
     parts: list[Table | Plot] = [Table(lot.stem("methods"), f"{caption} {INTERVAL}", columns, records)]
     differences, used = _differences(found, keys)
     if differences:
@@ -60,7 +60,7 @@ def methods_section(lot: Lot) -> Section | None:
         caption = (
             "Each setting less the one that updates everything and is else the same, in points, paired by data seed: "
             "mean ± standard deviation [95% t interval]. At the same learning rate methods do not learn the same; see "
-            f"retention at equal skill. {behind(used)}"
+            f"retention at equal skill. {sample_note(used)}"
         )
         parts.append(Table(lot.stem("differences"), caption, columns, differences))
     shown = found[:40]
@@ -68,7 +68,7 @@ def methods_section(lot: Lot) -> Section | None:
     if any(run.row.skill is not None and run.row.retained is not None for run in lot.runs):
         caption = (
             "Skill learned and facts retained against the learning rate, and against each other (up and right is "
-            f"better); means over seeds with 95% intervals, each run a small dot. {behind(found)}"
+            f"better); means over seeds with 95% intervals, each run a small dot. {sample_note(found)}"
         )
         parts.append(Plot(lot.stem("tradeoff"), caption, lambda: _tradeoff(found)))
     text = []
@@ -85,7 +85,7 @@ def methods_section(lot: Lot) -> Section | None:
     return Section(lot.title("Methods"), text, parts)
 
 
-def benchmarks_section(lot: Lot) -> Section | None:
+def benchmarks_section(lot: Comparison) -> Section | None:
     """The paper's benchmarks as its main table has them, of the start and of each setting."""
     there = [name for name in published.OURS if any(_benchmark(name, "after", run.row) is not None for run in lot.runs)]
     if not there:
@@ -97,7 +97,7 @@ def benchmarks_section(lot: Lot) -> Section | None:
             measures[average] = own
 
     def mean(names: Sequence[str], when: str) -> Measure:
-        def of(row: Row) -> float | None:
+        def of(row: RunRow) -> float | None:
             found = [value for name in names if (value := _benchmark(name, when, row)) is not None]
             return fmean(found) if len(found) == len(names) else None
 
@@ -120,14 +120,14 @@ def benchmarks_section(lot: Lot) -> Section | None:
     columns = [("setting", plain("setting")), *((head, spread(head)) for head in measures)]
     caption = (
         "Benchmarks after training, over seeds: mean ± standard deviation [95% interval of the mean], in %. TruthfulQA "
-        f"is mc2; an average is there if all of its benchmarks are. {behind(found)}"
+        f"is mc2; an average is there if all of its benchmarks are. {sample_note(found)}"
     )
     return Section(
         lot.title("Benchmarks"), (), [Table(lot.stem("benchmarks"), caption, columns, records), published.sft()]
     )
 
 
-def _benchmark(name: str, when: str, row: Row) -> float | None:
+def _benchmark(name: str, when: str, row: RunRow) -> float | None:
     """A benchmark's score by whatever suite has it."""
     return next((pair[when] for task, pair in row.scores.items() if task.partition("/")[2] == name), None)
 
@@ -135,7 +135,7 @@ def _benchmark(name: str, when: str, row: Row) -> float | None:
 def _forest_caption(found: Sequence[Group], shown: Sequence[Group]) -> str:
     more = f" The first {len(shown)} of {len(found)} settings; the table has all." if len(shown) < len(found) else ""
     shows = "Each setting's mean, its 95% interval (line, cut at the scale's ends) and its runs (strokes)."
-    return f"{shows}{more} {behind(shown)}"
+    return f"{shows}{more} {sample_note(shown)}"
 
 
 def _forest(found: Sequence[Group], keys: Sequence[str]) -> Figure:
@@ -201,7 +201,7 @@ def _by_data_seed(group: Group, of: Measure) -> dict[int, float]:
     return {seed: fmean(own) for seed, own in values.items()}
 
 
-def ratios_section(lot: Lot) -> Section | None:
+def ratios_section(lot: Comparison) -> Section | None:
     """Families by level and method that have two ratios or more, with the run that updates everything at ratio 1."""
     found = [group for group in groups(lot.runs) if group.first.continual != "lora"]
     parts_of = [group for group in found if group.first.level not in ("all", "lora")]
@@ -229,7 +229,7 @@ def ratios_section(lot: Lot) -> Section | None:
                *((MEASURES[key][0], spread(key, signed=key == "bwt")) for key in keys)]  # fmt: skip
     caption = (
         "Scores against selection.ratio, the share of the layers' matrices that is updated; ratio 1 updates all (FFT). "
-        f"{behind(shown)}"
+        f"{sample_note(shown)}"
     )
 
     def draw() -> Figure:
@@ -254,7 +254,7 @@ def ratios_section(lot: Lot) -> Section | None:
 LEVELS = ("all", "model", "layer", "category")
 
 
-def levels_section(lot: Lot) -> Section | None:
+def levels_section(lot: Comparison) -> Section | None:
     """Groups alike in all but the level, two levels or more besides all."""
     found = [group for group in groups(lot.runs) if group.first.level in LEVELS]
     by: dict[tuple[tuple[str, str], ...], list[Group]] = {}
@@ -278,7 +278,7 @@ def levels_section(lot: Lot) -> Section | None:
             records.append(record)
     columns = [("level", plain("level")), ("setting", plain("setting")), ("runs", plain("runs")),
                *((MEASURES[key][0], spread(key, signed=key == "bwt")) for key in keys)]  # fmt: skip
-    caption = f"Where the updated half is drawn from, all else equal; all is full fine-tuning. {behind(shown)}"
+    caption = f"Where the updated half is drawn from, all else equal; all is full fine-tuning. {sample_note(shown)}"
 
     def draw() -> Figure:
         from hft_cli.report import figures

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hft_cli.report import stats
-from hft_cli.report.groups import Lot, behind, groups, setting_of
-from hft_cli.report.runs import Run, items
+from hft_cli.report.groups import Comparison, groups, sample_note, setting_of
+from hft_cli.report.runs import Run, item_scores
 from hft_cli.report.sections.draws import draws
 from hft_cli.report.sections.frontier import frontier_section
 from hft_cli.report.sections.methods import benchmarks_section, levels_section, methods_section, ratios_section
@@ -29,7 +29,7 @@ def sections(runs: Sequence[Run], norms: bool) -> list[Section]:
     counted = [run for run in runs if run.counted]
     made: list[Section | None] = [_overview(runs)]
     for i, (name, own) in enumerate(_contexts(counted)):
-        lot = Lot(name, "" if i == 0 else name, own)
+        lot = Comparison(name, "" if i == 0 else name, own)
         made += [
             part(lot)
             for part in (
@@ -101,7 +101,7 @@ def before_after(run: Run) -> list[Record]:
             "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task],
             "before": pair["before"], "after": pair["after"],
         }  # fmt: skip
-        both = items(run, task)
+        both = item_scores(run, task)
         before, after = pair["before"], pair["after"]
         difference = None if before is None or after is None else Estimate(after - before, 0)
         difference = stats.paired_bootstrap(*both) if both else difference
@@ -142,7 +142,8 @@ def _cost(runs: Sequence[Run]) -> Section | None:
                ("peak memory (MiB)", _whole("peak_memory_bytes", 2**20))]  # fmt: skip
     caption = (
         "Cost of training alone, without scoring: mean ± standard deviation [95% t interval] over runs; peak memory is "
-        f"of the fullest rank. Times of runs made side by side, or on other hardware, do not compare. {behind(found)}"
+        "of the fullest rank. Times of runs made side by side, or on other hardware, do not compare. "
+        f"{sample_note(found)}"
     )
     text = ["The paper says that HFT took about 30% less training time than FFT (Llama 2, read from a summary of it)."]
     return Section("Cost", text, [Table("cost", caption, columns, records)])

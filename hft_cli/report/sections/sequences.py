@@ -8,7 +8,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from hft_cli.report import published
-from hft_cli.report.groups import INTERVAL, MEASURES, Group, Lot, behind, groups, lots, over_seeds, setting_of
+from hft_cli.report.groups import (
+    INTERVAL,
+    MEASURES,
+    Comparison,
+    Group,
+    comparisons,
+    groups,
+    over_seeds,
+    sample_note,
+    setting_of,
+)
 from hft_cli.report.runs import Matrix
 from hft_cli.report.tables import Plot, Record, Section, Table, estimated, percent, plain, spread
 
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def matrices_section(lot: Lot) -> Section | None:
+def matrices_section(lot: Comparison) -> Section | None:
     found = groups([run for run in lot.runs if run.tasks is not None])
     if not found:
         return None
@@ -41,14 +51,14 @@ def matrices_section(lot: Lot) -> Section | None:
                ("BWT (points)", spread("bwt", signed=True))]  # fmt: skip
     if any(record["retained"] is not None for record in measures):
         columns.append(("retained (%)", spread("retained")))
-    caption = f"Overall performance and backward transfer (below 0 is forgetting). {behind(found)} {INTERVAL}"
+    caption = f"Overall performance and backward transfer (below 0 is forgetting). {sample_note(found)} {INTERVAL}"
     parts: list[Table | Plot] = [Table(lot.stem("sequences"), caption, columns, measures)]
-    for part, few in enumerate(lots(found)):
+    for part, few in enumerate(comparisons(found)):
         parts.append(
             Plot(
                 lot.stem("r" if part == 0 else f"r_{part + 1}"),
                 "R: the score (%) on each task (column) after each round (row); blank where it was not scored. The "
-                f"last row makes OP, the last row less the diagonal BWT. Means over seeds. {behind(few)}",
+                f"last row makes OP, the last row less the diagonal BWT. Means over seeds. {sample_note(few)}",
                 partial(_r_maps, few),
             )
         )

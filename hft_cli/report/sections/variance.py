@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hft_cli.checkpoint.naming import category, place
+from hft_cli.checkpoint.naming import category, layer_and_matrix
 from hft_cli.report import stats
-from hft_cli.report.groups import MEASURES, Group, Lot, behind, cells_of, groups, measured_in
+from hft_cli.report.groups import MEASURES, Comparison, Group, cells_of, groups, measured_in, sample_note
 from hft_cli.report.runs import Run
 from hft_cli.report.sections.draws import ledger
 from hft_cli.report.tables import Plot, Record, Section, Table, Value, chance, interval, percent, plain
-from hft_cli.text import natural
+from hft_cli.text import natural_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def variance(lot: Lot) -> Section | None:
+def variance(lot: Comparison) -> Section | None:
     shares, effects, text = [], [], []
     found = groups(lot.runs)
     used: list[Group] = []
@@ -46,7 +46,7 @@ def variance(lot: Lot) -> Section | None:
             "Shares of the variance between runs that come from the draw (selection.seed), from the data (seed: order, "
             "replay) and from the rest, which is their interaction and the noise. Two-way random-effects analysis of "
             "variance by expected mean squares; an estimate below 0 is set to 0, and said. p: F test of no effect. "
-            f"Shares of few seeds are rough. {behind(used)}"
+            f"Shares of few seeds are rough. {sample_note(used)}"
         )
         parts += [
             Table(lot.stem("variance"), caption, columns, shares),
@@ -118,7 +118,7 @@ def counts(run: Run, family: str) -> dict[str, int]:
     """How many matrices a run updated over its rounds, by category, layer or name."""
     found: Counter[str] = Counter()
     for drawn in run.draws:
-        names = {place(name): name in drawn.updated for name in sorted(drawn.updated | drawn.frozen)}
+        names = {layer_and_matrix(name): name in drawn.updated for name in sorted(drawn.updated | drawn.frozen)}
         for where, updated in names.items():
             if where is not None:
                 found[FAMILIES[family](*where)] += updated
@@ -138,7 +138,7 @@ def _effects(group: Group) -> tuple[list[Record], list[str]]:
         means = [fmean(value for _, value in own) for own in by.values()]
         for family in FAMILIES:
             rows = [counts(own[0][0], family) for own in by.values()]
-            terms = sorted({term for row in rows for term in row}, key=natural)
+            terms = sorted({term for row in rows for term in row}, key=natural_order)
             features = np.array([[row.get(term, 0) for term in terms] for row in rows], float)
             found = stats.regress(features, means)
             varying = int((np.ptp(features, axis=0) > 0).sum())

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_cli.checkpoint.naming import category, place
-from hft_cli.checkpoint.tensors import Place, read_header, tensors, weights_hash
+from hft_cli.checkpoint.naming import category, layer_and_matrix
+from hft_cli.checkpoint.tensors import StoredTensor, read_header, stored_tensors, weights_hash
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
-from hft_cli.report.groups import Group, behind, groups, lots
+from hft_cli.report.groups import Group, comparisons, groups, sample_note
 from hft_cli.report.runs import Run
 from hft_cli.report.sections.draws import layers_by_matrices
 from hft_cli.report.tables import Plot, Record, Section, Table, Value, plain, short
@@ -68,13 +68,13 @@ def changes(run: RunDir, hashes: dict[Path, str]) -> list[Change]:
         raise UserError(f"the weights in {base} are not those that it started from")
     if missing := [delta for delta in deltas if not delta.exists()]:
         raise UserError(f"{missing[0].relative_to(run.folder)} is missing")
-    last: dict[str, Place] = {
+    last: dict[str, StoredTensor] = {
         name: (delta, info) for delta in deltas for name, info in read_header(delta).items()
     }  # a later delta goes before an earlier one
-    return [_change(name, place, last.get(name)) for name, place in tensors(base).items()]
+    return [_change(name, layer_and_matrix, last.get(name)) for name, layer_and_matrix in stored_tensors(base).items()]
 
 
-def _change(name: str, start: Place, end: Place | None) -> Change:
+def _change(name: str, start: StoredTensor, end: StoredTensor | None) -> Change:
     if end is not None and start[1].shape != end[1].shape:
         raise UserError(f"{name} has another shape in {end[0].name}")
     of_start = of_change = 0.0
@@ -88,7 +88,7 @@ def _change(name: str, start: Place, end: Place | None) -> Change:
     return Change(name, math.sqrt(of_start), math.sqrt(of_change))
 
 
-def numbers(place: Place) -> Iterator[NDArray[np.float64]]:
+def numbers(place: StoredTensor) -> Iterator[NDArray[np.float64]]:
     """A stored tensor's numbers in order, a chunk at a time. bfloat16 is the upper half of a float32.
 
     Raises:
@@ -130,7 +130,7 @@ def norms_section(runs: Sequence[Run]) -> Section | None:
                 continue
             measured[run.folder] = {moved.tensor: moved.relative for moved in own if moved.relative is not None}
             for moved in own:
-                where = place(moved.tensor)
+                where = layer_and_matrix(moved.tensor)
                 records.append({
                     "run": run.row.run, "setting": group.label, "seed": run.row.seed, "draw_seed": run.draw_seed,
                     "tensor": moved.tensor, "layer": where[0] if where else None,
@@ -160,10 +160,10 @@ def norms_section(runs: Sequence[Run]) -> Section | None:
               [(key, plain(key)) for key in ("run", "tensor")]
               + [(key, short(key, ".4g")) for key in ("norm_start", "norm_change", "relative")], records, data=True),
     ]  # fmt: skip
-    for part, lot in enumerate(lots(shown)):
+    for part, lot in enumerate(comparisons(shown)):
         caption = (
             "Size of the change of each matrix, ‖θ_T − θ_0‖ / ‖θ_0‖ (%); means over seeds, frozen ones counted as 0. "
-            f"{behind(lot)}"
+            f"{sample_note(lot)}"
         )
         plot = Plot("norms" if part == 0 else f"norms_{part + 1}", caption, partial(_norm_maps, lot, measured))
         parts.insert(part, plot)
