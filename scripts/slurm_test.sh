@@ -1,5 +1,5 @@
 #!/bin/bash
-# make test-slurm: a SLURM of two nodes, both this machine, without accounting; in it tests/test_slurm.py; and all gone
+# make test-slurm: a SLURM of two nodes, both this machine, without accounting; in it tests/end_to_end/test_slurm.py; and all gone
 # at the end. Wants Debian's packages slurm-wlm and munge, and installs them if it may.
 #   scripts/slurm_test.sh PYTHON [ARGUMENTS OF PYTEST]
 set -euo pipefail
@@ -144,6 +144,6 @@ if [ "$(sinfo --noheader --format=%D --states=idle --partition=all 2>/dev/null)"
 fi
 
 cd "$(dirname "$0")/.."
-HFT_TEST_SLURM=1 "$python" -m pytest tests/test_slurm.py "$@" &
+HFT_TEST_SLURM=1 "$python" -m pytest tests/end_to_end/test_slurm.py "$@" &
 tests=$!
 wait "$tests" # so that a signal to this script is heeded at once

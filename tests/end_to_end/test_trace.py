@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, hft, results, train
+from helpers import command, environment, hft, results, train
 from test_run import BASE, changed, ledger, ranks, wait_for, wait_until_gone
 
 from hft_cli.config import schema, validate

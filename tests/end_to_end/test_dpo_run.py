@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, environment, hft, results
+from helpers import command, environment, hft, results
 from safetensors.torch import load_file
 from test_run import BASE, changed, ledger, wait_for, wait_until_gone
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, environment, hft
+from helpers import QUICK, environment, hft
 from test_run import wait_for
 
 from hft_cli.cli import hydra_app, main
@@ -20,7 +20,7 @@ from hft_cli.launch.slurm import (
     Watcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEP = ("train", "-m", *QUICK, "+method=hft")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICK, command, environment, hft, train, weights
+from helpers import QUICK, command, environment, hft, train, weights
 from test_run import wait_for, wait_until_gone
 
 from hft_cli.config.schema import EngineConfig
@@ -290,7 +290,7 @@ def start(out: Path, port: int, rank: int, *more: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.train
+@pytest.mark.end_to_end
 @pair
 def test_two_nodes_stopped_by_a_signal_to_one_and_resumed_end_with_the_bits_of_one_node(one_node, port, tmp_path):
     out = tmp_path / "run"
@@ -314,7 +314,7 @@ def test_two_nodes_stopped_by_a_signal_to_one_and_resumed_end_with_the_bits_of_o
     assert [node.returncode for node in done] == [0, 0]
 
 
-@pytest.mark.train
+@pytest.mark.end_to_end
 @pair
 def test_plain_torchrun_starts_the_nodes_too(one_node, port, tmp_path):
     out = tmp_path / "run"
@@ -334,7 +334,7 @@ def test_plain_torchrun_starts_the_nodes_too(one_node, port, tmp_path):
     assert weights(out) == weights(one_node)
 
 
-@pytest.mark.train
+@pytest.mark.end_to_end
 @pair
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_a_node_dies_the_other_ends_its_ranks_and_says_so(dies, port, tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Ended, command, environment, hft
+from helpers import Ended, command, environment, hft
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -23,7 +23,7 @@ from hft_cli.config.validate import check
 from hft_cli.errors import UserError, choose
 from hft_cli.files import from_dict
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 GROUPS = {"model": "model", "data": "data", "method": "+method", "selection": "selection", "engine": "engine",
           "suite": "suite", "continual": "continual", "experiment": "experiment"}  # fmt: skip

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, command, environment, results, train, weights
+from helpers import QUICK, command, environment, results, train, weights
 
 if "HFT_TEST_SLURM" not in os.environ:
     pytest.skip("needs a SLURM to itself: `make test-slurm` sets one up", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LONG = (*QUICK, "+method=hft", "train.max_steps=120")  # some ten seconds: time to be stopped in
 SLURM = ("hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1")
 SECONDS = 240

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hft, results
+from helpers import hft, results
 from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.parameters import parameters_from_folder

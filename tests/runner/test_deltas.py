@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import hft
+from helpers import hft
 from safetensors import safe_open
 
 from hft_cli.cli.main import _command

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import environment, hft
+from helpers import environment, hft
 
 from hft_cli.errors import UserError
 from hft_cli.report import html

@@ -15,7 +15,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, hft, results, train, weights
+from helpers import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, hft, results, train, weights
 from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.tensors import read_header

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, environment, hft
+from helpers import command, environment, hft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +122,7 @@ def test_a_shipped_architecture_has_the_published_number_of_elements(name):
 
 def test_every_shipped_architecture_has_a_model_config_and_a_published_number():
     shipped = {path.stem for path in ARCHITECTURES.glob("*.json")}
-    conf = Path(__file__).parents[1] / "conf/model"
+    conf = Path(__file__).parents[2] / "conf/model"
     assert shipped == set(PUBLISHED)
     assert all(f"architecture: {name}\n" in (conf / f"{name}.yaml").read_text() for name in shipped)
 
@@ -410,7 +410,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.train
+@pytest.mark.end_to_end
 @pytest.mark.xdist_group("plan")
 @pytest.mark.parametrize(("stage", "dtype"), MEASURED)
 def test_the_ranks_of_deepspeed_hold_what_was_foretold(stage, dtype, ranks):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment
+from helpers import environment
 
 from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.errors import UserError

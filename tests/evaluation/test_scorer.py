@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import environment, hft
-from eval_files import write
+from benchmark_files import write
+from helpers import environment, hft
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import weights_hash

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CACHE, QUICK, hft
+from helpers import CACHE, QUICK, hft
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hft_cli.config.schema import TrackingConfig, read_config

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from eval_files import BBH, GSM8K, HUMANEVAL, MMLU, NQ_OPEN, TRIVIAQA, TYDIQA, write
+from benchmark_files import BBH, GSM8K, HUMANEVAL, MMLU, NQ_OPEN, TRIVIAQA, TYDIQA, write
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.errors import UserError

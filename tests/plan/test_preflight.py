@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import QUICK, hft
+from helpers import QUICK, hft
 from test_cli import composed
 from test_plan import as_plan
 
