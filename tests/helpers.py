@@ -9,8 +9,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from hft_cli.config.schema import PlanConfig, RunConfig
+from hft_cli.files import from_dict
+from hft_cli.paths import conf_dir, resolve_path
 
 # Few steps of few rows: enough to move every matrix.
 QUICK = (
@@ -63,7 +74,7 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": CACHE,
-        "PYTHONPATH": os.pathsep.join([TESTS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")])),
     }
 
 
@@ -86,3 +97,57 @@ def results(run: Path) -> dict:
 
 def weights(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
+
+
+BASE = Path(resolve_path("pocket:model"))
+
+
+def ledger(run: Path) -> list[dict]:
+    return json.loads((run / "draws.json").read_text())["rounds"]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Tensors that differ, told by a reader that shares nothing with ours."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until `path` is there; fail if the process ends before. No time limit: a busy machine is no failure."""
+    while not path.exists():
+        ended = process.poll() is not None
+        assert path.exists() or not ended, f"ended before {path.name}"
+        time.sleep(0.02)
+
+
+def ranks(out: Path) -> list[int]:
+    """Processes that work on the run in `out`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_gone(out: Path) -> None:
+    """Wait until no process works on the run in `out`; the limit is only there to end a test that fails."""
+    deadline = time.monotonic() + 900
+    while ranks(out):
+        assert time.monotonic() < deadline, f"still running: {ranks(out)}"
+        time.sleep(0.1)
+
+
+def composed(*overrides: str) -> RunConfig:
+    """What `hft train` composes from the overrides."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", list(overrides))
+    return from_dict(RunConfig, OmegaConf.to_container(config, resolve=True))
+
+
+def as_plan(config: RunConfig) -> PlanConfig:
+    return PlanConfig(**{spec.name: getattr(config, spec.name) for spec in fields(RunConfig)})

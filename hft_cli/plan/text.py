@@ -158,7 +158,8 @@ def _memory(made: Plan) -> str:
     other = replace(found.setup, checkpointing=not found.setup.checkpointing)
     shown = format_bytes(costs.activations(params, names, made.model.shape, other))
     lines = [
-        f"Memory of each GPU, round {found.phase.number} {found.phase.name}, {on if found.setup.checkpointing else off}",
+        f"Memory of each GPU, round {found.phase.number} {found.phase.name}, "
+        f"{on if found.setup.checkpointing else off}",
         "",
         markdown_table(["part", *columns], body),
         "",

@@ -12,10 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from helpers import Ended, command, environment, hft
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from helpers import Ended, command, composed, environment, hft
 
 from hft_cli.config import schema, validate
 from hft_cli.config.schema import RunConfig
@@ -27,13 +24,6 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 GROUPS = {"model": "model", "data": "data", "method": "+method", "selection": "selection", "engine": "engine",
           "suite": "suite", "continual": "continual", "experiment": "experiment"}  # fmt: skip
-
-
-def composed(*overrides: str) -> RunConfig:
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", list(overrides))
-    return from_dict(RunConfig, OmegaConf.to_container(config, resolve=True))
 
 
 def options(group: str) -> list[str]:

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import QUICK, environment, hft
-from test_run import wait_for
+from helpers import QUICK, environment, hft, wait_for
 
 from hft_cli.cli import hydra_app, main
 from hft_cli.launch.nodes import free

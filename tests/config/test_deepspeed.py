@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import composed
+from helpers import composed
 
 from hft_cli.config.deepspeed import FREE, SIZES, SWITCHES, deepspeed_settings
 from hft_cli.config.validate import check

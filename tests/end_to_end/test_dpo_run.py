@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, environment, hft, results
+from helpers import BASE, changed, command, environment, hft, ledger, results, wait_for, wait_until_gone
 from safetensors.torch import load_file
-from test_run import BASE, changed, ledger, wait_for, wait_until_gone
 
 QUICK_DPO = (
     "data.test_path=null", "suite=none", "data.max_rows=32", "train.batch_size=8", "train.micro_batch_size=4",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,7 +14,23 @@ from random import Random
 
 import pytest
 import torch
-from helpers import DECAYED, QUICK, SCORED, TWO_ROUNDS, command, environment, hft, results, train, weights
+from helpers import (
+    BASE,
+    DECAYED,
+    QUICK,
+    SCORED,
+    TWO_ROUNDS,
+    changed,
+    command,
+    environment,
+    hft,
+    ledger,
+    results,
+    train,
+    wait_for,
+    wait_until_gone,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.tensors import read_header
@@ -26,7 +41,6 @@ from hft_cli.evaluation import score_cache, scorer
 from hft_cli.paths import resolve_path
 from hft_cli.training import resume
 
-BASE = Path(resolve_path("pocket:model"))
 ZERO2 = ("engine=zero2", "engine.num_processes=2")
 ZERO3 = ("engine=zero3", "engine.num_processes=2")
 TWO_RANKS = ("engine.num_processes=2", "train.micro_batch_size=2")
@@ -59,17 +73,6 @@ def begun(runs):
         return whole, part
 
     return begin
-
-
-def ledger(run: Path) -> list[dict]:
-    return json.loads((run / "draws.json").read_text())["rounds"]
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Tensors that differ, told by a reader that shares nothing with ours."""
-    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 # -------------------------------------------------------------------------------------------------- what a run leaves
@@ -372,33 +375,6 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[bytes]:
         # A shell may have started us in the background, where it has SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path.name}"
-        assert time.monotonic() < deadline, f"no {path.name} within {seconds} s"
-        time.sleep(0.02)
-
-
-def ranks(out: Path) -> list[int]:
-    """Processes that work on the run in `out`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(out).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until_gone(out: Path, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while ranks(out):
-        assert time.monotonic() < deadline, f"still running: {ranks(out)}"
-        time.sleep(0.1)
 
 
 LONG = ("+method=hft", "train.max_steps=100", "train.save_every=20")

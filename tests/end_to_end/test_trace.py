@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import command, environment, hft, results, train
-from test_run import BASE, changed, ledger, ranks, wait_for, wait_until_gone
+from helpers import BASE, changed, command, environment, hft, ledger, ranks, results, train, wait_for, wait_until_gone
 
 from hft_cli.config import schema, validate
 from hft_cli.config.schema import DataConfig, MethodConfig, ModelConfig, RunConfig
@@ -131,7 +130,7 @@ def test_killed_in_round_three_and_resumed_it_ends_with_the_same_results(replaye
     out = tmp_path / "killed"
     arguments = trace(folder, out, "+method=hft", "continual=replay")
     process = subprocess.Popen(command(*arguments), env=environment())
-    wait_for(out / "rounds/04-20Minuten/checkpoints/checkpoint-2/hft.json", process, 240)
+    wait_for(out / "rounds/04-20Minuten/checkpoints/checkpoint-2/hft.json", process)
     process.kill()
     process.wait()
     wait_until_gone(out)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import QUICK, command, environment, hft, train, weights
-from test_run import wait_for, wait_until_gone
+from helpers import QUICK, command, environment, hft, train, wait_for, wait_until_gone, weights
 
 from hft_cli.config.schema import EngineConfig
 from hft_cli.errors import NodeError, Stopped, UserError

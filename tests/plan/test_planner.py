@@ -12,12 +12,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import command, environment, hft
+from helpers import as_plan, command, environment, hft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,12 +164,8 @@ def planned(**changes: Any) -> PlanConfig:
     return as_plan(composed("+method=hft", *(f"{key}={value}" for key, value in changes.items())))
 
 
-def as_plan(config: RunConfig) -> PlanConfig:
-    return PlanConfig(**{spec.name: getattr(config, spec.name) for spec in fields(RunConfig)})
-
-
 def composed(*overrides: str) -> RunConfig:
-    from test_cli import composed
+    from helpers import composed
 
     return composed(*overrides)
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import QUICK, hft
-from test_cli import composed
-from test_plan import as_plan
+from helpers import QUICK, as_plan, composed, hft
 
 from hft_cli.errors import UserError
 from hft_cli.launch import environment

@@ -16,7 +16,7 @@ import yaml
 from helpers import environment, hft
 
 from hft_cli.errors import UserError
-from hft_cli.report import html
+from hft_cli.report import html as report_html
 from hft_cli.report.groups import groups
 from hft_cli.report.runs import find_runs, item_scores
 from hft_cli.report.sections import overview, weight_change
@@ -571,7 +571,7 @@ def test_tables_of_the_paper_are_apart_and_said_to_be_the_papers(tmp_path):
     make(tmp_path / "a")
     made = overview.sections(find_runs([tmp_path]), False)
     own = [p for section in made for p in section.parts if not getattr(p, "paper", False)]
-    assert "Llama" not in html.markdown("x", [overview.Section("x", (), own)])
+    assert "Llama" not in report_html.markdown("x", [overview.Section("x", (), own)])
     theirs = part(made, "paper_sft")
     assert "not of these runs" in theirs.caption
     by = {record["model"]: record for record in theirs.records}
