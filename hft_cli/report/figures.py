@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+matplotlib.use("Agg")
+
 WIDTH = 6.9  # inches
 
 LETTERS = 8  # points

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -225,6 +224,3 @@ def along(path: Sequence[tuple[float, float]], x: float) -> float | None:
         if min(x0, x1) < x < max(x0, x1):
             found.append(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
     return max(found, default=None)
-
-
-matplotlib.use("Agg")

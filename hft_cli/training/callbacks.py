@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hft_cli.checkpoint.naming import Param
 from hft_cli.errors import UserError
@@ -19,10 +19,6 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.training import dpo, gem, lora, resume
 from hft_cli.training.resume import MARKER
 from hft_cli.training.weights import frozen_checksum, restore_masters
-
-if TYPE_CHECKING:
-    pass
-
 
 SIGNALS: list[int] = []  # that came and asked us to stop
 

@@ -544,8 +544,8 @@ def test_an_architecture_unknown_to_transformers_is_refused(edited: Callable[...
 
 PROBE = """
 import sys
-from hft_cli.layout import from_folder
-print(*(param for folder in sys.argv[1:] for param in from_folder(folder)), sep="\\n")
+from hft_cli.checkpoint.parameters import parameters_from_folder
+print(*(param for folder in sys.argv[1:] for param in parameters_from_folder(folder)), sep="\\n")
 heavy = {"torch", "numpy", "transformers", "safetensors"} & set(sys.modules)
 assert not heavy, heavy
 """

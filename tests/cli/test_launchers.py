@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import QUICK, environment, hft, wait_for
 
-from hft_cli.cli import hydra_app, main
+from hft_cli.cli import hydra_app
+from hft_cli.errors import UserError
 from hft_cli.launch.nodes import free
 from hft_cli.launch.slurm import (
     Watcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
@@ -45,14 +46,14 @@ def test_a_cluster_is_for_sweeps_and_must_be_there():
 
 
 def test_a_launcher_that_is_not_installed_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(main, "version", lambda name: importlib.metadata.version("not-" + name))
-    with pytest.raises(main.UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
+    monkeypatch.setattr(hydra_app, "version", lambda name: importlib.metadata.version("not-" + name))
+    with pytest.raises(UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
         hydra_app._launched(["-m", "hydra/launcher=submitit_slurm"])
 
 
 def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
     """SLURM warns at once of an end that is nearer than the warning, and the job would go round for ever."""
-    monkeypatch.setattr(main.shutil, "which", lambda name: name)
+    monkeypatch.setattr(hydra_app.shutil, "which", lambda name: name)
     launcher = ["-m", "hydra/launcher=submitit_slurm"]
     assert "hydra.launcher.signal_delay_s=300" in hydra_app._launched(launcher)
     assert "hydra.launcher.signal_delay_s=60" in hydra_app._launched([*launcher, "hydra.launcher.timeout_min=4"])

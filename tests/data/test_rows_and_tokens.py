@@ -305,7 +305,7 @@ def test_a_misspelt_format_gets_the_nearest() -> None:
 
 def test_importing_the_module_loads_no_heavy_package() -> None:
     heavy = ("torch", "transformers", "datasets", "pyarrow", "trl", "jinja2", "numpy")
-    code = f"import sys, hft_cli.data; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, hft_cli.data.tokenization; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -17,7 +17,7 @@ from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig
 from hft_cli.errors import UserError
-from hft_cli.evaluation import scorer
+from hft_cli.evaluation import scorer, suite
 from hft_cli.evaluation.benchmarks import parts, settings, splits
 from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
@@ -153,7 +153,7 @@ def here(monkeypatch) -> list[str]:
         monkeypatch.setenv(name, value)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(scorer, "work", work)
+    monkeypatch.setattr(scorer, "run_worker", work)
     return started
 
 
@@ -227,7 +227,7 @@ def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_d
     two = config(tmp_path, data_dir)
     two.data.path = ["pocket:skills/order/train.jsonl", "pocket:skills/backwards/train.jsonl"]
     two.method.save_model = False  # there is no model to be put into place
-    monkeypatch.setattr(training, "fetch", lambda place, *rest: Path("base"))
+    monkeypatch.setattr(training, "model_folder", lambda place, *rest: Path("base"))
     where = training.RunDir(tmp_path)
     base = model_folder(resolve_path("pocket:model"))
     plan, drawn = phases(two), draws(two, parameters_from_folder(base, {}))
@@ -296,7 +296,7 @@ def test_a_start_whose_weights_changed_is_not_scored_as_a_run_s_start(tmp_path):
 
 
 def test_without_the_harness_the_mistake_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(scorer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'hft-cli\[eval\]'"):
         read_suite(SuiteConfig(name="knowledge", benchmarks={"nq_open": {}}))
 

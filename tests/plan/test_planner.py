@@ -452,10 +452,9 @@ def rank(files: list[Path]) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from hft_cli.launch import ranks
     from hft_cli.training import worker
 
-    ranks.leave_ranks = lambda world: None  # it would end the process
+    worker.leave_ranks = lambda world: None  # it would end the process
     held: dict[str, int] = {}
 
     def note(part: str, size: int) -> None:

@@ -32,9 +32,10 @@ def machine(monkeypatch):
 
     def put(gpus: int, visible: str | None = None, cuda: bool = True) -> None:
         lines = ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.1"] * gpus
-        monkeypatch.setattr(preflight, "environment", lambda: {"gpus": lines})
-        monkeypatch.setattr(preflight, "_cuda_build", lambda: cuda)
-        monkeypatch.setattr(preflight, "_torch_sees_gpu", lambda: False)
+        monkeypatch.setattr(environment, "environment", lambda: {"gpus": lines})
+        monkeypatch.setattr(preflight, "cuda_build", lambda: cuda)
+        monkeypatch.setattr(environment, "torch_sees_gpu", lambda: False)
+        monkeypatch.setattr(preflight, "torch_sees_gpu", lambda: False)
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
@@ -71,7 +72,8 @@ def test_a_machine_without_gpus_has_none_whatever_is_made_visible(machine):
 
 def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
     machine(0)
-    monkeypatch.setattr(preflight, "_torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(environment, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(preflight, "torch_sees_gpu", lambda: True)
     preflight.check_device(composed("+method=hft").engine, [], 7_000_000_000)
 
 

@@ -596,7 +596,8 @@ def test_a_hundred_runs_take_seconds_and_neither_torch_nor_a_figure_too_early(tm
     report([tmp_path], tmp_path / "out")
     assert time.perf_counter() - begun < 20
     code = (
-        "import sys, hft_cli.report, hft_cli.sections; print(sorted({'torch','matplotlib','scipy'} & set(sys.modules)))"
+        "import sys, hft_cli.report.write, hft_cli.report.sections.overview; "
+        "print(sorted({'torch','matplotlib','scipy'} & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert ended.stdout == "[]\n"

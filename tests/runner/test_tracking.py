@@ -95,7 +95,7 @@ def test_without_tracking_a_run_sends_nothing_and_the_runner_loads_no_torch(hft_
         tracked.scores("before", {"s": {"t": {"m": 1.0}}}, 0)
         tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
     assert list(tmp_path.iterdir()) == []
-    loaded = "import sys, hft_cli.runner; print({'torch', 'accelerate'} & set(sys.modules))"
+    loaded = "import sys, hft_cli.runner.training; print({'torch', 'accelerate'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -128,7 +128,7 @@ def test_the_multipliers_solve_the_dual_problem_with_the_margin_as_their_bound(
 
 
 def test_importing_gem_does_not_import_torch() -> None:
-    code = "import hft_cli.gem, sys; assert not {'torch', 'scipy', 'transformers'} & set(sys.modules)"
+    code = "import hft_cli.training.gem, sys; assert not {'torch', 'scipy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
