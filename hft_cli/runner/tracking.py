@@ -1,7 +1,8 @@
-"""A run at TensorBoard, Weights & Biases or trackio, by accelerate's trackers. Nothing is imported while that is off.
+"""Send a run's metrics to TensorBoard, Weights & Biases or trackio, through accelerate's trackers.
 
-The runner feeds it from what the workers leave in the run's directory: lines of metrics.jsonl, scores, results, on one
-axis of optimizer steps over all rounds. tracking.json keeps how far that went, so that a continued run goes on there.
+The parent process reads what the workers write into the run's directory (lines of metrics.jsonl, scores, results) and
+sends it on one axis: optimizer steps over all phases. tracking.json records what was sent, so that a resumed run
+continues there. A tracker's package is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -10,111 +11,268 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import TrackingConfig
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, choose
 from hft_cli.files import read_json, write_json
 from hft_cli.run_dir import RunDir
+from hft_cli.runner.compat import trackio_last_step
 
-State = dict[str, Any]  # `step`: the last one sent; `sent`: which scores and results; `id`: the run's at its tracker
-
-# Seconds until a tracker has stored what it was sent: if it and we are killed before, that is sent again, not lost.
-SETTLES = {"tensorboard": 0.0, "wandb": 2.0, "trackio": 2.0}
+State = dict[str, Any]  # `step`: last step sent; `sent`: scores and results sent; `id`: the run's id at its tracker
 
 RESULTS = ("OP", "BWT", "verified")
 
 
-def require_tracker(tracking: TrackingConfig) -> None:
-    """Refuse a tracker whose package is not installed.
+@dataclass(frozen=True)
+class Target:
+    """The run to open at a tracker. `state` is None for a new run; `settings` become its hyperparameters."""
 
-    Raises:
-        UserError: with the command that installs it.
+    project: str
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    state: State | None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An open run at a tracker.
+
+    `log` takes values by name and their step. `close` takes whether the session ended without an error. `delay` is the
+    number of seconds until the tracker has stored what it was sent: values sent later than that before a kill are sent
+    again.
     """
-    if tracking.name == "none":
-        return
-    name = tracking.name
-    found = find_spec(name)
-    if found is None or found.origin is None:  # without an origin: only a folder of that name, such as W&B leaves
-        raise UserError(f"tracking={name} needs {name}, which is not installed: pip install 'hft-cli[{name}]'")
+
+    log: Callable[[dict[str, Any], int], None]
+    close: Callable[[bool], None]
+    state: State
+    delay: float = 0.0
 
 
 class Tracker:
-    """A run as its tracker has it; without a tracker nothing is sent."""
+    """Sends what is new in a run's directory to its tracker; without a connection it sends nothing."""
 
-    def __init__(self, tracker: Any = None, file: Path = Path(), place: str = "", state: State | None = None) -> None:
-        self.tracker = tracker
-        self.file, self.place = file, place
-        self.state = self.kept = state or _fresh()
-        self.waiting: tuple[float, State] | None = None  # since when, to be written down
-        self.log: tuple[str, int] = "", 0  # the round and the file (inode) that are read
-        self.read = 0  # bytes
+    def __init__(self, connection: Connection | None = None, file: Path = Path(), key: str = "") -> None:
+        """`key` names the tracked run in `file`, the run's tracking.json."""
+        self._connection, self._file, self._key = connection, file, key
+        self.state = self._saved = _new_state() if connection is None else connection.state
+        self._unsaved: tuple[float, State] | None = None  # a state to save, and since when it waits
+        self._log: tuple[str, int] = "", 0  # phase and inode of the log that is being read
+        self._offset = 0  # bytes of it that were read
 
-    def lines(self, log: Path, name: str, offset: int) -> None:
-        """Send what `log` has of the round `name`, whose steps come after `offset`, beyond what was sent.
+    def send_metrics(self, log: Path, phase: str, steps_before: int) -> None:
+        """Send the new lines of a phase in metrics.jsonl (`log`); `steps_before` counts the steps of earlier phases.
 
-        Steps that a resumed round does again from its checkpoint are not sent again.
+        A resumed phase repeats the steps after its checkpoint. These are not sent again.
         """
-        if self.tracker is None:
+        if self._connection is None:
             return
-        for line in self._new(log, name):
-            at = offset + line["step"]
-            if at > self.state["step"]:
-                values = {f"train/{key}": value for key, value in line.items() if key not in ("name", "step")}
-                self._send(values, at)
-        self.keep()
+        for line in self._new_lines(log, phase):
+            step = steps_before + line["step"]
+            if step > self.state["step"]:
+                self._send({f"train/{key}": value for key, value in line.items() if key not in ("name", "step")}, step)
+        self.save()
 
-    def scores(self, when: str, scores: Mapping[str, Any], step: int) -> None:
-        """Send what was scored at `step` (suite -> task -> metric -> value), once for each `when`."""
-        self._once(when, dict(_numbers(scores, "eval/")), step)
+    def send_scores(self, when: str, scores: Mapping[str, Any], step: int) -> None:
+        """Send scores (suite -> task -> metric -> value) made at `step`, once for each `when`."""
+        self._send_once(when, dict(_numbers(scores, "eval/")), step)
 
-    def results(self, results: Mapping[str, Any], step: int) -> None:
-        """Send what a run ends with: overall performance, backward transfer, whether its files verify."""
-        found = {"verified": results["verification"]["passed"], **results["continual"]}
-        self._once("results", {f"result/{k}": float(found[k]) for k in RESULTS if found.get(k) is not None}, step)
+    def send_results(self, results: Mapping[str, Any], step: int) -> None:
+        """Send a run's overall performance, backward transfer, and whether its files verify."""
+        values = {"verified": results["verification"]["passed"], **results["continual"]}
+        present = {f"result/{key}": float(values[key]) for key in RESULTS if values.get(key) is not None}
+        self._send_once("results", present, step)
 
-    def _once(self, what: str, values: dict[str, Any], step: int) -> None:
-        if self.tracker is not None and values and what not in self.state["sent"]:
+    def save(self, now: bool = False) -> None:
+        """Record in tracking.json what was sent: `now`, or after the tracker's delay."""
+        if now or (self._unsaved is None and self.state != self._saved):
+            self._unsaved = time.monotonic(), self.state
+        if self._connection is None or self._unsaved is None:
+            return
+        since, state = self._unsaved
+        if now or time.monotonic() - since >= self._connection.delay:
+            self._saved, self._unsaved = state, None
+            write_json(self._file, {**_read_states(self._file), self._key: state})
+
+    def _send_once(self, what: str, values: dict[str, Any], step: int) -> None:
+        if self._connection is not None and values and what not in self.state["sent"]:
             self._send(values, step)
             self.state = {**self.state, "sent": [*self.state["sent"], what]}
-            self.keep()
+            self.save()
 
     def _send(self, values: dict[str, Any], step: int) -> None:
-        if self.tracker.name == "wandb":  # its own steps cannot be gone back to, as scores after a resume need
-            self.tracker.log({**values, "step": step})
-        else:
-            self.tracker.log(values, step=step)
+        assert self._connection is not None
+        self._connection.log(values, step)
         self.state = {**self.state, "step": max(self.state["step"], step)}
 
-    def _new(self, log: Path, name: str) -> Iterator[dict[str, Any]]:
-        """A round's whole lines that were not read yet. A worker that begins puts another file in the log's place."""
+    def _new_lines(self, log: Path, phase: str) -> Iterator[dict[str, Any]]:
+        """The complete lines of a phase that were not read before. A worker that starts replaces the log's file."""
         if not log.exists():
             return
         with log.open("rb") as file:
-            at = name, os.fstat(file.fileno()).st_ino
-            if at != self.log:
-                self.log, self.read = at, 0
-            file.seek(self.read)
+            current = phase, os.fstat(file.fileno()).st_ino
+            if current != self._log:
+                self._log, self._offset = current, 0
+            file.seek(self._offset)
             for line in file:
-                if not line.endswith(b"\n"):  # in the middle of being written
+                if not line.endswith(b"\n"):  # the worker is writing this line
                     return
-                self.read += len(line)
+                self._offset += len(line)
                 values = json.loads(line)
-                if values["name"] == name:
+                if values["name"] == phase:
                     yield values
 
-    def keep(self, now: bool = False) -> None:
-        """Write down how far sending went: `now`, or once the tracker has had the time to store what it was sent."""
-        if now or (self.waiting is None and self.state != self.kept):
-            self.waiting = time.monotonic(), self.state
-        if self.waiting and (now or time.monotonic() - self.waiting[0] >= SETTLES[self.tracker.name]):
-            (_, self.kept), self.waiting = self.waiting, None
-            states = read_json(self.file) if self.file.exists() else {}
-            write_json(self.file, {**states, self.place: self.kept})
+
+def require_tracker(tracking: TrackingConfig) -> None:
+    """Check that the tracker's package is installed.
+
+    Raises:
+        UserError: if it is not, with the command that installs it, or if there is no such tracker.
+    """
+    name = choose("tracking", tracking.name, TRACKERS)
+    if TRACKERS[name] is None:
+        return
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:  # no origin: a folder of that name, as W&B leaves in a run's directory
+        raise UserError(f"tracking={name} needs {name}, which is not installed: pip install 'hft-cli[{name}]'")
+
+
+@contextmanager
+def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Open the run in `folder` at its tracker, new or continued, and close it at the end.
+
+    A new tracker, project or run name starts a new tracked run, which is sent the whole history.
+
+    Raises:
+        UserError: if the tracker refuses the connection.
+    """
+    connect = TRACKERS[tracking.name]
+    if connect is None:
+        yield Tracker()
+        return
+    file = RunDir(folder).tracking
+    name = tracking.run_name or folder.resolve().name
+    key = f"{tracking.name}:{tracking.project}/{name}"
+    # Not every tracker takes lists or null.
+    plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
+    with redirect_stdout(sys.stderr):  # trackio prints where it logs to; our stdout is for results
+        connection = connect(Target(tracking.project, name, folder, plain, _read_states(file).get(key)))
+    tracker = Tracker(connection, file, key)
+    tracker.save(now=True)
+    completed = False
+    try:
+        yield tracker
+        completed = True
+    finally:
+        with redirect_stdout(sys.stderr):
+            connection.close(completed)
+        tracker.save(now=True)
+
+
+def log_scores(
+    tracking: TrackingConfig, folder: Path, when: str, scores: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Send scores from outside a training run: to the tracked run of `folder` at its last step, or to a new one.
+
+    Raises:
+        UserError: if the tracker is not installed or refuses the connection.
+    """
+    require_tracker(tracking)
+    with track(tracking, folder, settings) as tracker:
+        tracker.send_scores(when, scores, max(tracker.state["step"], 0))
+
+
+def _tensorboard(target: Target) -> Connection:
+    from accelerate.tracking import TensorBoardTracker
+
+    # Values that were written but not recorded as sent before a kill: TensorBoard drops them, and they are sent again.
+    purge = None if target.state is None else target.state["step"] + 1
+    tracker = TensorBoardTracker(target.name, target.folder / "tensorboard", purge_step=purge)
+    _start(tracker)
+    if target.state is None:
+        tracker.store_init_configuration(target.settings)
+    return Connection(
+        log=lambda values, step: tracker.log(values, step=step),
+        close=lambda completed: tracker.finish(),
+        state=target.state or _new_state(),
+    )
+
+
+def _wandb(target: Target) -> Connection:
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    resumed = {} if target.state is None else {"id": target.state["id"], "resume": "allow"}
+    tracker = WandBTracker(target.project, name=target.name, dir=str(target.folder), **resumed)
+    try:
+        _start(tracker)
+    except (wandb.errors.Error, ValueError) as error:
+        raise UserError(
+            f"tracking=wandb did not start: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account.)"
+        ) from None
+    run = tracker.tracker
+    run.define_metric("*", step_metric="step")
+    tracker.store_init_configuration(target.settings)
+    if target.state is None:
+        state = _new_state(run.id)
+    else:  # unless offline, the server knows which steps arrived before a kill
+        state = {**target.state, "step": max(target.state["step"], run.summary.get("step", -1))}
+    return Connection(
+        # A resumed run sends scores of earlier steps, which W&B's own steps do not allow.
+        log=lambda values, step: tracker.log({**values, "step": step}),
+        close=lambda completed: tracker.finish() if completed else run.finish(exit_code=1),
+        state=state,
+        delay=2.0,
+    )
+
+
+def _trackio(target: Target) -> Connection:
+    import trackio
+    from accelerate.tracking import TrackioTracker
+
+    # trackio stores nothing of a run before its first values, so such a run starts anew.
+    state = target.state if target.state is not None and target.state["step"] >= 0 else None
+    resume = "never" if state is None else "allow"
+    tracker = TrackioTracker(target.project, name=target.name, config=target.settings, resume=resume)
+    try:
+        _start(tracker)
+    except ValueError as error:
+        raise UserError(f"tracking=trackio did not start: {str(error).splitlines()[0]}") from None
+    run = tracker.tracker
+    if state is not None and run.id != state["id"]:
+        run.finish()
+        raise UserError(
+            f"tracking=trackio: the newest run called {target.name} in project {target.project} is not that of "
+            f"{target.folder}. Choose another name for this run (tracking.run_name=…), or set tracking=none."
+        )
+    return Connection(
+        log=lambda values, step: tracker.log(values, step=step),
+        # Not tracker.finish(): trackio would finish the run again at exit and print to stdout.
+        close=lambda completed: trackio.finish(),
+        state=_new_state(run.id) if state is None else {**state, "step": trackio_last_step(run)},
+        delay=2.0,
+    )
+
+
+def _start(tracker: Any) -> None:
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # accelerate's loggers need it; GPUs are for the workers
+    tracker.start()
+
+
+def _new_state(run_id: str | None = None) -> State:
+    return {"id": run_id, "step": -1, "sent": []}
+
+
+def _read_states(file: Path) -> dict[str, State]:
+    return read_json(file) if file.exists() else {}
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -125,128 +283,10 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
             yield prefix + key, value
 
 
-@contextmanager
-def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
-    """The run in `folder` at its tracker, begun there with its `settings` or continued, and closed in the end.
-
-    Another project or run name, like another tracker, begins anew, and is sent all that there has been.
-
-    Raises:
-        UserError: if the tracker does not let us in.
-    """
-    if tracking.name == "none":
-        yield Tracker()
-        return
-    file = RunDir(folder).tracking
-    name = tracking.run_name or folder.resolve().name
-    place = f"{tracking.name}:{tracking.project}/{name}"
-    state: State | None = (read_json(file) if file.exists() else {}).get(place)
-    # Lists and null are not for all of them.
-    plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
-    with redirect_stdout(sys.stderr):  # trackio says where it logs to; ours is the table of results
-        tracker, state = _OPEN[tracking.name](tracking.project, name, folder, plain, state)
-    tracked = Tracker(tracker, file, place, state)
-    tracked.keep(now=True)
-    ended = False
-    try:
-        yield tracked
-        ended = True
-    finally:
-        with redirect_stdout(sys.stderr):
-            _close(tracker, ended)
-        tracked.keep(now=True)
-
-
-def log_scores(
-    tracking: TrackingConfig, folder: Path, when: str, scores: Mapping[str, Any], settings: Mapping[str, Any]
-) -> None:
-    """Send scores from outside a training run: to the tracked run of `folder`, at its last step, or to a new one.
-
-    Raises:
-        UserError: if the tracker is not installed or does not let us in.
-    """
-    require_tracker(tracking)
-    with track(tracking, folder, settings) as tracked:
-        tracked.scores(when, scores, max(tracked.state["step"], 0))
-
-
-def _tensorboard(
-    project: str, name: str, folder: Path, settings: dict[str, Any], state: State | None
-) -> tuple[Any, State]:
-    from accelerate.tracking import TensorBoardTracker
-
-    # What was written, but not written down as sent when we were killed, is left out by TensorBoard and written again.
-    purge = None if state is None else state["step"] + 1
-    tracker = TensorBoardTracker(name, folder / "tensorboard", purge_step=purge)
-    _start(tracker)
-    if state is None:
-        tracker.store_init_configuration(settings)
-    return tracker, state or _fresh()
-
-
-def _wandb(project: str, name: str, folder: Path, settings: dict[str, Any], state: State | None) -> tuple[Any, State]:
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    own = {} if state is None else {"id": state["id"], "resume": "allow"}
-    tracker = WandBTracker(project, name=name, dir=str(folder), **own)
-    try:
-        _start(tracker)
-    except (wandb.errors.Error, ValueError) as error:
-        raise UserError(
-            f"tracking=wandb did not begin: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account.)"
-        ) from None
-    tracker.tracker.define_metric("*", step_metric="step")
-    tracker.store_init_configuration(settings)
-    if state is None:
-        return tracker, _fresh(tracker.tracker.id)
-    there = tracker.tracker.summary.get("step", -1)  # unless offline, what had come through when we were killed
-    return tracker, {**state, "step": max(state["step"], there)}
-
-
-def _trackio(project: str, name: str, folder: Path, settings: dict[str, Any], state: State | None) -> tuple[Any, State]:
-    from accelerate.tracking import TrackioTracker
-
-    continued = state is not None and state["step"] >= 0  # before the first values it keeps nothing to go on with
-    tracker = TrackioTracker(project, name=name, config=settings, resume="allow" if continued else "never")
-    try:
-        _start(tracker)
-    except ValueError as error:
-        raise UserError(f"tracking=trackio did not begin: {str(error).splitlines()[0]}") from None
-    run = tracker.tracker
-    if state is None or not continued:
-        return tracker, _fresh(run.id)
-    if run.id != state["id"]:
-        run.finish()
-        raise UserError(
-            f"tracking=trackio: the newest run called {name} in project {project} is not that of {folder}. "
-            "Give it another name there (tracking.run_name=…), or set tracking=none."
-        )
-    # It stores twice a second, so which step was the last when we were killed only it can tell.
-    return tracker, {**state, "step": run._next_step - 1}
-
-
-def _start(tracker: Any) -> None:
-    from accelerate import PartialState
-
-    PartialState(cpu=True)  # its loggers ask for it; a GPU is the workers'
-    tracker.start()
-
-
-def _close(tracker: Any, ended: bool) -> None:
-    if tracker.name == "wandb" and not ended:
-        tracker.tracker.finish(exit_code=1)  # a stopped run is not a finished one
-    elif tracker.name == "trackio":
-        import trackio
-
-        trackio.finish()  # not the run alone: it would be finished again at exit, which prints to our stdout
-    else:
-        tracker.finish()
-
-
-def _fresh(own: str | None = None) -> State:
-    return {"id": own, "step": -1, "sent": []}
-
-
-# Adding a tracker is one function, one row here and in schema.TRACKERS, and an extra in pyproject.toml.
-_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+# To add a tracker: a function, a row here, a file in conf/tracking, and an extra in pyproject.toml.
+TRACKERS: dict[str, Callable[[Target], Connection] | None] = {
+    "none": None,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

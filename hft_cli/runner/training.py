@@ -163,11 +163,11 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracker, others: Followers
     scored = partial(_score, where, config, others)
     start = ScoredModel(base, config.model, read_json(where.plan)["base_sha256"], shared=True)
     before = scored("before", start, asked, tests)
-    tracked.scores("before", before, 0)
+    tracked.send_scores("before", before, 0)
     model, adapter = base, None
     outcomes, scores, trained = [], [], 0  # optimizer steps so far
     for step, chosen in zip(plan, drawn, strict=True):
-        send = partial(tracked.lines, where.metrics, step.name, trained)
+        send = partial(tracked.send_metrics, where.metrics, step.name, trained)
         model = _round(where, step, chosen, model, config, adapter, send, others)
         send()
         folder = where.round(step.number, step.name)
@@ -179,7 +179,7 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracker, others: Followers
             due = {task: test for task, test in tests.items() if task in seen or config.continual.score_unseen}
             whole = asked if step.round == plan[-1].round else replace(asked, benchmarks={}, probes={})
             scores.append(scored(f"round-{step.round:02d}", ScoredModel(model, config.model), whole, due))
-            tracked.scores(f"round-{step.round:02d}", scores[-1], trained)
+            tracked.send_scores(f"round-{step.round:02d}", scores[-1], trained)
     if config.method.save_model and not where.model.exists():
         model.rename(where.model)
     if scores:
@@ -191,9 +191,9 @@ def _walk(where: RunDir, prepared: Prepared, tracked: Tracker, others: Followers
         reset = ScoredModel(base, config.model, base=back, reset=drawn[0].updated)
         after = scored("after", reset, asked, tests)
     if not scores:
-        tracked.scores("after", after, trained)
+        tracked.send_scores("after", after, trained)
     continual = {"continual": {"name": config.continual.name, **_measures(plan, scores)}}
-    send = partial(tracked.results, step=trained)
+    send = partial(tracked.send_results, step=trained)
     return _finish(where, config, plan, drawn, outcomes, {"before": before, "after": after}, continual, send)
 
 

@@ -59,8 +59,8 @@ def test_a_run_stopped_in_its_second_round_and_resumed_has_each_step_once(two_ro
     metrics = out / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:6]))
     with track(BOARD, out, {}) as tracked:  # the session that was stopped
-        tracked.lines(metrics, "order", 0)
-        tracked.lines(metrics, "backwards", 4)
+        tracked.send_metrics(metrics, "order", 0)
+        tracked.send_metrics(metrics, "backwards", 4)
         assert tracked.state["step"] == 6
     go_on(out, BOARD, monkeypatch)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -92,8 +92,8 @@ def test_without_tracking_a_run_sends_nothing_and_the_runner_loads_no_torch(hft_
     assert not (hft_run / "tensorboard").exists()
     assert not (hft_run / "tracking.json").exists()
     with track(TrackingConfig(), tmp_path, {}) as tracked:
-        tracked.scores("before", {"s": {"t": {"m": 1.0}}}, 0)
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_scores("before", {"s": {"t": {"m": 1.0}}}, 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     assert list(tmp_path.iterdir()) == []
     loaded = "import sys, hft_cli.runner.training; print({'torch', 'accelerate'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "set()\n"
@@ -104,16 +104,16 @@ def test_without_tracking_a_run_sends_nothing_and_the_runner_loads_no_torch(hft_
 
 def test_lines_come_while_they_are_written_and_a_half_written_one_when_it_is_whole(tmp_path):
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)  # not begun
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)  # not begun
         log(tmp_path, "a", range(1, 3))
         text = json.dumps({"round": 1, "name": "a", "step": 3, "loss": 9.0})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(text[:20])
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
         assert tracked.state["step"] == 2
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(text[20:] + "\n")
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     assert board(tmp_path)["train/loss"] == [(1, 2.0), (2, 3.0), (3, 9.0)]
 
 
@@ -121,27 +121,27 @@ def test_steps_done_again_from_a_checkpoint_are_not_sent_again(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     log(tmp_path, "a", range(1, 36))
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(metrics, "a", 0)
+        tracked.send_metrics(metrics, "a", 0)
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(metrics, "a", 0)  # before the worker has begun
+        tracked.send_metrics(metrics, "a", 0)  # before the worker has begun
         write_text(metrics, "".join(metrics.read_text().splitlines(keepends=True)[:20]))  # it has, at its checkpoint
         for more in (range(21, 31), range(31, 41)):
             log(tmp_path, "a", more)
-            tracked.lines(metrics, "a", 0)
+            tracked.send_metrics(metrics, "a", 0)
     assert [step for step, _ in board(tmp_path)["train/loss"]] == list(range(1, 41))
 
 
 def test_what_was_sent_but_not_written_down_is_shown_once(tmp_path):
     log(tmp_path, "a", range(1, 6))
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     kept = (tmp_path / "tracking.json").read_text()
     log(tmp_path, "a", range(6, 9))
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     (tmp_path / "tracking.json").write_text(kept)  # as if killed between the two
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     assert [step for step, _ in board(tmp_path)["train/loss"]] == list(range(1, 9))
 
 
@@ -149,9 +149,9 @@ def test_scores_and_results_are_sent_once_each_on_the_axis_of_the_steps(tmp_path
     first, second = ({"suite": {"task": {"exact_match": value}}} for value in (0.9, 0.4))
     for _ in range(2):
         with track(BOARD, tmp_path, {"train.max_steps": None, "method.stages": ["sft"], "seed": 1}) as tracked:
-            tracked.scores("before", first, 0)
-            tracked.scores("round-01", second, 25)
-            tracked.results(
+            tracked.send_scores("before", first, 0)
+            tracked.send_scores("round-01", second, 25)
+            tracked.send_results(
                 {"verification": {"passed": None}, "continual": {"name": "seqft", "OP": 0.5, "BWT": None}}, 25
             )
     steps, values = zip(*board(tmp_path)["eval/suite/task/exact_match"], strict=True)
@@ -163,7 +163,7 @@ def test_scores_and_results_are_sent_once_each_on_the_axis_of_the_steps(tmp_path
 def test_scores_from_outside_a_run_join_the_tracked_run_at_its_last_step(tmp_path):
     log(tmp_path, "a", range(1, 4))
     with track(BOARD, tmp_path, {}) as tracked:
-        tracked.lines(tmp_path / "metrics.jsonl", "a", 0)
+        tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
     log_scores(BOARD, tmp_path, "knowledge", {"knowledge": {"nq": {"exact_match": 0.25}}}, {})
     assert board(tmp_path)["eval/knowledge/nq/exact_match"] == [(3, 0.25)]
 
