@@ -1,9 +1,8 @@
-"""Text for people: tables, numbers with units, messages on stderr."""
+"""Text for people: tables, numbers with units."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 
 
@@ -51,11 +50,6 @@ def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def natural_order(text: str) -> list[tuple[int, str]]:
     """Sort key that puts 2 before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
-
-
-def say(text: str) -> None:
-    """Tell the user something that is not a result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from hft_cli.files import from_dict
 
 if TYPE_CHECKING:
     from hft_cli.plan.planner import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def _train(argv: list[str]) -> int:
@@ -39,7 +42,7 @@ def _status(failures: list[Failure], argv: Sequence[str]) -> int:
     """The exit status of jobs of which some may have failed; those of a sweep are listed."""
     if {"-m", "--multirun"} & set(argv):
         for failure in failures:
-            print(f"hft: failed: {failure.job}: {failure.reason}", file=sys.stderr)
+            logger.error("hft: failed: %s: %s", failure.job, failure.reason)
     if not failures:
         return 0
     if failures[0].status == 2:
@@ -135,7 +138,12 @@ def _verify(argv: list[str]) -> int:
     options.add_argument("run", help="directory of a finished run")
     options.add_argument("--model", type=Path, help="check this folder as the final model, instead of RUN/model")
     given = options.parse_args(argv)
-    with tqdm(desc="verify", unit=" tensors", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        desc="verify",
+        unit=" tensors",
+        leave=False,
+        disable=not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO),
+    ) as bar:
         proofs = verify(finished(given.run), given.model, lambda name: bar.update() and None)
     for proof in proofs:
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,10 @@ from typing import Any
 
 from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
 from hft_cli.errors import NodeError, UserError, choose
+from hft_cli.logs import set_up_logging
 from hft_cli.paths import conf_dir, group_options
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], No
     from hft_cli.files import read_json, write_json
 
     argv = _launched(argv)
+    if not logger.isEnabledFor(logging.INFO) and not any("hydra_logging=" in argument for argument in argv):
+        argv = [*argv, "hydra/hydra_logging=none"]  # Hydra lists the jobs of a sweep
     ConfigStore.instance().store(name="schema", node=SCHEMAS[name])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
     sys.argv = ["hft " + name, *argv]
@@ -62,6 +68,7 @@ def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], No
 
     def job(composed: Any) -> dict[str, Any] | None:
         # An exception that leaves a job is printed by Hydra over several lines, and ends a sweep.
+        set_up_logging()  # a job of a sweep may be a process of its own
         task = hydra.core.hydra_config.HydraConfig.get()
         submitted = task.mode == RunMode.MULTIRUN and "submitit" in task.launcher._target_
         failed: Exception
@@ -71,7 +78,7 @@ def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], No
         except (UserError, NodeError, subprocess.CalledProcessError) as error:
             failed = error
             if isinstance(error, NodeError) and not submitted:
-                print(f"hft: {error}", file=sys.stderr)
+                logger.error("hft: %s", error)
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
             failed = UserError(f"{error.strerror}: {error.filename}")
         except Exception as error:
@@ -89,7 +96,7 @@ def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], No
             status = 128 - failed.returncode
         failure = vars(Failure(" ".join(task.overrides.task), str(failed), status))
         if submitted:
-            print(f"hft: {failed}", file=sys.stderr)  # in its log
+            logger.error("hft: %s", failed)  # in its log
             return {"number": number, **failure}
         write_json(told / f"{number:06d}", failure)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,9 @@ from types import FrameType
 
 from hft_cli.cli.commands import COMMANDS
 from hft_cli.errors import Stopped, UserError, choose
+from hft_cli.logs import set_up_logging, take_log_flags
+
+logger = logging.getLogger(__name__)
 
 USAGE = """\
 hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
@@ -34,16 +38,18 @@ def main() -> None:
         signal.signal(number, _interrupt)
     argv = sys.argv[1:]
     try:
+        argv = take_log_flags(argv)
+        set_up_logging()
         status = _command(argv)
     except UserError as error:
-        print(f"hft: {error}", file=sys.stderr)
+        logger.error("hft: %s", error)
         status = 2
     except (Stopped, KeyboardInterrupt) as stop:
-        again = " with resume=true" if argv[0] == "train" else ""
-        print(f"hft: stopped. The same command{again} continues.", file=sys.stderr)
+        again = " with resume=true" if argv[:1] == ["train"] else ""
+        logger.error("hft: stopped. The same command%s continues.", again)
         status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        print(f"hft: {error.strerror}: {error.filename}", file=sys.stderr)
+        logger.error("hft: %s: %s", error.strerror, error.filename)
         status = 2
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -26,7 +27,8 @@ from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, Rows
 from hft_cli.launch.worker import run_worker
 from hft_cli.paths import NOT_WEIGHTS
 from hft_cli.run_dir import RoundDir
-from hft_cli.text import say
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2  # of how benchmarks and probes are scored: a higher one scores anew
 
@@ -91,7 +93,9 @@ def score(
         # batch_size may tip a tie
         keys = {files[c.suite, c.name]: score_cache.key(identity, c.hangs_on, asked.suite.batch_size) for c in cells}
         if taken := score_cache.take(keys):
-            say(f"The start has been scored before: {taken} of {len(cells)} tasks taken from {score_cache.kept()}.")
+            logger.info(
+                f"The start has been scored before: {taken} of {len(cells)} tasks taken from {score_cache.kept()}."
+            )
     new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)

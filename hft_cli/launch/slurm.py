@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from hft_cli.errors import Stopped, UserError
-from hft_cli.text import say
+
+logger = logging.getLogger(__name__)
 
 # States of a job that does not go on. GONE is ours: squeue forgets a job some minutes after its end.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -49,7 +51,7 @@ def waited_for(failures: dict[int, dict[str, Any]]) -> Iterator[None]:
             returned.status, returned.return_value = JobStatus.COMPLETED, None
         except (Stopped, KeyboardInterrupt):
             if isinstance(job, SlurmJob):
-                say(f"The jobs stay with SLURM: `scancel {job.job_id.split('_')[0]}` ends them.")
+                logger.warning(f"The jobs stay with SLURM: `scancel {job.job_id.split('_')[0]}` ends them.")
             raise
         if returned.status == JobStatus.COMPLETED and returned.return_value is not None:
             failure = dict(returned.return_value)
@@ -85,7 +87,7 @@ class Watcher(SlurmInfoWatcher):  # type: ignore[misc]
         asked = subprocess.run(command, capture_output=True, text=True)
         self._last_status_check = time.time()
         if asked.returncode != 0:  # the controller is away for a while
-            say(f"squeue does not answer: {' '.join(asked.stderr.split())}. Asking again.")
+            logger.warning(f"squeue does not answer: {' '.join(asked.stderr.split())}. Asking again.")
             return
         states = dict(line.split("|", 1) for line in asked.stdout.splitlines())
         ended = set()

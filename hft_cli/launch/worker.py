@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from tqdm import tqdm
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.launch.nodes import Followers, Node, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir
-from hft_cli.text import say
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -67,6 +70,7 @@ def run_worker(
         path.unlink(missing_ok=True)
     command = _command(module, job, ranks, others.node if others else None)
     process = _start(command, folder.log, ranks)
+    logger.debug(f"{label}: {shlex.join(command)}\nLog: {folder.log}")
 
     def meanwhile(stopping: bool = False) -> None:
         send()
@@ -89,7 +93,7 @@ def run_worker(
                 try:
                     if not told:
                         folder.stop.touch()
-                        say("Stopping after this step, with a checkpoint. A second signal ends it at once.")
+                        logger.info("Stopping after this step, with a checkpoint. A second signal ends it at once.")
                         told = True
                     _follow(process, folder.progress, label, lambda: meanwhile(stopping=True))
                 except (Stopped, KeyboardInterrupt):  # a scheduler tells all nodes, and so us twice
@@ -108,8 +112,8 @@ def run_worker(
         return
     if folder.mistake.exists():
         raise UserError(folder.mistake.read_text())
-    say(_tail(folder.log))
-    say(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
+    logger.error(_tail(folder.log))
+    logger.error(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
     raise subprocess.CalledProcessError(process.returncode, command)
 
 
@@ -142,7 +146,7 @@ def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
             if "start" in message:
                 job, log = (run / message["start"][key] for key in ("job", "log"))
                 log = log.with_name(log.name.format(rank=node.rank))
-                say(f"Node {node.rank}: {job.parent.name}, ranks: {ranks}. Their log: {log}")
+                logger.info(f"Node {node.rank}: {job.parent.name}, ranks: {ranks}. Their log: {log}")
                 process = _start(_command(message["start"]["module"], job, ranks, node), log, ranks)
             if "end" in message and process is not None:
                 _end(process)
@@ -218,6 +222,7 @@ def _follow(process: subprocess.Popen[bytes], progress: Path, label: str, send: 
         bar_format="{desc} [{elapsed}]",
         mininterval=0.2 if sys.stderr.isatty() else 15,
         total=0,
+        disable=not logger.isEnabledFor(logging.INFO),
     ) as bar:
         while process.poll() is None:
             time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +26,6 @@ from hft_cli.paths import model_folder, resolve_path
 from hft_cli.plan.planner import plan as make_plan
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir
-from hft_cli.text import say
 
 # Keys that may differ between a run's nodes.
 FREE = (
@@ -36,6 +36,8 @@ FREE = (
     "engine.check_memory",
     *(f"tracking.{spec.name}" for spec in fields(TrackingConfig)),
 )
+
+logger = logging.getLogger(__name__)
 
 # Keys that may differ when a run is continued; where the engine may not, within a round, the worker says why.
 RESUMED = (*FREE, "train.micro_batch_size", *(f"engine.{spec.name}" for spec in fields(EngineConfig)))
@@ -217,7 +219,7 @@ def rows_of_step(step: Phase, config: RunConfig) -> dict[str, Any]:
         repeated, shared = count_repeats(chats, test)
         known |= {"rows_repeated": repeated, "rows_in_test": shared}
         if repeated or shared:
-            say(
+            logger.warning(
                 f"{step.name}: of {known['rows']:,} rows {repeated:,} repeat an earlier one and {shared:,} are in the "
                 "test set too."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ from hft_cli.runner.prepare import (
 )
 from hft_cli.runner.tracking import Tracker, require_tracker, track
 from hft_cli.runner.verify import verify
-from hft_cli.text import say
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir | None:
@@ -88,7 +90,7 @@ def _join(config: RunConfig, node: Node) -> None:
     try:
         prepared = prepare(config, base, where)
         if leader is None:
-            say(f"Waiting for node 0 at {node.host}:{node.port}.")
+            logger.info(f"Waiting for node 0 at {node.host}:{node.port}.")
             leader = connect(node, WAIT)
         if leader is None:
             raise NodeError(f"Node 0 does not answer at {node.host}:{node.port}. Start the same command there too.")
@@ -116,7 +118,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Fol
         raise UserError(f"resume=true, but there is no run in {where.folder}.")
     if where.done.exists():
         same_config(where, config)
-        say(f"{where.folder} is finished already; nothing to do.")
+        logger.info(f"{where.folder} is finished already; nothing to do.")
         return where
     prepared = prepare(config, base, where)
     inputs = prepared.inputs
@@ -131,10 +133,10 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, others: Fol
         else:
             same_config(where, config)
             same_inputs(where, inputs)
-            say(f"Continuing the run in {where.folder}.")
+            logger.info(f"Continuing the run in {where.folder}.")
         try:
             if others is not None:
-                say(f"Waiting for {others.node.count - 1} more nodes at {others.node.host}:{others.node.port}.")
+                logger.info(f"Waiting for {others.node.count - 1} more nodes at {others.node.host}:{others.node.port}.")
                 others.meet(node_facts(prepared), where.nodes)
             if settings := deepspeed_settings(config):
                 write_json(where.deepspeed, settings)
@@ -229,7 +231,7 @@ def _round(
     out = where.model if where.model.exists() else folder.model
     if not folder.outcome.exists() and step.stage == "half_reset":
         folder.folder.mkdir(parents=True, exist_ok=True)
-        say(f"Half-Reset: {_size(chosen)} put back to {step.data}")
+        logger.info(f"Half-Reset: {_size(chosen)} put back to {step.data}")
         begun = time.perf_counter()
         if config.method.save_model:
             write_delta_file(
@@ -251,7 +253,7 @@ def _round(
             base_sha256=base_sha256,
             deepspeed=deepspeed_settings(config),
         ).write(folder.job)
-        say(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
+        logger.info(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
         label = f"Round {step.round}, {step.name}"
         run_worker("hft_cli.training.worker", folder.job, folder, label, ranks, send, checkpoints=True, others=others)

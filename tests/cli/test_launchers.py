@@ -61,7 +61,7 @@ def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
     assert [word for word in hydra_app._launched(typed) if "signal_delay_s" in word] == typed[2:]
 
 
-def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, capsys):
+def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, caplog):
     """Once may be on its way back into the queue; a controller that is away says nothing about jobs."""
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/said && exit 0\necho away >&2\nexit 1\n")
     (tmp_path / "squeue").chmod(0o755)
@@ -79,7 +79,7 @@ def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, caps
     said = ("NODE_FAIL|None", "PENDING|BeginTime", "RUNNING|None", "OUT_OF_MEMORY|OutOfMemory")
     assert not any(over(f"7_0|COMPLETED|None\n7_1|{line}\n") for line in said)
     assert not over(None)
-    assert "squeue does not answer: " in capsys.readouterr().err
+    assert "squeue does not answer: " in caplog.text
     assert over("7_1|OUT_OF_MEMORY|OutOfMemory\n")
     assert watcher.get_state("7_1") == "OUT_OF_MEMORY (OutOfMemory)"
     watcher.register_job("8")
