@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 from math import comb
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ from scipy import stats
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
-from hft_cli.method.selection import draw, group_units
+from hft_cli.method.selection import STRATEGIES, draw, group_units, lora_draw
 
 
 def model(layers: int, matrices: dict[str, tuple[str, tuple[int, ...]]], bias: bool = False, tied: bool = False):
@@ -165,7 +168,7 @@ def test_the_order_of_the_parameters_does_not_matter(params, config, round, seed
 def test_a_draw_is_the_same_in_another_process_with_another_hash_seed():
     here = draw(model(4, LLAMA), SelectionConfig(), 3, 7).sha256
     code = (
-        "import sys; sys.path[:0] = ['tests']; from test_selection import *;"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]}; from test_selection import *;"
         "print(draw(model(4, LLAMA), SelectionConfig(), 3, 7).sha256)"
     )
     for hash_seed in ("0", "1"):
@@ -175,9 +178,58 @@ def test_a_draw_is_the_same_in_another_process_with_another_hash_seed():
         assert there.stdout.strip() == here
 
 
-def test_the_draw_of_this_release_is_never_changed_by_a_later_one():
-    """Anyone who repeats a published seed must get the published draw."""
-    assert draw(model(4, LLAMA), SelectionConfig(), 1, 42).sha256.startswith("19b5ddc81766df26")
+# SHA-256 (first 16 digits) of the updated names under seeds 0, 42 and 2025, by (level, balance, redraw, round, ratio).
+# A draw of a published seed never changes: do not edit these values.
+PUBLISHED_DRAWS = {
+    ("all", "matrices", "independent", 1, 0.5): "6054421e265a671b 6054421e265a671b 6054421e265a671b",
+    ("category", "matrices", "independent", 1, 0.5): "a0c0b7e2a73f0d4f 5dc7e1f33c629968 7c8bf240b3292937",
+    ("category", "matrices", "independent", 2, 0.3): "6910b234082a0343 d00a63771214e721 113731dc4e6d92ed",
+    ("category", "elements", "independent", 1, 0.5): "3d6524031e9e4a91 af3a39ffca804e60 d28ba26073c24861",
+    ("category", "matrices", "fixed", 2, 0.5): "a0c0b7e2a73f0d4f 5dc7e1f33c629968 7c8bf240b3292937",
+    ("category", "matrices", "complementary", 2, 0.5): "551f81b99e95a573 ffbcaf72c7fcebf5 0eefc0b031ad6ad0",
+    ("category", "elements", "complementary", 2, 0.5): "86ec9ac1b8ce9100 9860024b69459706 b86a41773cf160b1",
+    ("category", "matrices", "balanced", 3, 0.5): "ffddcafe108d7e9b 9587a8eecd48c257 897f9c28202f1031",
+    ("layer", "matrices", "independent", 1, 0.5): "45df92cfadbb2af4 1eeb1fc43186e6ea daf799c91bf862d4",
+    ("layer", "matrices", "independent", 2, 0.3): "8678a07127d34444 2a838760c07cc94c 928f55f600b81474",
+    ("layer", "elements", "independent", 1, 0.5): "44e0f4adfa6884e4 2a838760c07cc94c 928f55f600b81474",
+    ("layer", "matrices", "fixed", 2, 0.5): "45df92cfadbb2af4 1eeb1fc43186e6ea daf799c91bf862d4",
+    ("layer", "matrices", "complementary", 2, 0.5): "f8c46a6969fe1cb9 eae566cadf054854 afffee5e3afb804c",
+    ("layer", "elements", "complementary", 2, 0.5): "c520e25acd79e8cc 222ee02d7e3ed8d9 8274bb4ee31b968e",
+    ("layer", "matrices", "balanced", 3, 0.5): "1eeb1fc43186e6ea daf799c91bf862d4 45df92cfadbb2af4",
+    ("model", "matrices", "independent", 1, 0.5): "0f9e29bbeef52753 7322cdbb089a33dc 97b03639d2aa4777",
+    ("model", "matrices", "independent", 2, 0.3): "7362e0799968f225 cba8135884cf3c68 c5df1273628e4bd7",
+    ("model", "elements", "independent", 1, 0.5): "16bde97d63df057b 15cb7e5e0fa6fd56 8bf72bf5ad6d69e0",
+    ("model", "matrices", "fixed", 2, 0.5): "0f9e29bbeef52753 7322cdbb089a33dc 97b03639d2aa4777",
+    ("model", "matrices", "complementary", 2, 0.5): "5a0800b28cca011a 7194b4b832a043a3 6fccb6f62eed0f28",
+    ("model", "elements", "complementary", 2, 0.5): "7c6f51434eeb3f38 c3b67af4d36a1789 435dd3c96a24de43",
+    ("model", "matrices", "balanced", 3, 0.5): "aa36a3e7c04c21b6 936429a5d225cc50 80ad92372c69deee",
+}  # fmt: skip
+PUBLISHED_LORA = "f5bf4c0b2939f839"
+PUBLISHED_RECORD = "e19a18b32df0b1ef35367ca7354e0fa460a2544a21b72676302b8e8263c70d6f"
+PUBLISHED_LORA_RECORD = "f1124ea446e084f0a48c2adaed1cbf8248ffbe0be051ddde42bd5e7b4ced0bc5"
+
+
+@pytest.mark.parametrize("setting", PUBLISHED_DRAWS, ids=lambda setting: " ".join(map(str, setting)))
+def test_a_seed_gives_the_draw_that_was_published(setting):
+    level, balance, redraw, round, ratio = setting
+    config = SelectionConfig(level=level, balance=balance, redraw=redraw, ratio=ratio)
+    hashes = [draw(model(5, GROUPED, bias=True), config, round, seed).sha256[:16] for seed in (0, 42, 2025)]
+    assert hashes == PUBLISHED_DRAWS[setting].split()
+
+
+def test_every_strategy_has_published_draws():
+    assert {setting[0] for setting in PUBLISHED_DRAWS} == set(STRATEGIES)
+
+
+def test_the_record_of_a_draw_in_the_ledger_never_changes():
+    params = model(5, GROUPED, bias=True)
+    lora = lora_draw(params, SelectionConfig(), 1, 42)
+    assert lora.sha256[:16] == PUBLISHED_LORA
+    for drawn, digest in (
+        (draw(params, SelectionConfig(ratio=0.3), 2, 42), PUBLISHED_RECORD),
+        (lora, PUBLISHED_LORA_RECORD),
+    ):
+        assert hashlib.sha256(json.dumps(drawn.as_dict()).encode()).hexdigest() == digest
 
 
 def test_every_subset_of_a_group_is_equally_likely():
