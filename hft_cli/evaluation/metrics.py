@@ -1,7 +1,8 @@
-"""Continual learning: which rows of past tasks are trained on again, and the measures of a sequence. No torch.
+"""Metrics of generated answers, and the two measures of a sequence of tasks (OP and BWT).
 
-R[i][j] is the score on task j after round i, all on one scale from 0 to 1 (TRACE: Wang et al. 2023, arXiv 2310.06762);
-None where it was not scored.
+The metrics are those of TRACE (Wang et al. 2023, arXiv 2310.06762), all on a scale from 0 to 1. To add a metric, write
+one function of a prompt, a prediction and an answer, and add one row to `METRICS` at the foot of this file. Importing
+this module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -14,51 +15,51 @@ from math import sqrt
 from types import SimpleNamespace
 from typing import Any
 
-Matrix = Sequence[Sequence[float | None]]
+ScoreMatrix = Sequence[Sequence[float | None]]
+"""R: R[i][j] is the score on task j after round i; None if the task was not scored after that round."""
+
+Metric = Callable[[str, str, str], float]
+"""(prompt, prediction, answer) -> score in [0, 1]."""
 
 
-def overall_performance(scores: Matrix) -> float:
-    """OP: the mean over all T tasks after the last round, (1/T) sum_i R[T][i].
+def overall_performance(scores: ScoreMatrix) -> float:
+    """Overall performance OP = (1/T) sum_i R[T][i]: the mean over all T tasks after the last round.
 
     Raises:
-        ValueError: if the matrix is not T x T, or a score that is needed is missing.
+        ValueError: if the matrix is not square, or a score of the last round is missing.
     """
-    _square(scores)
+    _check_square(scores)
     last = len(scores) - 1
-    return sum(_at(scores, last, i) for i in range(len(scores))) / len(scores)
+    return sum(_score_at(scores, last, task) for task in range(len(scores))) / len(scores)
 
 
-def backward_transfer(scores: Matrix) -> float:
-    """BWT: what the tasks lost since they were learned, (1/(T-1)) sum_{i<T} (R[T][i] - R[i][i]); below 0 is forgetting.
+def backward_transfer(scores: ScoreMatrix) -> float:
+    """Backward transfer BWT = (1/(T-1)) sum_{i<T} (R[T][i] - R[i][i]); a negative value means forgetting.
 
     Raises:
-        ValueError: if the matrix is not T x T, a score that is needed is missing, or T is 1: a single task has none
-            before it to forget.
+        ValueError: if the matrix is not square, a required score is missing, or there are fewer than two rounds.
     """
-    _square(scores)
+    _check_square(scores)
     if len(scores) < 2:
         raise ValueError("backward transfer needs two rounds or more")
     last = len(scores) - 1
-    return sum(_at(scores, last, i) - _at(scores, i, i) for i in range(last)) / last
+    return sum(_score_at(scores, last, task) - _score_at(scores, task, task) for task in range(last)) / last
 
 
-def _at(scores: Matrix, row: int, column: int) -> float:
-    value = scores[row][column]
+def _score_at(scores: ScoreMatrix, round_index: int, task: int) -> float:
+    value = scores[round_index][task]
     if value is None:
-        raise ValueError(f"R has no score of task {column + 1} after round {row + 1}")
+        raise ValueError(f"R has no score of task {task + 1} after round {round_index + 1}")
     return value
 
 
-def _square(scores: Matrix) -> None:
+def _check_square(scores: ScoreMatrix) -> None:
     if not scores or any(len(row) != len(scores) for row in scores):
         raise ValueError("R must have a row and a column for each round")
 
 
-Metric = Callable[[str, str, str], float]
-
-
 def score(metric: str, prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """One score per item, in order.
+    """Score each item by a metric of `METRICS`.
 
     Raises:
         ValueError: if prompts, predictions and answers differ in number.
@@ -67,42 +68,42 @@ def score(metric: str, prompts: Sequence[str], predictions: Sequence[str], answe
 
 
 def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The mean over items under `name`, and its standard error, which for one item is 0."""
+    """The mean of the values (key `name`) and its standard error (key `name_stderr`), which is 0 for one value."""
     mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return {name: mean, f"{name}_stderr": sqrt(spread / len(values))}
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {name: mean, f"{name}_stderr": sqrt(variance / len(values))}
 
 
 def accuracy(prompt: str, prediction: str, answer: str) -> float:
-    """1 if the texts are equal, white space around them aside."""
+    """1 if prediction and answer are equal after stripping white space, else 0."""
     return float(prediction.strip() == answer.strip())
 
 
 def first_character(prompt: str, prediction: str, answer: str) -> float:
-    """1 if the texts begin with the same character, in ScienceQA the option's letter; an empty prediction scores 0."""
+    """1 if the first characters are equal (ScienceQA: the letter of the option); an empty prediction scores 0."""
     first = prediction.strip()[:1]
     return float(first != "" and first == answer.strip()[:1])
 
 
 def rouge_l(prompt: str, prediction: str, answer: str) -> float:
-    """F-measure of ROUGE-L (Lin 2004): the longest common subsequence of words. A text without words scores 0."""
-    return float(_rouge().score(answer, prediction)["rougeL"].fmeasure)
+    """F-measure of ROUGE-L (Lin 2004), on the longest common subsequence of words; a text without words scores 0."""
+    return float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
 
 
 @cache
-def _rouge() -> Any:
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    # rouge-score's own tokenizer keeps a-z and 0-9 only: a Chinese text would have no words and "über" would be "ber".
+    # The default tokenizer of rouge-score keeps a-z and 0-9 only: a Chinese text has no words, "über" becomes "ber".
     tokenizer = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
 
 
 def edit_similarity(prompt: str, prediction: str, answer: str) -> float:
-    """1 - d / (sum of the lengths), d the fewest characters to insert and delete: the normalised indel similarity.
+    """Normalised indel similarity: 1 - d / (sum of the lengths), where d counts inserted and deleted characters.
 
-    fuzzywuzzy's `ratio`, which TRACE takes, is this in whole percents when python-Levenshtein is installed; without it,
-    it is difflib's, which can be lower. Two empty texts score 1.
+    TRACE uses fuzzywuzzy's `ratio`, which is this value in whole percent if python-Levenshtein is installed. Without
+    it, fuzzywuzzy uses difflib, whose value can be lower. Two empty texts score 1.
     """
     from rapidfuzz import fuzz
 
@@ -110,9 +111,10 @@ def edit_similarity(prompt: str, prediction: str, answer: str) -> float:
 
 
 def code_edit_similarity(prompt: str, prediction: str, answer: str) -> float:
-    """Edit similarity after putting literals back for their marks, as CodeXGLUE and TRACE do for Py150.
+    """Edit similarity after literals have replaced their placeholders, as in CodeXGLUE and TRACE (Py150).
 
-    <NUM_LIT:7> is 7 and <STR_LIT:a> is a; a mark without a literal is 0 for a number, and nothing for text.
+    <NUM_LIT:7> becomes 7 and <STR_LIT:a> becomes a. A placeholder without a literal becomes 0 if it is a number, and
+    is removed otherwise.
     """
 
     def plain(code: str) -> str:
@@ -123,52 +125,53 @@ def code_edit_similarity(prompt: str, prediction: str, answer: str) -> float:
 
 
 def sari(prompt: str, prediction: str, answer: str) -> float:
-    """SARI with the whole prompt as the text to simplify, as in TRACE's code, and the answer as the one reference.
+    """SARI with one reference, the answer; the source is the whole prompt, as in TRACE's code.
 
-    Doing nothing right is not 0: an empty prediction rightly deletes all of the prompt that the answer lacks.
+    An empty prediction scores above 0, because it correctly deletes every word of the prompt that the answer lacks.
     """
-    return _sari(prompt, prediction, [answer])
+    return sari_with_references(prompt, prediction, [answer])
 
 
-def _sari(source: str, prediction: str, references: Sequence[str]) -> float:
-    """SARI (Xu et al. 2016, TACL 4:401-415) of one item: the mean over n-grams of 1, 2, 3 and 4 words.
+def sari_with_references(source: str, prediction: str, references: Sequence[str]) -> float:
+    """SARI of one item (Xu et al. 2016, TACL 4:401-415): the mean over n-grams of 1, 2, 3 and 4 words.
 
-    It follows the metric `sari` of Hugging Face's `evaluate` where that departs from the authors' code: 0/0 is 1, and
-    the recall of keep is equation 5 of the paper. A prediction equal to its only reference scores 1, or less where the
-    source has one of its n-grams more often: deleting that n-gram counts as wrong as often as the reference has it.
+    Where the authors' code and the metric `sari` of Hugging Face's `evaluate` differ, this follows `evaluate`: 0/0 is
+    1, and the recall of keep is equation 5 of the paper. A prediction equal to its only reference scores 1, or less if
+    an n-gram of the reference occurs more often in the source: its deletion is then counted as wrong.
     """
-    old, new, *wanted = (_words(text) for text in (source, prediction, *references))
-    return sum(_sari_of_n_grams(n, old, new, wanted) for n in range(1, 5)) / 4
+    source_words, prediction_words, *reference_words = (_words(text) for text in (source, prediction, *references))
+    return sum(_sari_of_n_grams(n, source_words, prediction_words, reference_words) for n in range(1, 5)) / 4
 
 
 def _sari_of_n_grams(n: int, source: list[str], prediction: list[str], references: list[list[str]]) -> float:
-    """The mean of F1 of keep, F1 of add and precision of delete."""
+    """The mean of the F1 of keep, the F1 of add and the precision of delete."""
 
     def count(words: list[str], times: int = 1) -> Counter[tuple[str, ...]]:
-        found = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-        return Counter({gram: times * number for gram, number in found.items()}) if times > 1 else found
+        n_grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        return Counter({n_gram: times * number for n_gram, number in n_grams.items()})
 
-    # The references' counts are summed, so the others are taken as often: what half the references keep is half right.
-    old, new = count(source, len(references)), count(prediction, len(references))
-    wanted = sum(map(count, references), Counter[tuple[str, ...]]())
+    # The counts of the references are summed, so the counts of source and prediction are multiplied by their number:
+    # an n-gram that half of the references keep is half right.
+    before, after = count(source, len(references)), count(prediction, len(references))
+    target = sum(map(count, references), Counter[tuple[str, ...]]())
 
-    # The precisions of keep and delete give each distinct n-gram the same weight, the recall each occurrence.
-    kept, gone = old & new, old - new
-    rightly_kept = kept & wanted
-    keep = _f1(_mean_share(rightly_kept, kept), _share(rightly_kept.total(), (old & wanted).total()))
-    delete = _mean_share(gone - wanted, gone)
+    # The precisions of keep and delete weight each distinct n-gram equally, the recall of keep each occurrence.
+    kept, deleted = before & after, before - after
+    correctly_kept = kept & target
+    keep = _f1(_mean_ratio(correctly_kept, kept), _ratio(correctly_kept.total(), (before & target).total()))
+    delete = _mean_ratio(deleted - target, deleted)
 
-    # For add only the distinct n-grams count, not how often they occur.
-    added, to_add = new.keys() - old.keys(), wanted.keys() - old.keys()
-    add = _f1(_share(len(added & to_add), len(added)), _share(len(added & to_add), len(to_add)))
+    # Add considers distinct n-grams only, not how often they occur.
+    added, to_add = after.keys() - before.keys(), target.keys() - before.keys()
+    add = _f1(_ratio(len(added & to_add), len(added)), _ratio(len(added & to_add), len(to_add)))
     return (keep + add + delete) / 3
 
 
-def _mean_share(part: Counter[tuple[str, ...]], whole: Counter[tuple[str, ...]]) -> float:
-    return _share(sum(number / whole[gram] for gram, number in part.items()), len(whole))
+def _mean_ratio(part: Counter[tuple[str, ...]], whole: Counter[tuple[str, ...]]) -> float:
+    return _ratio(sum(number / whole[n_gram] for n_gram, number in part.items()), len(whole))
 
 
-def _share(part: float, whole: int) -> float:
+def _ratio(part: float, whole: int) -> float:
     return part / whole if whole else 1.0
 
 
@@ -177,16 +180,16 @@ def _f1(precision: float, recall: float) -> float:
 
 
 def _words(text: str) -> list[str]:
-    # As in `evaluate`, an empty text is one empty word, so an empty prediction counts as adding something wrong.
-    return str(_13a()(text.lower())).split(" ")
+    # As in `evaluate`, an empty text is one empty word, so an empty prediction counts as a wrong addition.
+    return str(_tokenizer_13a()(text.lower())).split(" ")
 
 
 @cache
-def _13a() -> Any:
+def _tokenizer_13a() -> Any:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    tokenizer: Any = Tokenizer13a
-    return tokenizer()
+    tokenizer_class: Any = Tokenizer13a
+    return tokenizer_class()
 
 
 METRICS: dict[str, Metric] = {

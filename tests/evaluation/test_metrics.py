@@ -1,4 +1,4 @@
-"""The metrics of generated answers: published values, values by hand, and what holds for any text."""
+"""Metrics of generated answers and OP and BWT: published values, values by hand, and properties of any text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hft_cli.evaluation.metrics import METRICS, _sari, accuracy, edit_similarity, first_character, rouge_l, sari, score
+from hft_cli.evaluation.metrics import (
+    METRICS,
+    accuracy,
+    backward_transfer,
+    edit_similarity,
+    first_character,
+    overall_performance,
+    rouge_l,
+    sari,
+    sari_with_references,
+    score,
+)
 
 vocabulary = st.sampled_from(["a", "b", "c", "Über", "模型", "7", "3.5", ".", "?!"])
 words = st.lists(vocabulary, max_size=12).map(" ".join)
 distinct_words = st.lists(vocabulary, unique=True).map(" ".join)
 texts = st.text(max_size=40) | st.text("。，！模型遗忘", max_size=10) | st.text(" \n.,;!?-_&", max_size=10) | words
+matrices = st.integers(2, 6).flatmap(
+    lambda n: st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n)
+)
 ascii_texts = st.text(st.characters(max_codepoint=127)) | st.text("abAB1 -_.\n")
 
 
@@ -30,7 +44,7 @@ def imported():
 
 @pytest.mark.parametrize("metric", METRICS)
 @given(prompt=texts, prediction=texts, answer=texts)
-def test_a_score_lies_between_0_and_1_whatever_the_texts(metric, prompt, prediction, answer):
+def test_a_score_is_between_0_and_1_for_any_texts(metric, prompt, prediction, answer):
     assert 0 <= METRICS[metric](prompt, prediction, answer) <= 1
 
 
@@ -54,7 +68,7 @@ def test_an_empty_prediction_of_an_answer_scores_0(metric, empty):
     assert METRICS[metric]("Why?", empty, "Because.") == 0
 
 
-def test_a_list_of_items_gets_one_score_each_in_order():
+def test_items_are_scored_in_their_order():
     prompts = ["p", "q", "r"]
     assert score("accuracy", prompts, ["a", "b", "c"], ["a", "x", "c"]) == [1, 0, 1]
     assert score("sari", prompts, ["q", "q", "q"], ["q"] * 3) == [sari(prompt, "q", "q") for prompt in prompts]
@@ -67,7 +81,7 @@ def test_lists_of_different_lengths_are_refused(numbers):
         score("accuracy", *(["a"] * number for number in numbers))
 
 
-def test_importing_it_needs_the_standard_library_only():
+def test_importing_metrics_needs_the_standard_library_only():
     code = "import sys; before = set(sys.modules); import hft_cli.evaluation.metrics; "
     code += "names = {name.split('.')[0] for name in set(sys.modules) - before}; "
     code += "print(sorted(names - sys.stdlib_module_names))"
@@ -78,13 +92,13 @@ def test_importing_it_needs_the_standard_library_only():
 # ----------------------------------------------------------------------------------------- accuracy, first_character
 
 
-def test_accuracy_wants_the_whole_answer():
+def test_accuracy_requires_the_whole_answer():
     assert accuracy("p", "neutral", "neutral") == 1
     assert accuracy("p", "neutral.", "neutral") == 0
     assert accuracy("p", "Neutral", "neutral") == 0
 
 
-def test_first_character_forgives_the_explanation_not_the_option():
+def test_first_character_compares_the_option_letter_only():
     assert first_character("p", "B\nBecause it melts.", "B\nIt is warmer than ice.") == 1
     assert first_character("p", "A\nIt is warmer than ice.", "B\nIt is warmer than ice.") == 0
     assert first_character("p", "", "") == 0
@@ -93,19 +107,19 @@ def test_first_character_forgives_the_explanation_not_the_option():
 # ---------------------------------------------------------------------------------------------------------- rouge_l
 
 
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+def test_rouge_l_equals_a_value_computed_by_hand():
     # "the cat … mat" is common: 3 of 4 words and 3 of 6.
     assert rouge_l("p", "The cat! Red mat.", "the cat is on the mat") == pytest.approx(2 * 3 / (4 + 6))
 
 
 @given(ascii_texts, ascii_texts)
-def test_rouge_l_is_rouge_scores_own_on_ascii_text(prediction, answer):
+def test_rouge_l_equals_the_rouge_score_package_on_ascii_text(prediction, answer):
     from rouge_score.rouge_scorer import RougeScorer
 
     assert rouge_l("p", prediction, answer) == RougeScorer(["rougeL"]).score(answer, prediction)["rougeL"].fmeasure
 
 
-def test_rouge_l_knows_words_of_any_alphabet():
+def test_rouge_l_handles_words_of_any_alphabet():
     assert rouge_l("p", "遗忘", "学习") == 0
     assert rouge_l("p", "模型，遗忘", "模型，学习") == pytest.approx(1 / 2)
     assert rouge_l("p", "ÜBER Zürich", "über Zug") == pytest.approx(1 / 2)  # "Zürich" is no "z"
@@ -134,7 +148,7 @@ def longest_common(a: str, b: str) -> int:
 
 
 @given(st.text("ab模 ", max_size=12), st.text("ab模 ", min_size=1, max_size=12))
-def test_edit_similarity_is_twice_the_common_letters_over_all(prediction, answer):
+def test_edit_similarity_is_twice_the_lcs_over_all_characters(prediction, answer):
     a, b = prediction.strip(), answer.strip()
     expected = 2 * longest_common(a, b) / (len(a) + len(b)) if a or b else 1
     assert edit_similarity("p", prediction, answer) == pytest.approx(expected)
@@ -157,35 +171,35 @@ REFERENCES = [
         ("About 95 species are now agreed .", 61.709656084656075),  # huggingface/evaluate, issue 376
     ],
 )
-def test_sari_is_what_is_published(prediction, published):
-    assert _sari(SOURCE, prediction, REFERENCES) == pytest.approx(published / 100, abs=1e-12)
+def test_sari_equals_published_values(prediction, published):
+    assert sari_with_references(SOURCE, prediction, REFERENCES) == pytest.approx(published / 100, abs=1e-12)
 
 
-def test_sari_takes_the_recall_of_keep_from_the_paper_and_0_of_0_as_1():
+def test_sari_uses_the_recall_of_the_paper_and_0_of_0_is_1():
     # The example of cocoxu/simplification, issue 6. Words: of "b" kept, half is right, and 1 of the 3 that the
     # references keep; "a" is deleted wrongly; nothing is added, rightly. Pairs: none is kept, but one reference keeps
     # "a b", so its deletion is half right. There is no longer n-gram.
     one_word = (2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3) + 0 + 1) / 3
     two_words = (0 + 1 / 2 + 1) / 3
-    assert _sari("a b", "b", ["a b", "a"]) == pytest.approx((one_word + two_words + 1 + 1) / 4)
+    assert sari_with_references("a b", "b", ["a b", "a"]) == pytest.approx((one_word + two_words + 1 + 1) / 4)
 
 
 @given(words)
-def test_sari_is_1_where_the_source_should_be_copied_and_is(text):
+def test_sari_of_a_correct_copy_is_1(text):
     assert sari(text, text, text) == 1
 
 
 @given(source=distinct_words, answer=words)
-def test_sari_of_the_only_reference_is_1_where_the_source_repeats_nothing(source, answer):
+def test_sari_of_the_reference_is_1_if_the_source_has_no_repeats(source, answer):
     assert sari(source, answer, answer) == 1
 
 
-def test_sari_of_the_only_reference_is_below_1_where_the_source_has_one_of_its_words_more_often():
+def test_sari_of_the_reference_is_below_1_if_the_source_repeats():
     # One "a" of two is deleted, and the reference has an "a": no word is deleted rightly.
     assert sari("a a", "a", "a") == pytest.approx(((1 + 0 + 1) / 3 + 3) / 4)
 
 
-def test_sari_of_a_copy_misses_what_should_change():
+def test_sari_of_a_wrong_copy_equals_a_value_by_hand():
     # Kept: 1 of 2 words rightly, all that should be kept. Deleted: nothing. To add: "c", "a c". No longer n-gram.
     one_word = (2 * (1 / 2) * 1 / (1 / 2 + 1) + 0 + 1) / 3
     two_words = (0 + 0 + 1) / 3
@@ -193,19 +207,21 @@ def test_sari_of_a_copy_misses_what_should_change():
 
 
 @given(source=words, prediction=words, references=st.lists(words, min_size=1, max_size=3), times=st.integers(2, 4))
-def test_sari_asks_what_share_of_the_references_agree_not_how_many(source, prediction, references, times):
-    once = _sari(source, prediction, references)
-    assert _sari(source, prediction, references * times) == pytest.approx(once)
-    assert _sari(source, prediction, references[::-1]) == pytest.approx(once)
+def test_sari_depends_on_the_share_of_references_that_agree(source, prediction, references, times):
+    once = sari_with_references(source, prediction, references)
+    assert sari_with_references(source, prediction, references * times) == pytest.approx(once)
+    assert sari_with_references(source, prediction, references[::-1]) == pytest.approx(once)
 
 
-def test_sari_ignores_case_and_parts_punctuation_from_words():
+def test_sari_ignores_case_and_splits_off_punctuation():
     assert sari("It melts, ICE.", "ice melts.", "Ice melts .") == 1
     prediction = "About 95 you now get in."
-    assert _sari(SOURCE.upper(), prediction, REFERENCES) == _sari(SOURCE, prediction.replace(".", " ."), REFERENCES)
+    assert sari_with_references(SOURCE.upper(), prediction, REFERENCES) == sari_with_references(
+        SOURCE, prediction.replace(".", " ."), REFERENCES
+    )
 
 
-def test_sari_credits_an_empty_prediction_with_its_deletions_only():
+def test_sari_of_an_empty_prediction_counts_its_deletions():
     # 4 of the 5 words are deleted rightly, and all pairs and longer n-grams; "a" is not kept, and longer n-grams there
     # are none to keep. Nothing of "x y z w" is added.
     assert sari("a b c d e", "", "a x y z w") == pytest.approx(((0 + 0 + 4 / 5) + 3 * (1 + 0 + 1)) / 3 / 4)
@@ -213,8 +229,38 @@ def test_sari_credits_an_empty_prediction_with_its_deletions_only():
     assert sari("a b c d e", "", "a") == pytest.approx(((0 + 0 + 4 / 5) + 3 * (1 + 1 + 1)) / 3 / 4)
 
 
-def test_literals_of_code_are_put_back_for_their_marks():
+def test_literals_of_code_replace_their_placeholders():
     score = METRICS["code_edit_similarity"]
     assert score("", 'x = "<STR_LIT:a>" + <NUM_LIT:7>', 'x = "a" + 7') == 1
     assert score("", "f ( <NUM_LIT> , '<CHAR_LIT>' , \"<STR_LIT>\" )", "f ( 0 , '' , \"\" )") == 1
     assert score("", "x = <NUM_LIT:8>", "x = 7") < 1
+
+
+# ------------------------------------------------------------------------------------------------------- OP, BWT
+
+
+def test_op_and_bwt_equal_values_computed_by_hand():
+    scores = [[0.9, 0.1, 0.0], [0.5, 0.8, 0.2], [0.4, 0.6, 0.7]]
+    assert overall_performance(scores) == pytest.approx((0.4 + 0.6 + 0.7) / 3)
+    assert backward_transfer(scores) == pytest.approx(((0.4 - 0.9) + (0.6 - 0.8)) / 2)
+
+
+@given(matrices)
+def test_bwt_is_0_if_nothing_is_forgotten_and_scales_hold(scores):
+    assert 0 <= overall_performance(scores) <= 1
+    assert -1 <= backward_transfer(scores) <= 1
+    nothing_forgotten = [[scores[task][task] for task in range(len(scores))] for _ in scores]
+    assert backward_transfer(nothing_forgotten) == 0
+
+
+@pytest.mark.parametrize("scores", [[], [[1.0, 0.5]], [[1.0], [0.5]]])
+def test_a_matrix_that_is_not_square_is_refused(scores):
+    with pytest.raises(ValueError, match="a row and a column for each round"):
+        overall_performance(scores)
+    with pytest.raises(ValueError, match="a row and a column for each round"):
+        backward_transfer(scores)
+
+
+def test_bwt_of_a_single_round_is_refused():
+    with pytest.raises(ValueError, match="two rounds or more"):
+        backward_transfer([[0.5]])
