@@ -1,14 +1,23 @@
-"""The layout of the package: imports in one direction, files and functions of a size that can be read."""
+"""The layout of the package: imports in one direction, sizes that can be read, upstream internals in compat.py."""
 
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 import hft_cli
 
+TESTS = Path(__file__).parent
 PACKAGE = Path(hft_cli.__file__).parent
+PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [Requirement(line) for line in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])]
+DEPENDENCIES_OF_EXTRAS = {"submitit"}  # not declared, because another package brings them
 # A package imports only from itself and from those before it; `root` is the files of hft_cli/ itself.
 ORDER = (
     "root", "config", "checkpoint", "data", "method", "launch", "plan", "training", "evaluation", "runner", "report",
@@ -87,5 +96,58 @@ def test_no_name_with_an_underscore_crosses_a_file():
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hft_cli")
         for alias in node.names
         if alias.name.startswith("_")
+    ]
+    assert not private
+
+
+# --------------------------------------------------------------------------------------------------- upstream internals
+
+COMPAT = sorted(PACKAGE.rglob("compat.py"))
+TAG = re.compile(r"UPSTREAM: ([\w-]+) (\d+(?:\.\d+)+): \S")
+UPSTREAM = (
+    "torch",
+    "transformers",
+    "trl",
+    "deepspeed",
+    "accelerate",
+    "peft",
+    "lm_eval",
+    "submitit",
+    "hydra",
+    "datasets",
+)
+
+
+def test_upstream_tags_stand_in_compat_files_only():
+    assert [path for path in sources() if "UPSTREAM:" in path.read_text() and path not in COMPAT] == []
+
+
+@pytest.mark.parametrize("path", COMPAT, ids=module)
+def test_every_compat_function_has_a_tag_and_a_test(path):
+    text = path.read_text()
+    untagged = [
+        node.name
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not TAG.search(" ".join((ast.get_source_segment(text, node) or "").split()))
+    ]
+    assert not untagged
+    assert text.count("UPSTREAM:") == len(TAG.findall(" ".join(text.split())))
+    for package, version in TAG.findall(" ".join(text.split())):
+        ranges = [requirement.specifier for requirement in REQUIREMENTS if requirement.name == package]
+        assert all(versions.contains(version) for versions in ranges)
+        assert ranges or package in DEPENDENCIES_OF_EXTRAS
+    assert (TESTS / path.parent.name / "test_compat.py").exists()
+
+
+def test_only_compat_files_import_private_names_of_upstream():
+    private = [
+        f"{module(path)} imports {name}"
+        for path in sources()
+        if path not in COMPAT
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in UPSTREAM
+        for name in (f"{node.module}.{alias.name}" for alias in node.names)
+        if re.search(r"\._(?!_)", name)
     ]
     assert not private
