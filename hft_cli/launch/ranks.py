@@ -1,61 +1,81 @@
-"""The ranks of a worker: joining, gathering, leaving."""
+"""The ranks of a worker: joining, exchanging small values, leaving."""
 
 from __future__ import annotations
 
 import os
-import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
+RANKS_TIMEOUT = timedelta(hours=2)  # the other ranks wait while the first one tokenizes, minutes for a large set
 
-def join_ranks() -> None:
-    """Start DeepSpeed's process group; before the model is loaded, or ZeRO-3 on the CPU sees a world of one."""
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of its worker. The methods are collective: all ranks must call them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of ranks, over all nodes. A worker of one process without torchrun is rank 0 of 1.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes the files which all ranks share."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def gather(self, value: int) -> list[int]:
+        """The values of all ranks, in the order of the ranks."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [0] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def maximum(self, value: int) -> int:
+        """The largest value of all ranks, so that they all take the same decision after the same step."""
+        if self.count == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor(value, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def leave(self) -> None:
+        """End this process when all ranks have written their files; without a process group, do nothing."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            from hft_cli.launch import compat
+
+            self.barrier()
+            compat.exit_rank()
+
+
+def join_ranks() -> Ranks:
+    """Start DeepSpeed's process group and return this process's place in it.
+
+    Must be called before the model is loaded: otherwise ZeRO-3 on the CPU sees a world of one rank.
+    """
     import deepspeed
     import torch
 
-    # DeepSpeed would compile an operator that only inference uses: a minute, a compiler, a lock that a kill leaves
-    # behind, and a link line that a path with a space breaks.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The ranks wait while the first one tokenizes, which takes minutes for a large set.
+    from hft_cli.launch import compat
+
+    compat.disable_shared_memory_op()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=2))
-
-
-def gather_objects(value: int, world: int) -> list[int]:
-    if world == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[int] = [0] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
-def max_over_ranks(value: int, world: int) -> int:
-    """The largest of the ranks' values, so that they all do the same after the same step."""
-    if world == 1:
-        return value
-    import torch
-    import torch.distributed as dist
-
-    held = torch.tensor(value, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return int(held)
-
-
-def barrier(world: int) -> None:
-    if world > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-def leave_ranks(world: int) -> None:
-    """End a rank at once when all is written: torn down in its own time, it sometimes aborts at exit."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        barrier(world)
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    deepspeed.init_distributed(dist_backend=backend, timeout=RANKS_TIMEOUT)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

@@ -14,7 +14,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.errors import UserError
 from hft_cli.files import write_json, write_text
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.launch.ranks import barrier, gather_objects, max_over_ranks
+from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import dpo, gem, lora, resume
 from hft_cli.training.resume import MARKER
@@ -28,8 +28,7 @@ def watching(
     folder: RoundDir,
     params: Mapping[str, Param],
     identity: Mapping[str, Any],
-    rank: int,
-    world: int,
+    ranks: Ranks,
     before: Mapping[str, Any],
 ) -> Any:
     """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are.
@@ -78,22 +77,22 @@ def watching(
                     lora.restore_masters(plain, sealed.adapter)
                 elif sealed.config.continual.name != "lora":
                     restore_masters(plain, params, Path(sealed.model))
-            self.checksums = gather_objects(frozen_checksum(model), world)
+            self.checksums = ranks.gather(frozen_checksum(model))
             if self.converted is not None:
                 plain = getattr(model, "module", model)
-                resume.mend_and_prove(plain, parts["optimizer"], self.converted, state.global_step, rank)
+                resume.mend_and_prove(plain, parts["optimizer"], self.converted, state.global_step, ranks.rank)
                 resume.prove_frozen(plain, params, Path(sealed.model))
             elif self.checksums != before.get("frozen", self.checksums):
                 raise RuntimeError(
                     "The frozen weights that the checkpoint restored are not those of the model's files."
                 )
             self.tokens = self.tokens_at_start = state.num_input_tokens_seen
-            now = {"name": sealed.config.engine.name, "zero_stage": identity["zero_stage"], "ranks": world}
+            now = {"name": sealed.config.engine.name, "zero_stage": identity["zero_stage"], "ranks": ranks.count}
             now |= {"micro_batch_size": args.per_device_train_batch_size}
             now |= {"deepspeed": sealed.config.engine.deepspeed} if sealed.config.engine.deepspeed else {}
             if not self.engines or self.engines[-1] | {"from_step": 0} != now | {"from_step": 0}:
                 self.engines.append({"from_step": state.global_step, **now})
-            if rank == 0:
+            if ranks.first:
                 _forget_after(metrics, sealed.phase.name, state.global_step)
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
@@ -102,16 +101,16 @@ def watching(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.tokens = state.num_input_tokens_seen
-            if rank == 0:
+            if ranks.first:
                 progress = {"step": state.global_step, "of": state.max_steps, "loss": self.loss}
                 folder.progress.write_text(json.dumps(progress | {"tokens_per_second": self.tokens_per_second()}))
             self.step_end = time.perf_counter()
             if state.global_step == state.max_steps:  # the round's end is better than a checkpoint
                 return
-            wanted = stop_asked(folder, rank) * STOP
-            if rank == 0 and minutes is not None and self.step_end - self.saved >= 60 * minutes:
+            wanted = stop_asked(folder, ranks) * STOP
+            if ranks.first and minutes is not None and self.step_end - self.saved >= 60 * minutes:
                 wanted = max(wanted, SAVE)
-            wanted = max_over_ranks(wanted, world)
+            wanted = ranks.maximum(wanted)
             control.should_save = control.should_save or wanted >= SAVE
             control.should_log = control.should_log or control.should_save  # or a resumed round would lack these losses
             self.stopped = wanted == STOP
@@ -127,7 +126,7 @@ def watching(
                 steps = state.global_step - self.logged
                 self.losses = [self.losses[0] + logs["loss"] * steps, self.losses[1] + steps]
                 self.logged = state.global_step
-            if rank == 0 and "loss" in logs:
+            if ranks.first and "loss" in logs:
                 self.loss = logs["loss"]
                 self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
                 line = {
@@ -142,8 +141,8 @@ def watching(
                     file.write(json.dumps(line) + "\n")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            barrier(world)  # every rank has written its part
-            if rank == 0:
+            ranks.barrier()  # every rank has written its part
+            if ranks.first:
                 place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
                 marker["engines"] = self.engines
@@ -156,7 +155,7 @@ def watching(
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.end = time.perf_counter()
-            if gather_objects(frozen_checksum(model), world) != self.checksums:
+            if ranks.gather(frozen_checksum(model)) != self.checksums:
                 raise RuntimeError("A frozen weight changed in memory during training: this is a fault of the engine.")
 
     return Watch()
@@ -188,6 +187,6 @@ def _forget_after(metrics: Path, name: str, last: int) -> None:
 SAVE, STOP = 1, 2  # what a rank may ask for after a step
 
 
-def stop_asked(folder: RoundDir, rank: int) -> bool:
+def stop_asked(folder: RoundDir, ranks: Ranks) -> bool:
     """Whether this rank was asked to stop: by a signal, or the first one by its file."""
-    return bool(SIGNALS) or (rank == 0 and folder.stop.exists())
+    return bool(SIGNALS) or (ranks.first and folder.stop.exists())

@@ -21,7 +21,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_text
-from hft_cli.launch.ranks import barrier
+from hft_cli.launch.ranks import Ranks
 from hft_cli.training.lora import PREFIX
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ def prove_frozen(model: Any, params: Mapping[str, Param], folder: Path) -> None:
 MARKER = "hft.json"  # written last into a checkpoint: without it the checkpoint is not whole
 
 
-def newest_checkpoint(
-    folder: Path, identity: Mapping[str, Any], rank: int, world: int
-) -> tuple[str | None, dict[str, Any]]:
+def newest_checkpoint(folder: Path, identity: Mapping[str, Any], ranks: Ranks) -> tuple[str | None, dict[str, Any]]:
     """The newest whole checkpoint and its marker; what a kill left half written is removed.
 
     Raises:
@@ -170,10 +168,10 @@ def newest_checkpoint(
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     whole = [path for path in found if (path / MARKER).exists()]
-    if rank == 0:
+    if ranks.first:
         for path in set(found) - set(whole):
             shutil.rmtree(path)
-    barrier(world)
+    ranks.barrier()
     if not whole:
         return None, {}
     marker = read_json(whole[0] / MARKER)

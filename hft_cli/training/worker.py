@@ -24,7 +24,7 @@ from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.launch.ranks import barrier, join_ranks, leave_ranks, max_over_ranks
+from hft_cli.launch.ranks import Ranks, join_ranks
 from hft_cli.method.selection import names_hash
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -69,15 +69,13 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
     # Before DeepSpeed's settings exist: under ZeRO-3 they would reach for the weightless model that this may build.
     params = {p.name: p for p in parameters_from_folder(sealed.model, config.model.kinds)}
     arguments = _arguments(sealed, folder)
-    if config.engine.zero_stage is not None:
-        join_ranks()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks() if config.engine.zero_stage is None else join_ranks()
 
     tokenizer = AutoTokenizer.from_pretrained(sealed.model)
     tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
-    if rank == 0:
+    if ranks.first:
         write_text(folder.template, tokenizer.chat_template)
-    dataset, counts = _rows(sealed, folder, tokenizer, rank, world)
+    dataset, counts = _rows(sealed, folder, tokenizer, ranks)
 
     set_seed(config.seed)
     model = load_model(sealed.model, config)
@@ -89,16 +87,16 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
     identity = {
         "draw": names_hash(sealed.updated),
         "data": counts["sha256"],
-        "ranks": world,
+        "ranks": ranks.count,
         "zero_stage": config.engine.zero_stage,
         "zero_optimization": sealed.deepspeed.get("zero_optimization"),
     }
-    checkpoint, before = newest_checkpoint(folder.checkpoints, identity, rank, world)
-    watch = watching(sealed, folder, params, identity, rank, world, before)
+    checkpoint, before = newest_checkpoint(folder.checkpoints, identity, ranks)
+    watch = watching(sealed, folder, params, identity, ranks, before)
     if checkpoint is not None and resume.needed(before, identity):
-        if rank == 0:
+        if ranks.first:
             resume.convert(Path(checkpoint), identity["zero_stage"])
-        barrier(world)
+        ranks.barrier()
         watch.converted = Path(checkpoint)
         arguments.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     if sealed.phase.stage == "dpo":
@@ -117,18 +115,18 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
         )
         projections.projected = before.get("projected", 0)
         watch.projections = projections
-    if max_over_ranks(stop_asked(folder, rank), world):  # while all was being loaded
-        leave_ranks(world)
+    if ranks.maximum(stop_asked(folder, ranks)):  # while all was being loaded
+        ranks.leave()
         return
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if watch.stopped:
-        leave_ranks(world)
+        ranks.leave()
         return
 
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if config.continual.name == "lora":
         whole = {name: full_value(value) for name, value in own.items()}  # a collective, as below
-        if rank == 0:
+        if ranks.first:
             lora.save(model, whole, folder.adapter)
             files = stored_tensors(Path(sealed.model))
 
@@ -136,12 +134,12 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
                 return lora.merged(model, name, whole, held(params[name], files))
 
             write_delta(model.get_base_model(), sealed, params, folder.delta, value)
-    elif rank == 0:
+    elif ranks.first:
         write_delta(model, sealed, params, folder.delta, lambda name: full_value(own[name]))
     else:
         for name in sealed.updated:
             full_value(own[name])  # a collective: every rank takes part
-    if rank == 0:
+    if ranks.first:
         write_json(
             folder.outcome,
             {
@@ -158,7 +156,7 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
                 **counts,
             },
         )
-    leave_ranks(world)
+    ranks.leave()
 
 
 def load_model(path: str, config: RunConfig) -> PreTrainedModel:
@@ -248,18 +246,18 @@ def _arguments(sealed: PhaseJob, folder: RoundDir) -> SFTConfig | DPOConfig:
 
 
 def _rows(
-    sealed: PhaseJob, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, rank: int, world: int
+    sealed: PhaseJob, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
 ) -> tuple[Dataset, dict[str, Any]]:
     """The rows as the trainer takes them, made once by rank 0 and read by all, with their counts and hash."""
     from datasets import load_from_disk
 
     counts_file = folder.tokens / "counts.json"
-    if rank == 0 and not counts_file.exists():
+    if ranks.first and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
         dataset, counts = (_pairs if sealed.phase.stage == "dpo" else _chats)(sealed, tokenizer)
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
-    barrier(world)
+    ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
 
 

@@ -452,9 +452,10 @@ def rank(files: list[Path]) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    from hft_cli.launch.ranks import Ranks
     from hft_cli.training import worker
 
-    worker.leave_ranks = lambda world: None  # it would end the process
+    Ranks.leave = lambda self: None  # it would end the process
     held: dict[str, int] = {}
 
     def note(part: str, size: int) -> None:
