@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.naming import BUFFERS, Param, parameter_order
-from hft_cli.checkpoint.tensors import TensorInfo
+from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 Layout = tuple[dict[str, tuple[int, ...]], dict[str, list[str]], list[tuple[str, str]]]
 
 
-def converted(model: Any, infos: Mapping[str, TensorInfo], folder: Path) -> Layout:
+def converted(model: Any, infos: Mapping[str, StoredTensor], folder: Path) -> Layout:
     """The layout by transformers' own renamings and mergers, the steps of its loader on names alone."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

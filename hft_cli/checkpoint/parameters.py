@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.conversion import Layout, converted, meta_model, shapes_of
+from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import BUFFERS, PLAIN, Param, match, parameter_order, placing_rules, unplaced
-from hft_cli.checkpoint.tensors import TensorInfo, checkpoint_files, read_header
+from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
 from hft_cli.errors import UserError
 from hft_cli.files import read_json_object
 
@@ -123,18 +124,14 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
             head differs from the embedding, or a parameter cannot be placed.
     """
     folder = Path(path)
-    files = checkpoint_files(folder)
+    tensors = stored_tensors(folder)
     config = read_json_object(folder / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{folder} holds quantized weights, which cannot be trained. Use the unquantized checkpoint.")
-    headers = {file: read_header(file) for file in sorted(set(files.values()))}
-    if lost := [name for name, file in files.items() if name not in headers[file]]:
-        raise UserError(f"{folder}: tensor '{lost[0]}' is not in {files[lost[0]].name}, where the index has it.")
-    infos = {name: headers[file][name] for name, file in files.items()}
-    plain = _plain(config, infos)
-    shapes, stored, twins = plain if plain is not None else converted(meta_model(folder), infos, folder)
+    plain = _plain(config, tensors)
+    shapes, stored, twins = plain if plain is not None else converted(meta_model(folder), tensors, folder)
     for first, second in twins:
-        if not _same_bytes(files[first], infos[first], files[second], infos[second]):
+        if not same_bytes(tensors[first], tensors[second]):
             raise UserError(
                 f"{folder}: the config ties '{second}' to '{first}', but the files hold different values. "
                 "Set tie_word_embeddings to false in its config.json to keep both."
@@ -142,7 +139,7 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
     return _params(shapes, stored, kinds)
 
 
-def _plain(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layout | None:
+def _plain(config: Mapping[str, Any], infos: Mapping[str, StoredTensor]) -> Layout | None:
     """The layout read from names alone; None unless the type is in PLAIN and its names leave no doubt."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.get("model_type") not in PLAIN:
@@ -170,16 +167,3 @@ def _plain(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layout
     del shapes[head], stored[head]
     stored[embedding].append(head)
     return shapes, stored, [(embedding, head)]
-
-
-def _same_bytes(first: Path, one: TensorInfo, second: Path, other: TensorInfo) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with open(first, "rb") as left, open(second, "rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
-        step = 1 << 24
-        return all(
-            left.read(min(step, one.stop - at)) == right.read(min(step, one.stop - at))
-            for at in range(one.start, one.stop, step)
-        )

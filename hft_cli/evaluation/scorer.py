@@ -19,13 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
 from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig
 from hft_cli.evaluation import score_cache
 from hft_cli.evaluation.suite import Suite, _rows, uses_template
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import run_worker
-from hft_cli.paths import NOT_WEIGHTS
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _identity(model: ScoredModel) -> dict[str, Any]:
         "files": {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(model.path.iterdir())
-            if path.is_file() and path.suffix in NOT_WEIGHTS
+            if path.is_file() and path.suffix in COMPANION_SUFFIXES
         },
         "template": own.read_text() if own and own.is_file() else template,
         "model": [model.config.dtype, model.config.attention],

@@ -9,9 +9,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import config_from_hub, stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_fields, parameters_from_folder
-from hft_cli.checkpoint.tensors import stored_tensors
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig
 from hft_cli.config.validate import check, check_plan
@@ -20,7 +20,7 @@ from hft_cli.data.rows import Source, read_sources
 from hft_cli.errors import UserError, choose
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import Draw, heaviest_draw
-from hft_cli.paths import ARCHITECTURES, config_from_hub, resolve_path
+from hft_cli.paths import ARCHITECTURES, resolve_path
 from hft_cli.plan import costs
 from hft_cli.plan.costs import Disk, Flops, Memory, Network, Setup, Shape
 
@@ -181,10 +181,10 @@ def _model(config: PlanConfig) -> Model:
         read = _read(folder / "config.json")
         files = stored_tensors(folder)
         params = parameters_from_folder(folder, kinds)
-        infos = {p.name: [files[name][1] for name in p.stored] for p in params}
+        infos = {p.name: [files[name] for name in p.stored] for p in params}
         dtypes = {info.dtype for own in infos.values() for info in own}
         named = "mixed dtypes" if len(dtypes) > 1 else dtypes.pop()
-        stored = {name: sum(info.stop - info.start for info in own) for name, own in infos.items()}
+        stored = {name: sum(info.size for info in own) for name, own in infos.items()}
         return Model(read, f"the files in {path}", params, costs.shape(_text(read), params), named, stored)
     if asked is None:
         file = folder / "config.json" if folder.is_dir() else config_from_hub(path)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.tensors import StoredTensor, apply_deltas, read_header, weights_hash, write_delta_file
+from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
+from hft_cli.checkpoint.folders import model_folder, weights_hash
+from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.method.rounds import phases
-from hft_cli.paths import model_folder
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.text import markdown_table
 
@@ -46,14 +47,12 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     """
     _new(out)
     plan, done = read_json(run.plan), _rounds(run, number)
-    changes: dict[str, StoredTensor] = {
-        name: (folder.delta, info) for folder in done for name, info in read_header(folder.delta).items()
-    }
+    changes = {name: tensor for folder in done for name, tensor in read_header(folder.delta).items()}
     about = _about(run, plan, len(done))
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     write_delta_file(
-        {name: [place] for name, place in changes.items()}, part / DELTA, {"base_sha256": plan["base_sha256"]}
+        {name: [tensor] for name, tensor in changes.items()}, part / DELTA, {"base_sha256": plan["base_sha256"]}
     )
     for name, text in _template(done[-1], read_config(run).model.chat_template).items():
         write_text(part / name, text)

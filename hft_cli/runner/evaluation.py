@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.config.schema import EvalConfig, read_config
 from hft_cli.config.validate import check_eval
 from hft_cli.errors import UserError
@@ -16,7 +16,7 @@ from hft_cli.evaluation.suite import read_suite, uses_template
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.worker import hold_lock
-from hft_cli.paths import model_folder, resolve_path
+from hft_cli.paths import resolve_path
 from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import RoundDir, finished
 from hft_cli.runner.tracking import log_scores, require_tracker

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from hft_cli.checkpoint.deltas import reset_tensors
+from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import StoredTensor, reset_tensors, weights_hash
+from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, read_config, test_format
 from hft_cli.data.preferences import preferences_hash, read_preferences
 from hft_cli.data.rows import content_hash, count_repeats, read_chats, read_sources
@@ -22,7 +24,7 @@ from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
 from hft_cli.method.rounds import Phase, draws, phases
 from hft_cli.method.selection import Draw
-from hft_cli.paths import model_folder, resolve_path
+from hft_cli.paths import resolve_path
 from hft_cli.plan.planner import plan as make_plan
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir

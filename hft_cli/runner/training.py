@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.tensors import apply_deltas, write_delta_file
+from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
+from hft_cli.checkpoint.folders import model_folder
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import RunConfig, test_format
 from hft_cli.config.validate import check
@@ -26,7 +27,7 @@ from hft_cli.launch.nodes import LATE, WAIT, Followers, Node, connect, introduce
 from hft_cli.launch.worker import follow_leader, hold_lock, run_worker
 from hft_cli.method.rounds import Phase, phase_config, with_model_limits
 from hft_cli.method.selection import Draw
-from hft_cli.paths import model_folder, resolve_path
+from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.prepare import (
     Prepared,

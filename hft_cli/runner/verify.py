@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import model_folder, stored_tensors, weights_hash
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import StoredTensor, TensorInfo, read_header, same_bytes, stored_tensors, weights_hash
+from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.method.rounds import draws, phases
-from hft_cli.paths import model_folder, resolve_path
+from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RunDir
 
 MOST_NAMES = 5  # named in a fault
@@ -61,7 +62,7 @@ def verify(
     params = parameters_from_folder(base, config.model.kinds)
     stored = {p.name: p.stored for p in params}
 
-    now: dict[str, StoredTensor] = stored_tensors(base)  # where each tensor's value stands after the rounds so far
+    now = stored_tensors(base)  # where each tensor's value stands after the rounds so far
     last: dict[str, int] = {}  # the round that wrote it
     proofs: list[RoundProof] = []
     plan_steps = phases(config)
@@ -80,16 +81,16 @@ def verify(
         faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
         faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
         if step.stage == "half_reset":
-            faults += _reset_faults(held, delta, params, config, now)
+            faults += _reset_faults(held, params, config, now)
         else:
             odd = {tensor for tensor in held if not _fits(now.get(tensor), held[tensor])}
             faults += _named("its delta has another dtype or shape for", odd)
         unmoved = []
         for tensor, info in held.items():
             tick(f"round {step.number}: {tensor}")
-            if tensor in now and same_bytes(now[tensor], (delta, info)):
+            if tensor in now and same_bytes(now[tensor], info):
                 unmoved.append(tensor)
-            now[tensor], last[tensor] = (delta, info), step.number
+            now[tensor], last[tensor] = info, step.number
         proofs.append(
             RoundProof(
                 number=step.number,
@@ -131,11 +132,7 @@ def _entries(run: RunDir) -> list[Any]:
 
 
 def _reset_faults(
-    held: dict[str, TensorInfo],
-    delta: Path,
-    params: tuple[Param, ...],
-    config: RunConfig,
-    tuned: dict[str, StoredTensor],
+    held: dict[str, StoredTensor], params: tuple[Param, ...], config: RunConfig, tuned: dict[str, StoredTensor]
 ) -> list[str]:
     """A Half-Reset's delta must hold the base's tensors; further rows, if it has any, must be the tuned ones."""
     folder = model_folder(resolve_path(str(config.model.base)))
@@ -147,18 +144,19 @@ def _reset_faults(
         if name not in source or name not in tuned:  # said already: the draw freezes it
             continue
         place = base[source[name]]
-        size = place[1].stop - place[1].start
-        first = (delta, replace(info, shape=place[1].shape, stop=info.start + size))
-        rest = (delta, replace(info, start=info.start + size))
-        file, whole = tuned[name]
-        tuned_rest = (file, replace(whole, start=whole.start + size))
-        if not same_bytes(first, place) or (info.shape != place[1].shape and not same_bytes(rest, tuned_rest)):
+        if info.extends(place) and info.layout == tuned[name].layout:
+            shared, rows = place.shape[0], info.shape[0]
+            rest = tuned[name].rows(shared, rows)
+            same = same_bytes(info.rows(0, shared), place) and same_bytes(info.rows(shared, rows), rest)
+        else:
+            same = same_bytes(info, place)
+        if not same:
             wrong.add(name)
     return _named("its delta is not the base's for", wrong)
 
 
-def _fits(one: StoredTensor | None, info: TensorInfo) -> bool:
-    return one is not None and (one[1].dtype, one[1].shape) == (info.dtype, info.shape)
+def _fits(one: StoredTensor | None, info: StoredTensor) -> bool:
+    return one is not None and one.layout == info.layout
 
 
 def _named(what: str, names: set[str]) -> list[str]:

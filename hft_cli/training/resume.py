@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.conversion import to_stored
+from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.tensors import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_text
 from hft_cli.launch.ranks import Ranks
@@ -151,10 +151,10 @@ def prove_frozen(model: Any, params: Mapping[str, Param], folder: Path) -> None:
         with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
             parts = to_stored(base, {name: parameter.detach().cpu()}, [params[name]])
             for stored, part in parts.items():
-                with safe_open(files[stored][0], "pt") as opened:
+                with safe_open(files[stored].file, "pt") as opened:
                     held: torch.Tensor = opened.get_tensor(stored)
                 if not torch.equal(held.to(part.dtype), part):
-                    raise RuntimeError(f"The frozen weight {name} in memory is not that of {files[stored][0]}.")
+                    raise RuntimeError(f"The frozen weight {name} in memory is not that of {files[stored].file}.")
 
 
 MARKER = "hft.json"  # written last into a checkpoint: without it the checkpoint is not whole

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.conversion import to_stored
+from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.tensors import StoredTensor, Writer, stored_tensors
+from hft_cli.checkpoint.tensors import StoredTensor, Writer
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
 
@@ -35,7 +36,7 @@ def write_delta(
 ) -> None:
     """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
     base = stored_tensors(Path(sealed.model))
-    announced = {stored: base[stored][1] for name in sealed.updated for stored in params[name].stored}
+    announced = {stored: base[stored] for name in sealed.updated for stored in params[name].stored}
     metadata = {"format": "pt", "round": str(sealed.phase.round), "base_sha256": sealed.base_sha256}
     with Writer(path, announced, metadata) as writer:
         for name in sealed.updated:
@@ -54,7 +55,7 @@ def restore_masters(model: Any, params: Mapping[str, Param], folder: Path) -> No
 
     files = stored_tensors(folder)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and files[params[name].stored[0]][1].dtype != "BF16":
+        if parameter.requires_grad and files[params[name].stored[0]].dtype != "BF16":
             safe_set_full_fp32_param(parameter, held(params[name], files).to(parameter.device))
 
 
@@ -66,13 +67,13 @@ def held(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
     """
     from safetensors import safe_open
 
-    file, info = files[param.stored[0]]
-    if info.shape != param.shape:
+    tensor = files[param.stored[0]]
+    if tensor.shape != param.shape:
         raise UserError(
-            f"{param.name} lies in the files in parts and as {info.dtype}, which bfloat16 under DeepSpeed would round. "
+            f"{param.name} is stored in parts and as {tensor.dtype}, which DeepSpeed would round to bfloat16. "
             "Convert the model to bfloat16 first, or set model.dtype=float32."
         )
-    with safe_open(file, "pt") as opened:
+    with safe_open(tensor.file, "pt") as opened:
         value: torch.Tensor = opened.get_tensor(param.stored[0])
     return value.float()
 

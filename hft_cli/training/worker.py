@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft_cli.checkpoint.folders import stored_tensors, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import stored_tensors, weights_hash
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.preferences import preferences_hash, read_preferences
 from hft_cli.data.rows import content_hash, read_sources

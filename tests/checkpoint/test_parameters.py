@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hft_cli.checkpoint import naming, tensors
+from hft_cli.checkpoint import naming
 from hft_cli.checkpoint.conversion import to_stored
+from hft_cli.checkpoint.folders import checkpoint_files
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_folder
 from hft_cli.checkpoint.tensors import read_header
@@ -384,7 +385,7 @@ def test_shards_give_the_same_params_as_one_file(name: str, saved: Callable[[str
     random_model(name).save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert parameters_from_folder(tmp_path) == parameters_from_folder(saved(name))
-    files = tensors.checkpoint_files(tmp_path)
+    files = checkpoint_files(tmp_path)
     for key, file in files.items():
         with safe_open(file, "pt") as opened:
             assert key in opened.keys()  # noqa: SIM118

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.tensors import Writer, apply_deltas, read_header, same_bytes, stored_tensors
+from hft_cli.checkpoint.deltas import apply_deltas
+from hft_cli.checkpoint.folders import model_folder, stored_tensors
+from hft_cli.checkpoint.tensors import Writer, read_header, same_bytes
 from hft_cli.errors import UserError
-from hft_cli.paths import model_folder
 
 
 def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
@@ -91,7 +92,7 @@ def test_a_model_is_the_base_with_the_delta_over_it(tmp_path, shards):
 def test_a_delta_that_does_not_fit_is_refused_and_writes_nothing(tmp_path, delta):
     base = checkpoint(tmp_path / "base", SHARDS)
     save_file(delta, tmp_path / "delta.safetensors")
-    with pytest.raises(UserError, match=r"has [az] as \[.*\], which .* has not"):
+    with pytest.raises(UserError, match=r"has [az] with shape \[.*\], which .* does not have. Give the base"):
         apply_deltas(base, [tmp_path / "delta.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -13,8 +13,8 @@ import yaml
 from benchmark_files import write
 from helpers import environment, hft
 
+from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import weights_hash
 from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import scorer, suite
@@ -22,7 +22,7 @@ from hft_cli.evaluation.benchmarks import parts, settings, splits
 from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
 from hft_cli.method.rounds import draws, phases
-from hft_cli.paths import model_folder, resolve_path
+from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
 from hft_cli.runner import prepare, training
 from hft_cli.runner.evaluation import run_eval

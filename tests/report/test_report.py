@@ -459,7 +459,7 @@ def save(path: Path, tensors: dict[str, np.ndarray], bfloat16: bool = False) -> 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_norms_are_those_of_the_last_delta_against_the_base(tmp_path, bfloat16, monkeypatch):
-    from hft_cli.checkpoint.tensors import weights_hash
+    from hft_cli.checkpoint.folders import weights_hash
 
     monkeypatch.setattr(weight_change, "CHUNK", 3)  # several chunks a tensor
     run, base = make(tmp_path / "run", r=[[0.5, None], [0.5, 0.5]]), tmp_path / "base"

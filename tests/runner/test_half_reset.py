@@ -12,8 +12,8 @@ import torch
 from helpers import hft, results
 from safetensors.torch import load_file, save_file
 
+from hft_cli.checkpoint.deltas import apply_deltas, reset_tensors, write_delta_file
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import apply_deltas, reset_tensors, write_delta_file
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
 from hft_cli.method.selection import draw
@@ -117,7 +117,7 @@ def test_models_that_do_not_fit_are_refused_naming_the_first_few(tuned, tmp_path
     other = LlamaConfig(vocab_size=512, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
                         num_attention_heads=4)  # fmt: skip
     AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"cannot be put back to .* and \d+ more"):
+    with pytest.raises(UserError, match=r"cannot be set back to .* and \d+ more"):
         reset(tuned, tmp_path / "other", tmp_path / "out", SelectionConfig())
 
 

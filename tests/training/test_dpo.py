@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers import environment
 
-from hft_cli.checkpoint.tensors import weights_hash
+from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.errors import UserError
 from hft_cli.launch.ranks import join_ranks
 from hft_cli.paths import resolve_path

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hft_cli.checkpoint.folders import stored_tensors, weights_hash
 from hft_cli.checkpoint.naming import category, layer_and_matrix
-from hft_cli.checkpoint.tensors import StoredTensor, read_header, stored_tensors, weights_hash
+from hft_cli.checkpoint.tensors import StoredTensor, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.report.groups import Group, comparisons, groups, sample_note
@@ -68,15 +69,13 @@ def changes(run: RunDir, hashes: dict[Path, str]) -> list[Change]:
         raise UserError(f"the weights in {base} are not those that it started from")
     if missing := [delta for delta in deltas if not delta.exists()]:
         raise UserError(f"{missing[0].relative_to(run.folder)} is missing")
-    last: dict[str, StoredTensor] = {
-        name: (delta, info) for delta in deltas for name, info in read_header(delta).items()
-    }  # a later delta goes before an earlier one
-    return [_change(name, layer_and_matrix, last.get(name)) for name, layer_and_matrix in stored_tensors(base).items()]
+    last = {name: tensor for delta in deltas for name, tensor in read_header(delta).items()}  # of the last delta
+    return [_change(name, start, last.get(name)) for name, start in stored_tensors(base).items()]
 
 
 def _change(name: str, start: StoredTensor, end: StoredTensor | None) -> Change:
-    if end is not None and start[1].shape != end[1].shape:
-        raise UserError(f"{name} has another shape in {end[0].name}")
+    if end is not None and start.shape != end.shape:
+        raise UserError(f"{name} has another shape in {end.file.name}")
     of_start = of_change = 0.0
     if end is None:
         of_start = sum(float(values @ values) for values in numbers(start))
@@ -88,25 +87,24 @@ def _change(name: str, start: StoredTensor, end: StoredTensor | None) -> Change:
     return Change(name, math.sqrt(of_start), math.sqrt(of_change))
 
 
-def numbers(place: StoredTensor) -> Iterator[NDArray[np.float64]]:
+def numbers(tensor: StoredTensor) -> Iterator[NDArray[np.float64]]:
     """A stored tensor's numbers in order, a chunk at a time. bfloat16 is the upper half of a float32.
 
     Raises:
         UserError: if it holds no floating-point numbers, or the file ends early.
     """
-    path, info = place
-    if info.dtype not in TYPES:
-        raise UserError(f"{path.name} has tensors of type {info.dtype}, which are not measured")
-    kind = np.dtype(TYPES[info.dtype])
-    left = (info.stop - info.start) // kind.itemsize
-    with path.open("rb") as file:
-        file.seek(info.start)
+    if tensor.dtype not in TYPES:
+        raise UserError(f"{tensor.file.name} has tensors of type {tensor.dtype}, which are not measured")
+    kind = np.dtype(TYPES[tensor.dtype])
+    left = tensor.size // kind.itemsize
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
         while left:
             values = np.fromfile(file, kind, min(CHUNK, left))
             if not len(values):
-                raise UserError(f"{path} ends early")
+                raise UserError(f"{tensor.file} ends early")
             left -= len(values)
-            if info.dtype == "BF16":
+            if tensor.dtype == "BF16":
                 values = (values.astype(np.uint32) << 16).view(np.float32)
             yield values.astype(np.float64)
 

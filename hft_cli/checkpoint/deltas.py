@@ -1,0 +1,120 @@
+"""Deltas: files with only the tensors that a round changed, and the models that they make of a base. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, stored_tensors
+from hft_cli.checkpoint.naming import Param
+from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
+from hft_cli.errors import UserError
+
+MAX_NAMES = 3  # tensors named in an error
+
+
+def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, metadata: Mapping[str, str]) -> None:
+    """Write a delta from tensors of other files, chunk by chunk.
+
+    Args:
+        pieces: tensor name -> the pieces that make it, joined along their rows.
+        out: the delta file.
+        metadata: entries of the header's `__metadata__` besides the format.
+    """
+    header = {}
+    for name, parts in pieces.items():
+        shape = parts[0].shape if len(parts) == 1 else (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        header[name] = replace(parts[0], shape=shape, start=0, stop=sum(part.size for part in parts))
+    with Writer(out, header, {"format": "pt", **metadata}) as writer:
+        for name, parts in pieces.items():
+            writer.add(name, chain.from_iterable(read_bytes(part) for part in parts))
+
+
+def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, str] | None = None) -> None:
+    """Write the model that a base and the deltas of its rounds make, file by file.
+
+    A tensor comes from the last delta that has it, in the dtype of that delta, or else from the base. The other files
+    of the base (config, tokenizer) are copied. The folder gets its name only when it is complete.
+
+    Args:
+        base: the folder of the base model.
+        deltas: delta files, in the order of the rounds.
+        out: the folder to write; an existing one is replaced.
+        extra: file name -> text, for files that replace those of the base or are added.
+
+    Raises:
+        UserError: if the base has no tensor of the same name and shape for a tensor of a delta.
+    """
+    changes = {name: tensor for delta in deltas for name, tensor in read_header(delta).items()}
+    tensors = stored_tensors(base)
+    for name, tensor in changes.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise UserError(
+                f"{tensor.file} has {name} with shape {list(tensor.shape)}, which {base} does not have. Give the base "
+                "that the delta was made from."
+            )
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.suffix in COMPANION_SUFFIXES:
+            shutil.copyfile(file, part / file.name)
+    for name, text in (extra or {}).items():
+        (part / name).write_text(text)
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        content = {name: changes.get(name, tensor) for name, tensor in tensors.items() if tensor.file == file}
+        if not changes.keys() & content.keys():
+            shutil.copyfile(file, part / file.name)
+            continue
+        with Writer(part / file.name, content, {"format": "pt"}) as writer:
+            for name, tensor in content.items():
+                writer.add(name, read_bytes(tensor))
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+def reset_tensors(
+    tuned: Sequence[Param], base: Sequence[Param], folders: tuple[Path, Path], names: Iterable[str], shared_rows: bool
+) -> dict[str, list[StoredTensor]]:
+    """The pieces of a delta that sets parameters of a tuned model back to its base (Half-Reset, HFT section 2).
+
+    Args:
+        tuned, base: parameters of the two models.
+        folders: the folders of the tuned model and of the base.
+        names: parameters to set back. They get the bits and the dtype of the base.
+        shared_rows: whether to set back only the rows that both models have, where the tuned one has more (a longer
+            vocabulary).
+
+    Returns:
+        Tensor name in the files of the tuned model -> its pieces, for `write_delta_file`.
+
+    Raises:
+        UserError: if names or shapes do not fit; names the first few.
+    """
+    tuned_tensors, base_tensors = stored_tensors(folders[0]), stored_tensors(folders[1])
+    tuned_names, base_names = ({p.name: p.stored for p in params} for params in (tuned, base))
+    pieces: dict[str, list[StoredTensor]] = {}
+    mismatches: list[str] = []
+    for name in names:
+        if len(base_names.get(name, ())) != len(tuned_names[name]):
+            mismatches.append(f"{name} (not in the base)")
+            continue
+        for target, source in zip(tuned_names[name], base_names[name], strict=True):
+            old, new = tuned_tensors[target], base_tensors[source]
+            if old.shape == new.shape:
+                pieces[target] = [new]
+            elif shared_rows and old.extends(new):
+                pieces[target] = [new, old.rows(new.shape[0], old.shape[0])]
+            else:
+                mismatches.append(f"{target} ({list(old.shape)}, in the base {list(new.shape)})")
+    if mismatches:
+        more = f" and {len(mismatches) - MAX_NAMES} more" if len(mismatches) > MAX_NAMES else ""
+        raise UserError(
+            f"{folders[0]} cannot be set back to {folders[1]}: {', '.join(mismatches[:MAX_NAMES])}{more}. Keep "
+            "embeddings and head tuned (selection.embeddings=freeze selection.head=freeze) or, if only the vocabulary "
+            "is longer, set back the rows that both models have (method.shared_rows=true)."
+        )
+    return pieces

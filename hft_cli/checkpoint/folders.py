@@ -1,0 +1,123 @@
+"""Model folders: a local folder or a snapshot from the hub, its weight files and the tensors in them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hft_cli.checkpoint.tensors import StoredTensor, read_header
+from hft_cli.errors import UserError
+from hft_cli.files import read_json_object
+from hft_cli.paths import ARCHITECTURES
+
+# Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+
+
+def model_folder(path: str, key: str = "model.path") -> Path:
+    """The local folder of a model: `path` itself, or the snapshot of a hub repository, downloaded if necessary.
+
+    Args:
+        path: a folder or a hub name.
+        key: the config key that errors name.
+
+    Raises:
+        UserError: if `path` is neither a folder nor a model on the hub.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or _looks_local(path):
+        raise UserError(f"{key}={path} is not a folder.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{key}={path} is neither a folder nor a model on the hub: {_first_line(error)}") from None
+
+
+def config_from_hub(path: str) -> Path:
+    """The config.json of a hub repository, from the cache or downloaded (a few hundred bytes).
+
+    Raises:
+        UserError: if there is no such repository, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if _looks_local(path):
+            raise OSError("there is no such folder")
+        return Path(hf_hub_download(path, "config.json"))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        shipped = "|".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
+        raise UserError(
+            f"The architecture of model.path={path} is unknown ({_first_line(error).rstrip('.')}). Give its "
+            f"config.json, model.architecture=FILE, or choose one that ships with hft: model={shipped}."
+        ) from None
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path cannot be a hub name, which is NAME or OWNER/NAME."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def checkpoint_files(folder: str | Path) -> dict[str, Path]:
+    """The file that holds each tensor of a checkpoint folder, by tensor name.
+
+    Like transformers, reads `model.safetensors` if it exists, otherwise `model.safetensors.index.json`.
+
+    Raises:
+        UserError: if there is no such folder, config.json or safetensors file, if the index is broken, or a shard is
+            missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no checkpoint folder {folder}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; it must be a folder that save_pretrained() wrote.")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(read_header(single), single)
+    if index.is_file():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise UserError(f"{index} has no weight_map. Fetch it again.")
+        if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
+            raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} of its shards are missing). Fetch them.")
+        return {name: folder / shard for name, shard in shards.items()}
+    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+    reason = f" only {pickles[0]}. Convert it once" if pickles else "; if it has other weights, convert them"
+    raise UserError(
+        f"{folder} has no model.safetensors{reason}: "
+        f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
+    )
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint folder, by name.
+
+    Raises:
+        UserError: as `checkpoint_files` and `read_header`, or if the index names a shard that lacks the tensor.
+    """
+    files = checkpoint_files(folder)
+    headers = {file: read_header(file) for file in sorted(set(files.values()))}
+    if missing := [name for name, file in files.items() if name not in headers[file]]:
+        file = files[missing[0]]
+        raise UserError(f"{folder}: tensor '{missing[0]}' is not in {file.name}, where the index has it. Fetch both.")
+    return {name: headers[file][name] for name, file in files.items()}
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the weight files of a checkpoint folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(set(checkpoint_files(folder).values())):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
