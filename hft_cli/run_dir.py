@@ -15,11 +15,6 @@ class RoundDir:
     folder: Path
 
     @property
-    def job(self) -> Path:
-        """The sealed step that the worker reads."""
-        return self.folder / "step.json"
-
-    @property
     def delta(self) -> Path:
         """Only what the round trained, under the names and dtypes of the base's files."""
         return self.folder / "delta.safetensors"

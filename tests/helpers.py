@@ -121,6 +121,19 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+def wait_for_step(progress: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a training worker has written to its progress file that a step is done."""
+    while not trains(progress):
+        ended = process.poll() is not None
+        assert trains(progress) or not ended, "ended before a step"
+        time.sleep(0.02)
+
+
+def trains(progress: Path) -> bool:
+    """Whether a progress file says that an optimizer step is done."""
+    return progress.exists() and json.loads(progress.read_text())["step"] is not None
+
+
 def ranks(out: Path) -> list[int]:
     """Processes that work on the run in `out`."""
     found = []

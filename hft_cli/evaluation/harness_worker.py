@@ -1,6 +1,6 @@
 """Worker: one model's scores on benchmarks of lm-evaluation-harness.
 
-Started as `python -m hft_cli.evaluation.harness_worker JOB.json`.
+Started through hft_cli.launch.work.
 
 With several ranks (torchrun) each answers a share of the requests. The harness itself is kept from knowing: it would
 draw other examples for other numbers of ranks, and stop where a task has fewer items than there are ranks.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -22,12 +21,12 @@ from typing import Any
 
 from hft_cli.config.schema import BenchmarkConfig
 from hft_cli.data.templates import chat_template
-from hft_cli.errors import UserError, choose
+from hft_cli.errors import choose
 from hft_cli.evaluation import sandbox
 from hft_cli.evaluation.harness_tasks import benchmark_name, build_tasks
 from hft_cli.evaluation.metrics import mean_and_error
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import HarnessJob
+from hft_cli.launch.jobs import HarnessJob, Progress
 from hft_cli.run_dir import RoundDir
 
 Item = dict[str, Any]
@@ -35,25 +34,11 @@ Item = dict[str, Any]
 PATIENCE = timedelta(weeks=1)  # of the other ranks, while the first one runs programs
 
 
-def main(argv: list[str]) -> int:
-    """Score the job in the file argv[0]; a user's mistake goes into mistake.txt beside it."""
-    path = Path(argv[0])
-    try:
-        job = HarnessJob.read(path)
-        if job.data_dir is not None:  # before anything imports the hub's library, which reads them then
-            os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-        score(job, RoundDir(path.parent).progress)
-    except UserError as error:
-        write_text(path.parent / "mistake.txt", str(error))
-        return 2
-    return 0
-
-
-def score(job: HarnessJob, progress: Path) -> None:
-    """Score what is to do, benchmark by benchmark; each one's file of scores is written last, when it is done.
-
-    `progress`: the file that the parent shows.
-    """
+def score(job: HarnessJob, folder: RoundDir, progress: Progress) -> None:
+    """Score what is to do, benchmark by benchmark; each one's file of scores is written last, when it is done."""
+    if job.data_dir is not None:  # before the first import of the hub's library, which reads them then
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
+    progress.activity("loading lm-evaluation-harness")
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
@@ -62,14 +47,15 @@ def score(job: HarnessJob, progress: Path) -> None:
     if rank:  # the first one runs the programs
         sandbox.run = lambda program: "left to the first rank"  # type: ignore[assignment,misc]
     none = TaskManager(include_defaults=False)
+    progress.activity("reading the benchmarks")
     built = {
         one.name: build_tasks(one, job) for one in job.todo
     }  # before the model: what is wrong with files shows here
+    progress.activity("loading the model")
     model = load(job, rank, ranks)
     for one in job.todo:
         start = time.perf_counter()
-        if rank == 0:
-            _show_progress(progress, one.name)
+        _show_progress(progress, one.name)
         tasks, notes = built[one.name]
         results = evaluator.simple_evaluate(
             model=model,
@@ -111,16 +97,15 @@ def score(job: HarnessJob, progress: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _show_progress(file: Path, benchmark: str) -> None:
-    """Have the harness's own bar, which is the first rank's, written into a file."""
+def _show_progress(progress: Progress, benchmark: str) -> None:
+    """Report the counts of the harness's own progress bar."""
     from lm_eval.models import huggingface
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
         def refresh(self, *arguments: Any, **options: Any) -> Any:
             if not self.disable and self.total:
-                at = {"step": self.n, "of": self.total, "loss": None, "tokens_per_second": None, "what": benchmark}
-                file.write_text(json.dumps(at))
+                progress.count(self.n, self.total, activity=benchmark)
             return super().refresh(*arguments, **options)
 
     huggingface.tqdm = Bar
@@ -261,7 +246,3 @@ def _cut(task: Any, model: Any) -> int:
         if lengths[prompt] > most:
             cut.add(prompt)
     return len(cut)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

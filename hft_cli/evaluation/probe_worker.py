@@ -1,15 +1,14 @@
 """Worker: log-likelihoods of right and wrong answers.
 
-Started as `python -m hft_cli.evaluation.probe_worker JOB.json`.
+Started through hft_cli.launch.work.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from inspect import signature
@@ -17,31 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
-from hft_cli.errors import UserError
 from hft_cli.evaluation.probe import Fact, Query, queries, text
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import ProbeJob
+from hft_cli.launch.jobs import ProbeJob, Progress
 from hft_cli.run_dir import RoundDir
 
 RESAMPLES = 2000
 
 
-def main(argv: list[str]) -> int:
-    """Score the job in the file argv[0]; a user's mistake goes into mistake.txt beside it."""
-    path = Path(argv[0])
-    try:
-        score(ProbeJob.read(path), RoundDir(path.parent).progress)
-    except UserError as error:
-        write_text(path.parent / "mistake.txt", str(error))
-        return 2
-    return 0
-
-
-def score(job: ProbeJob, progress: Path) -> None:
-    """Score every probe of the job; each one's file of scores is written last, when it is done.
-
-    `progress`: the file that the parent shows; with several ranks it is of the first.
-    """
+def score(job: ProbeJob, folder: RoundDir, progress: Progress) -> None:
+    """Score every probe of the job; each one's file of scores is written last, when it is done."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +35,7 @@ def score(job: ProbeJob, progress: Path) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(weeks=1))
+    progress.activity("loading the model")
     tokenizer = AutoTokenizer.from_pretrained(job.path)
     if job.model.chat_template is not None:
         tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
@@ -72,9 +57,7 @@ def score(job: ProbeJob, progress: Path) -> None:
             (before, [gap + answer for answer in query.answers])
             for query, (before, gap) in zip(mine, texts, strict=True)
         ]
-        found, cut = log_likelihoods(
-            model, tokenizer, pairs, job.batch_size, _progress(progress) if rank == 0 else None
-        )
+        found, cut = log_likelihoods(model, tokenizer, pairs, job.batch_size, progress)
         gathered: list[Any] = [(found, cut)]
         if ranks > 1:
             gathered = [None] * ranks
@@ -96,12 +79,13 @@ def log_likelihoods(
     tokenizer: Any,
     pairs: Sequence[tuple[str, Sequence[str]]],
     batch_size: int,
-    tick: Callable[[int, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[list[float]], int]:
     """For each (text, continuations) the log-likelihood of each continuation after the text, in nats.
 
     Continuations that differ in their last token alone, such as all of one token, share a forward pass. A row too long
-    for the model loses its start; the second value is how many did. `tick` hears (forward passes done, of, tokens).
+    for the model loses its start; the second value is how many did. `progress` counts
+    the rows.
     """
     import torch
 
@@ -126,11 +110,13 @@ def log_likelihoods(
             rows.setdefault(given, []).append((number, place, len(whole) - shared, whole[-1]))
     found = [[0.0] * len(continuations) for _, continuations in pairs]
     order = sorted(rows, key=len, reverse=True)
+    if progress is not None:
+        progress.begin(len(order))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = len(batch[0])
-        if tick is not None:
-            tick(start + len(batch), len(order), sum(map(len, batch)))
+        if progress is not None:
+            progress.advance(len(batch), sum(map(len, batch)))
         # Right padding needs no mask under causal attention: no real token sees a later one.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=model.device)
         # Only what stands before a continuation's tokens is wanted: over a whole vocabulary the rest would be large.
@@ -145,18 +131,6 @@ def log_likelihoods(
                 picked = scored[most - tokens :].gather(1, wanted[:, None])
                 found[number][place] = float(picked.double().sum())
     return found, cut
-
-
-def _progress(file: Path) -> Callable[[int, int, int], None]:
-    """Count rows and tokens into the file that the parent shows."""
-    start, tokens = time.perf_counter(), [0]
-
-    def tick(done: int, of: int, more: int) -> None:
-        tokens[0] += more
-        rate = tokens[0] / max(time.perf_counter() - start, 1e-9)
-        file.write_text(json.dumps({"step": done, "of": of, "loss": None, "tokens_per_second": rate}))
-
-    return tick
 
 
 def facts(asked: Sequence[Query], values: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
@@ -245,7 +219,3 @@ def _interval(means: Any) -> dict[str, float]:
 
     low, high = np.percentile(means, [2.5, 97.5])
     return {"accuracy_low": float(low), "accuracy_high": float(high)}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Worker: one checkpoint -> scores. Started by the runner as `python -m hft_cli.evaluation.rows_worker JOB.json`.
+"""Worker: one checkpoint -> scores. Started by the runner through hft_cli.launch.work.
 
 By `exact_match` a row counts when greedy decoding would give its answer, end of turn included, token for token. That
 needs no decoding: the answer comes out greedily exactly if, with the right tokens before it, each of its tokens is the
@@ -10,39 +10,23 @@ What is known of each row is kept in eval/WHEN/SUITE/TASK.jsonl, and a task that
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
 from hft_cli.data.rows import Chat, read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import prompts, tokenize
-from hft_cli.errors import UserError
 from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import RowsJob, RowsTask
+from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
 
 Scores = dict[str, float]
 
 Item = dict[str, Any]
-
-
-def main(argv: list[str]) -> int:
-    """Score the job in the file argv[0]; a user's mistake goes into mistake.txt beside it."""
-    path = Path(argv[0])
-    try:
-        job = RowsJob.read(path)
-        evaluate(job, RoundDir(path.parent))
-    except UserError as error:
-        write_text(path.parent / "mistake.txt", str(error))
-        return 2
-    return 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class _Model:
     longest: int  # positions
 
 
-def evaluate(job: RowsJob, folder: RoundDir) -> None:
+def evaluate(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
     """Write each task's scores: first its own in [0, 1], then its standard error and counts.
 
     With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
@@ -66,12 +50,13 @@ def evaluate(job: RowsJob, folder: RoundDir) -> None:
         for name, task in tasks.items()
         if not folder.score(suite, name).exists()
     }
+    progress.activity("loading the model")
     loaded = _load(job) if todo else None
-    tick = _progress(folder, sum(len(chats) for _, chats in todo.values()))
+    progress.begin(sum(len(chats) for _, chats in todo.values()))
     for (suite, name), (task, chats) in todo.items():
         assert loaded is not None
         one = _teacher_forced if task.metric == "exact_match" else _generated
-        scores, items = one(loaded, chats, task, job, tick)
+        scores, items = one(loaded, chats, task, job, progress.advance)
         kept = folder.score(suite, name)
         kept.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
@@ -198,21 +183,3 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _progress(folder: RoundDir, total: int) -> Callable[[int, int], None]:
-    """Count rows and tokens into the file that the runner shows."""
-    start, done = time.perf_counter(), [0, 0]
-
-    def tick(rows: int, tokens: int) -> None:
-        done[0] += rows
-        done[1] += tokens
-        rate = done[1] / max(time.perf_counter() - start, 1e-9)
-        at = {"step": done[0], "of": total, "loss": None, "tokens_per_second": rate}
-        folder.progress.write_text(json.dumps(at))
-
-    return tick
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

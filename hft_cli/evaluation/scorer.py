@@ -25,7 +25,7 @@ from hft_cli.evaluation import score_cache
 from hft_cli.evaluation.suite import Suite, _rows, uses_template
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
-from hft_cli.launch.worker import run_worker
+from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _score_rows(
             tasks.setdefault(cell.suite, {})[file.stem] = cell.what
     if not tasks:
         return
-    RowsJob(
+    job = RowsJob(
         model=model.config,
         path=str(model.path),
         tasks=tasks,
@@ -190,14 +190,8 @@ def _score_rows(
         seed=seed,
         base=model.base,
         reset=model.reset,
-    ).write(folder.folder / "job.json")
-    run_worker(
-        "hft_cli.evaluation.rows_worker",
-        folder.folder / "job.json",
-        folder,
-        f"Scoring {folder.folder.name}",
-        send=meanwhile,
     )
+    run_worker(WorkerRun(job, folder, f"Scoring {folder.folder.name}"), meanwhile)
 
 
 def _score_benchmarks(
@@ -212,23 +206,16 @@ def _score_benchmarks(
     if not todo:
         return
     data_dir = asked.suite.data_dir
-    HarnessJob(
+    job = HarnessJob(
         model=model.config,
         path=str(model.path),
         todo=tuple(todo),
         data_dir=None if data_dir is None else str(Path(data_dir).expanduser().resolve()),
         batch_size=asked.suite.batch_size,
         seed=asked.suite.seed,
-    ).write(folder.folder / "harness.json")
-    label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
-    run_worker(
-        "hft_cli.evaluation.harness_worker",
-        folder.folder / "harness.json",
-        folder,
-        label,
-        ranks if ranks > 1 else None,
-        meanwhile,
     )
+    label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
+    run_worker(WorkerRun(job, folder, label, ranks if ranks > 1 else None), meanwhile)
 
 
 def _score_probes(
@@ -242,7 +229,7 @@ def _score_probes(
     probes = {cell.name: (cell.what, file) for cell, file in new if isinstance(cell.what, ProbeConfig)}
     if not probes:
         return
-    ProbeJob(
+    job = ProbeJob(
         model=model.config,
         path=str(model.path),
         probes={name: config for name, (config, _) in probes.items()},
@@ -251,16 +238,9 @@ def _score_probes(
         chat=uses_template(asked.suite, model.config, model.path),
         batch_size=asked.suite.batch_size,
         seed=asked.suite.seed,
-    ).write(folder.folder / "probe.json")
-    label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
-    run_worker(
-        "hft_cli.evaluation.probe_worker",
-        folder.folder / "probe.json",
-        folder,
-        label,
-        ranks if ranks > 1 else None,
-        meanwhile,
     )
+    label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
+    run_worker(WorkerRun(job, folder, label, ranks if ranks > 1 else None), meanwhile)
 
 
 def _hash(*parts: Any) -> str:

@@ -1,23 +1,34 @@
-"""What a worker is told: job files, written by the parent and read by the worker."""
+"""The protocol between a parent and its workers: job files, the progress file, and which worker does which job.
+
+The parent writes a job file and starts `python -m hft_cli.launch.work`, which calls the worker's function. While it
+works, the worker writes progress.json; a user's mistake that only it could see goes into mistake.txt.
+"""
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig, RunConfig
-from hft_cli.data.rows import Source
-from hft_cli.files import from_dict, read_json, write_json
+from hft_cli.files import write_json
 from hft_cli.method.rounds import Phase
 
 
 @dataclass(frozen=True)
 class PhaseJob:
-    """All that a training worker is told. `model` is the folder of the round's start, `metrics` the run's log.
+    """One phase of training.
 
-    `adapter` is the folder of the LoRA adapters to go on from, `base_sha256` the hash of the weights that the run began
-    with, `deepspeed` its settings, empty without it.
+    Attributes:
+        config: the run's configuration, with the phase's own learning rate, epochs and so on.
+        model: folder of the weights that the phase starts from.
+        metrics: the run's metrics.jsonl.
+        updated, frozen: names of the parameters to train and to keep.
+        adapter: folder of the LoRA adapters to continue with.
+        base_sha256: hash of the weights that the run started from.
+        deepspeed: DeepSpeed's settings; empty without DeepSpeed.
     """
 
     config: RunConfig
@@ -30,22 +41,10 @@ class PhaseJob:
     base_sha256: str = ""
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> PhaseJob:
-        values = read_json(path)
-        config, step = from_dict(RunConfig, values.pop("config")), values.pop("phase")
-        for key in ("sources", "memories"):
-            step[key] = tuple(Source(**source) for source in step[key])
-        updated, frozen = (tuple(values.pop(key)) for key in ("updated", "frozen"))
-        return cls(config=config, phase=Phase(**step), updated=updated, frozen=frozen, **values)
-
 
 @dataclass(frozen=True)
 class RowsTask:
-    """A set of rows that a model is scored on, and how."""
+    """A set of rows to score a model on: its file or hub name, the metric, and the format of the rows."""
 
     path: str
     metric: str = "exact_match"
@@ -54,9 +53,12 @@ class RowsTask:
 
 @dataclass(frozen=True)
 class RowsJob:
-    """What an evaluation worker is told. `tasks`: suite -> task -> its rows and metric.
+    """Score the model in folder `path` on sets of rows.
 
-    `reset` names parameters that, in memory only, are put back to the model at `base`: a Half-Reset without its files.
+    Attributes:
+        tasks: suite -> task -> rows and metric.
+        base, reset: before scoring, the parameters named in `reset` are set back to those of the model in folder
+            `base`, in memory only (a Half-Reset that writes no model).
     """
 
     model: ModelConfig
@@ -68,23 +70,16 @@ class RowsJob:
     base: str | None = None
     reset: tuple[str, ...] = ()
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> RowsJob:
-        values = read_json(path)
-        model = from_dict(ModelConfig, values.pop("model"))
-        generation = from_dict(GenerationConfig, values.pop("generation"))
-        tasks = {
-            suite: {name: RowsTask(**task) for name, task in own.items()} for suite, own in values.pop("tasks").items()
-        }
-        return cls(model=model, generation=generation, tasks=tasks, **values)
-
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """What a worker is told. `outs`: probe -> file of scores; the items go beside it. `limit`: facts a relation."""
+    """Score the model in folder `path` on probes.
+
+    Attributes:
+        outs: probe -> file of its scores. The scores of single items go beside it, as .jsonl.
+        limit: facts of each relation.
+        chat: whether questions go through the chat template.
+    """
 
     model: ModelConfig
     path: str
@@ -95,21 +90,15 @@ class ProbeJob:
     batch_size: int
     seed: int
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> ProbeJob:
-        values = read_json(path)
-        probes = {name: ProbeConfig(**own) for name, own in values.pop("probes").items()}
-        return cls(model=from_dict(ModelConfig, values.pop("model")), probes=probes, **values)
-
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One benchmark to score. `settings` is null for a task that goes by the harness's name; `out`: file of scores.
+    """One benchmark of lm-evaluation-harness.
 
-    The items go into a file beside `out`, with .jsonl for .json.
+    Attributes:
+        settings: a BenchmarkConfig as plain values; None for a task that has only the harness's name.
+        limit: items of each task of the benchmark.
+        out: file of its scores. The scores of single items go beside it, as .jsonl.
     """
 
     name: str
@@ -121,7 +110,11 @@ class HarnessTask:
 
 @dataclass(frozen=True)
 class HarnessJob:
-    """What a worker is told. `path`: the model's folder; `data_dir`: the local files, null takes the hub's."""
+    """Score the model in folder `path` on benchmarks of lm-evaluation-harness.
+
+    Attributes:
+        data_dir: folder of the benchmarks' files; None reads them from the hub.
+    """
 
     model: ModelConfig
     path: str
@@ -130,11 +123,91 @@ class HarnessJob:
     batch_size: int
     seed: int
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
 
-    @classmethod
-    def read(cls, path: Path) -> HarnessJob:
-        values = read_json(path)
-        todo = tuple(HarnessTask(**one) for one in values.pop("todo"))
-        return cls(model=from_dict(ModelConfig, values.pop("model")), todo=todo, **values)
+Job = PhaseJob | RowsJob | HarnessJob | ProbeJob
+J = TypeVar("J", PhaseJob, RowsJob, HarnessJob, ProbeJob)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A kind of worker.
+
+    Attributes:
+        job: class of its jobs.
+        file: name of the job file, in the folder of the round or of the evaluation.
+        function: MODULE:FUNCTION, imported by the worker's process only and called with (job, folder, progress).
+    """
+
+    job: type[Any]
+    file: str
+    function: str
+
+
+WORKERS = {
+    "training": Worker(PhaseJob, "step.json", "hft_cli.training.worker:train"),
+    "rows": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:evaluate"),
+    "harness": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score"),
+    "probe": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score"),
+}
+
+
+def kind_of(job: Job) -> str:
+    """The key in WORKERS of the worker that does `job`."""
+    return next(kind for kind, worker in WORKERS.items() if worker.job is type(job))
+
+
+def write_job(job: Job, path: Path) -> None:
+    """Write a job file, a JSON object with the fields of the job."""
+    write_json(path, asdict(job))
+
+
+def read_job(job: type[J], path: Path) -> J:
+    """Read a job file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(job).validate_json(path.read_bytes())
+
+
+class Progress:
+    """Writes progress.json, from which the parent draws its progress bar. Only rank 0 writes it.
+
+    The file holds one JSON object:
+        activity: what the worker does besides counting, for example "loading torch", or null.
+        step, total: how much is done and how much there is (optimizer steps, rows); null before the count starts.
+        loss: the last loss, or null.
+        tokens_per_second: or null.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path, self.rank = path, rank
+        self.values: dict[str, Any] = dict.fromkeys(("activity", "step", "total", "loss", "tokens_per_second"))
+        self.tokens, self.start = 0, 0.0
+
+    def activity(self, text: str | None) -> None:
+        """Say what the worker does now; the count stays as it is."""
+        self._write(activity=text)
+
+    def count(
+        self, step: int, total: int, loss: float | None = None, rate: float | None = None, activity: str | None = None
+    ) -> None:
+        """Say that `step` of `total` is done, at `rate` tokens per second."""
+        self._write(step=step, total=total, loss=loss, tokens_per_second=rate, activity=activity)
+
+    def begin(self, total: int) -> None:
+        """Start to count `total` items with `advance`."""
+        self.tokens, self.start = 0, time.perf_counter()
+        self.values |= {"step": 0, "total": total}
+
+    def advance(self, items: int, tokens: int) -> None:
+        """Add to the items and tokens that are done since `begin`."""
+        self.tokens += tokens
+        rate = self.tokens / max(time.perf_counter() - self.start, 1e-9)
+        self.count(self.values["step"] + items, self.values["total"], rate=rate)
+
+    def _write(self, **values: Any) -> None:
+        self.values |= values
+        if self.rank != 0:
+            return
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.values))
+        part.replace(self.path)

@@ -228,10 +228,10 @@ class Followers:
             if [other.rank for other in self.peers].count(peer.rank) > 1:
                 raise UserError(f"Two nodes are both engine.node_rank={peer.rank}. Number them 0, 1, ….")
 
-    def start(self, module: str, job: str, log: str) -> None:
-        """Have the other nodes start their ranks of a worker, on files named from the run's directory."""
+    def start(self, worker: str, job: str, log: str) -> None:
+        """Have the other nodes start their ranks of a worker; `job` and `log` are relative to the run's directory."""
         for peer in self.peers:
-            peer.send(start={"module": module, "job": job, "log": log})
+            peer.send(start={"worker": worker, "job": job, "log": log})
         self.running = len(self.peers)
 
     def check(self, stopping: bool = False) -> None:

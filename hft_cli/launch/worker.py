@@ -1,4 +1,4 @@
-"""Start a worker and follow it: its ranks, its output in a log, a progress bar here, and its end together with ours."""
+"""Run a worker from the parent: start its ranks, show its progress, and end it when the parent ends."""
 
 from __future__ import annotations
 
@@ -15,21 +15,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError
+from hft_cli.launch.jobs import WORKERS, Job, kind_of, write_job
 from hft_cli.launch.nodes import Followers, Node, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
 
+SAME_SIGNAL = 5.0  # seconds: a scheduler signals all nodes, so signals that are this close count as one
+
 
 @contextmanager
 def hold_lock(lock: Path) -> Iterator[None]:
-    """Hold the directory of `lock` alone. Workers hold it too, so that one still dying keeps the next from starting."""
+    """Lock the directory of the file `lock` for this process and its workers.
+
+    Workers inherit the lock, so that the next command cannot start while a worker of the last one is still ending.
+
+    Raises:
+        UserError: if another process holds the lock.
+    """
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,169 +53,216 @@ def hold_lock(lock: Path) -> Iterator[None]:
             _LOCKS.remove(file.fileno())
 
 
-_LOCKS: list[int] = []  # descriptors that workers inherit
+_LOCKS: list[int] = []  # file descriptors that workers inherit
 
 
-def run_worker(
-    module: str,
-    job: Path,
-    folder: RoundDir,
-    label: str,
-    ranks: int | None = None,
-    send: Callable[[], None] = lambda: None,
-    checkpoints: bool = False,
-    others: Followers | None = None,
-) -> None:
-    """Run a worker on its job, its output into the log, a progress bar here; when we are stopped, so are all its ranks.
+@dataclass(frozen=True)
+class WorkerRun:
+    """One run of a worker.
 
-    With `ranks` torchrun starts that many; without it is a plain process. Meanwhile `send` is called all the time.
-    One that `checkpoints` is asked to do so when we are stopped, and is ended at a second signal. With `others` the
-    worker has as many ranks on each other node.
+    Attributes:
+        job: what it does; its class decides which worker is started (jobs.WORKERS).
+        folder: where the job file, the log, the progress and a mistake go.
+        label: text beside the progress bar.
+        ranks: processes on each node, started by torchrun; None for one plain process.
+        checkpoints: whether the worker saves a checkpoint when it is asked to stop.
+    """
+
+    job: Job
+    folder: RoundDir
+    label: str
+    ranks: int | None = None
+    checkpoints: bool = False
+
+
+def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, followers: Followers | None = None) -> None:
+    """Start a worker, show its progress, and wait for its end. When this process is stopped, so are all ranks.
+
+    A worker that `checkpoints` is first asked to save a checkpoint; a second signal ends it at once.
+
+    Args:
+        run: the worker and its job.
+        poll: called about ten times a second while the worker runs.
+        followers: the other nodes; each starts as many ranks of the worker.
 
     Raises:
         UserError: for a user's mistake that only the worker could see.
-        subprocess.CalledProcessError: if it fails; its log is named on stderr.
-        NodeError: if it fails on another node, or that is gone.
+        subprocess.CalledProcessError: if the worker fails; its log is named on stderr.
+        NodeError: if the worker fails on another node, or the connection to that node is lost.
     """
+    folder, kind = run.folder, kind_of(run.job)
     for path in (folder.mistake, folder.progress, folder.stop):
         path.unlink(missing_ok=True)
-    command = _command(module, job, ranks, others.node if others else None)
-    process = _start(command, folder.log, ranks)
-    logger.debug(f"{label}: {shlex.join(command)}\nLog: {folder.log}")
-
-    def meanwhile(stopping: bool = False) -> None:
-        send()
-        if others is not None:
-            others.check(stopping)
-
+    job_file = folder.folder / WORKERS[kind].file
+    write_job(run.job, job_file)
+    command = _command(kind, job_file, run.ranks, followers.node if followers else None)
+    process = _start(command, folder.log, run.ranks)
+    logger.debug("%s: %s\nLog: %s", run.label, shlex.join(command), folder.log)
     try:
-        if others is not None:
-            run = folder.folder.parents[1]  # which has another path on other nodes, perhaps
-            names = (job, folder.folder / "worker-node{rank}.log")
-            others.start(module, *(str(name.relative_to(run)) for name in names))
-        try:
-            _follow(process, folder.progress, label, meanwhile)
-            while others is not None and process.returncode == 0 and others.running:
-                others.check()
-                time.sleep(0.1)
-        except (Stopped, KeyboardInterrupt):
-            first, told = time.monotonic(), False
-            while checkpoints and process.poll() is None:
-                try:
-                    if not told:
-                        folder.stop.touch()
-                        logger.info("Stopping after this step, with a checkpoint. A second signal ends it at once.")
-                        told = True
-                    _follow(process, folder.progress, label, lambda: meanwhile(stopping=True))
-                except (Stopped, KeyboardInterrupt):  # a scheduler tells all nodes, and so us twice
-                    if others is None or time.monotonic() - first > AT_ONCE:
-                        raise
-            raise
-        except NodeError:
-            if folder.mistake.exists():  # all ranks saw it, those of the other nodes a moment before ours
-                raise UserError(folder.mistake.read_text()) from None
-            raise
+        if followers is not None:
+            run_folder = folder.folder.parents[1]  # other nodes may have it under another path
+            names = (job_file, folder.folder / "worker-node{rank}.log")
+            followers.start(kind, *(str(name.relative_to(run_folder)) for name in names))
+        _wait(process, run, poll, followers)
+    except NodeError:
+        if folder.mistake.exists():  # all ranks saw it, those of another node a moment earlier
+            raise UserError(folder.mistake.read_text()) from None
+        raise
     finally:
-        if process.poll() != 0 and others is not None:
-            others.end()
+        if process.poll() != 0 and followers is not None:
+            followers.end()
         _end(process)
     if process.returncode == 0:
         return
     if folder.mistake.exists():
         raise UserError(folder.mistake.read_text())
-    logger.error(_tail(folder.log))
-    logger.error(f"{label} failed (exit status {process.returncode}). The whole log: {folder.log}")
+    logger.error(_last_error(folder.log))
+    logger.error("%s failed (exit status %d). The whole log: %s", run.label, process.returncode, folder.log)
     raise subprocess.CalledProcessError(process.returncode, command)
 
 
-AT_ONCE = 5.0  # seconds within which signals to several nodes are one
+def _wait(
+    process: subprocess.Popen[bytes], run: WorkerRun, poll: Callable[[], None], followers: Followers | None
+) -> None:
+    """Wait until all ranks have ended. When a signal stops us, let the worker save a checkpoint first.
+
+    Raises:
+        Stopped, KeyboardInterrupt: after the worker's checkpoint, or at once when a second signal comes.
+        NodeError: if ranks on another node fail.
+    """
+
+    def check(stopping: bool = False) -> None:
+        poll()
+        if followers is not None:
+            followers.check(stopping)
+
+    try:
+        _show_progress(process, run, check)
+        while followers is not None and process.returncode == 0 and followers.running:
+            followers.check()
+            time.sleep(0.1)
+    except (Stopped, KeyboardInterrupt):
+        stopped = time.monotonic()
+        while run.checkpoints and process.poll() is None:
+            try:
+                if not run.folder.stop.exists():
+                    run.folder.stop.touch()
+                    logger.info("Stopping after this step, with a checkpoint. A second signal ends it at once.")
+                _show_progress(process, run, lambda: check(stopping=True))
+            except (Stopped, KeyboardInterrupt):
+                if followers is None or time.monotonic() - stopped > SAME_SIGNAL:
+                    raise
+        raise
 
 
 def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
-    """Start our ranks whenever node 0 says so, on the files of the run in `run`, until it says goodbye.
+    """On a node other than node 0: start ranks of the workers that node 0 starts, until node 0 ends the run.
 
-    A signal is passed on to node 0, which has all ranks keep a checkpoint; a second one ends us at once.
+    A signal is passed on to node 0, which lets all ranks save a checkpoint. A second one ends this node at once.
+
+    Args:
+        leader: the connection to node 0.
+        node: this node.
+        run: the run's directory, as this node sees it.
+        ranks: processes on this node.
 
     Raises:
-        UserError, Stopped, NodeError: as node 0 ended, or if it is gone.
+        UserError, Stopped, NodeError: as node 0 ended, or if the connection to it is lost.
     """
-    came: list[tuple[float, int]] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    usual = {one: signal.signal(one, lambda one, _: came.append((time.monotonic(), one))) for one in signals}
-    process, log, told = None, Path(), False
-    try:
-        while True:
-            message = leader.receive(0.1) or {}
-            if came and not told:
-                leader.send(stop=came[0][1])
-                told = True
-            if came and came[-1][0] - came[0][0] > AT_ONCE:
-                raise Stopped(came[-1][1])
-            if process is not None and process.poll() is not None:
-                leader.send(ended=process.returncode, log=str(log))
-                process = None
-            if "start" in message:
-                job, log = (run / message["start"][key] for key in ("job", "log"))
-                log = log.with_name(log.name.format(rank=node.rank))
-                logger.info(f"Node {node.rank}: {job.parent.name}, ranks: {ranks}. Their log: {log}")
-                process = _start(_command(message["start"]["module"], job, ranks, node), log, ranks)
-            if "end" in message and process is not None:
+    process, log, forwarded = None, Path(), False
+    with _recorded_signals() as signals:
+        try:
+            while True:
+                message = leader.receive(0.1) or {}
+                if signals and not forwarded:
+                    leader.send(stop=signals[0][1])
+                    forwarded = True
+                if signals and signals[-1][0] - signals[0][0] > SAME_SIGNAL:
+                    raise Stopped(signals[-1][1])
+                if process is not None and process.poll() is not None:
+                    leader.send(ended=process.returncode, log=str(log))
+                    process = None
+                if "start" in message:
+                    job, log = (run / message["start"][key] for key in ("job", "log"))
+                    log = log.with_name(log.name.format(rank=node.rank))
+                    logger.info("Node %d: %s, ranks: %d. Log: %s", node.rank, job.parent.name, ranks, log)
+                    process = _start(_command(message["start"]["worker"], job, ranks, node), log, ranks)
+                if "end" in message and process is not None:
+                    _end(process)
+                    process = None
+                if is_goodbye(message):
+                    return
+        finally:
+            if process is not None:
                 _end(process)
-                process = None
-            if is_goodbye(message):
-                return
+
+
+@contextmanager
+def _recorded_signals() -> Iterator[list[tuple[float, int]]]:
+    """Record SIGTERM, SIGUSR1 and SIGINT, as (seconds, number), instead of being stopped by them."""
+    received: list[tuple[float, int]] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append((time.monotonic(), number))
+
+    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
     finally:
-        for one, handler in usual.items():
-            signal.signal(one, handler)
-        if process is not None:
-            _end(process)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _command(module: str, job: Path, ranks: int | None, node: Node | None) -> list[str]:
-    """What starts a worker here: a plain process, or torchrun with our share of its ranks."""
-    together = ["--standalone"] if node is None else node.torchrun()
-    start = [] if ranks is None else ["torch.distributed.run", *together, "--nproc_per_node", str(ranks), "-m"]
-    return [sys.executable, "-m", *start, module, str(job)]
+def _command(kind: str, job_file: Path, ranks: int | None, node: Node | None) -> list[str]:
+    """The command that starts a worker on this node: one process, or torchrun with this node's ranks."""
+    rendezvous = ["--standalone"] if node is None else node.torchrun()
+    torchrun = ["torch.distributed.run", *rendezvous, "--nproc_per_node", str(ranks), "-m"] if ranks is not None else []
+    return [sys.executable, "-m", *torchrun, "hft_cli.launch.work", kind, str(job_file)]
 
 
 def _start(command: list[str], log: Path, ranks: int | None) -> subprocess.Popen[bytes]:
-    # Not what a torchrun around us has said to its own ranks.
-    environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUNS, key)}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
-    if ranks is None:  # with several GPUs in sight, transformers would split each batch over them
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment,
+            env=_environment(ranks),
             start_new_session=True,
             pass_fds=_LOCKS,
             preexec_fn=_die_with_parent,
         )
 
 
-TORCHRUNS = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
+def _environment(ranks: int | None) -> dict[str, str]:
+    """Environment variables of a worker."""
+    environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUN_VARIABLES, key)}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
+    if ranks is None:  # if it saw several GPUs, transformers would split each batch over them
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return environment
+
+
+# What a torchrun that started `hft` set for its own ranks: ours must not read it.
+TORCHRUN_VARIABLES = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end the worker if we are killed outright; elsewhere only an orderly stop ends it."""
+    """Have Linux end the worker when the parent is killed. On other systems only an orderly stop ends it."""
     if sys.platform == "linux":
         _PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    # Some schedulers signal every process of a job: torchrun would die of it, and a worker heeds it by itself.
+    # Some schedulers signal every process of a job. torchrun would die of it; a worker has its own handler.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-# Looked up ahead: after the fork a thread of ours (a tracker's) may have left the loader's lock held.
+# Looked up before the fork: after it, the lock of the dynamic loader may be held by a thread that no longer exists.
 _PRCTL: Any = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a worker's whole process group: politely, then not."""
+    """End a worker's process group: SIGTERM, and SIGKILL if it has not ended 15 seconds later."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -215,41 +273,51 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Path, label: str, send: Callable[[], None]) -> None:
-    """Wait for a worker, showing how far it is; one that keeps no progress file only takes its time."""
+def _show_progress(process: subprocess.Popen[bytes], run: WorkerRun, poll: Callable[[], None]) -> None:
+    """Wait for a worker to end, with a progress bar."""
     with tqdm(
-        desc=label,
-        bar_format="{desc} [{elapsed}]",
+        desc=run.label,
+        bar_format=WITHOUT_COUNT,
         mininterval=0.2 if sys.stderr.isatty() else 15,
         total=0,
+        postfix=STARTING,
         disable=not logger.isEnabledFor(logging.INFO),
     ) as bar:
         while process.poll() is None:
             time.sleep(0.1)
-            _show(bar, progress, label)
-            send()
-        _show(bar, progress, label)
+            _update(bar, run.folder.progress)
+            poll()
+        _update(bar, run.folder.progress)
         bar.refresh()
 
 
-def _show(bar: Any, progress: Path, label: str) -> None:
+WITHOUT_COUNT = "{desc} [{elapsed}{postfix}]"
+WITH_COUNT = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+STARTING = "starting"  # until the worker writes its progress file
+
+
+def _update(bar: Any, progress: Path) -> None:
+    """Show what a worker's progress file says (its keys: jobs.Progress)."""
     try:
-        at = json.loads(progress.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or in the middle of being written
+        values = json.loads(progress.read_text())
+    except FileNotFoundError:
         return
-    if bar.total != at["of"]:
-        bar.reset(total=at["of"])
-        bar.bar_format = "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        bar.initial = at["step"] - 1
-        bar.n = bar.initial
-    shown = [] if at["loss"] is None else [f"loss {at['loss']:.3f}"]
-    shown += [] if at["tokens_per_second"] is None else [f"{at['tokens_per_second']:,.0f} tokens/s"]
-    shown += [at["what"]] if "what" in at else []
-    bar.set_postfix_str(", ".join(shown), refresh=False)
-    bar.update(at["step"] - bar.n)
+    step, total, loss, rate = (values[key] for key in ("step", "total", "loss", "tokens_per_second"))
+    parts = [
+        "" if loss is None else f"loss {loss:.3f}",
+        "" if rate is None else f"{rate:,.0f} tokens/s",
+        values["activity"] or "",
+    ]
+    bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+    if total is not None and bar.total != total:
+        bar.reset(total=total)
+        bar.bar_format = WITH_COUNT
+        bar.initial = bar.n = step - 1
+    bar.update(0 if step is None else step - bar.n)
 
 
-def _tail(log: Path) -> str:
+def _last_error(log: Path) -> str:
+    """The last line of a log that names an error, or the last five lines."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "Error" in line]
     return "\n".join(errors[-1:] or lines[-5:])

@@ -24,7 +24,7 @@ from hft_cli.evaluation.suite import Suite
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, RowsTask
 from hft_cli.launch.nodes import LATE, WAIT, Followers, Node, connect, introduce, listen, this_node
-from hft_cli.launch.worker import follow_leader, hold_lock, run_worker
+from hft_cli.launch.worker import WorkerRun, follow_leader, hold_lock, run_worker
 from hft_cli.method.rounds import Phase, phase_config, with_model_limits
 from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
@@ -243,7 +243,7 @@ def _round(
         return model
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
-        PhaseJob(
+        job = PhaseJob(
             config=phase_config(config, step),
             phase=step,
             model=str(start),
@@ -253,11 +253,11 @@ def _round(
             adapter=str(adapter) if adapter else None,
             base_sha256=base_sha256,
             deepspeed=deepspeed_settings(config),
-        ).write(folder.job)
+        )
         logger.info(f"Round {step.round}, {step.name}: {_size(chosen)} updated")
         ranks = None if config.engine.zero_stage is None else config.engine.num_processes
         label = f"Round {step.round}, {step.name}"
-        run_worker("hft_cli.training.worker", folder.job, folder, label, ranks, send, checkpoints=True, others=others)
+        run_worker(WorkerRun(job, folder, label, ranks, checkpoints=True), send, others)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
     if not out.exists():

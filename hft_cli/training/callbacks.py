@@ -13,7 +13,7 @@ from typing import Any
 from hft_cli.checkpoint.naming import Param
 from hft_cli.errors import UserError
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import PhaseJob
+from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import dpo, gem, lora, resume
@@ -30,6 +30,7 @@ def watching(
     identity: Mapping[str, Any],
     ranks: Ranks,
     before: Mapping[str, Any],
+    progress: Progress,
 ) -> Any:
     """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are.
 
@@ -98,12 +99,11 @@ def watching(
                     torch.cuda.reset_peak_memory_stats()
             self.logged = self.first = state.global_step
             self.start = self.saved = time.perf_counter()
+            progress.activity(f"step {state.global_step + 1}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.tokens = state.num_input_tokens_seen
-            if ranks.first:
-                progress = {"step": state.global_step, "of": state.max_steps, "loss": self.loss}
-                folder.progress.write_text(json.dumps(progress | {"tokens_per_second": self.tokens_per_second()}))
+            progress.count(state.global_step, state.max_steps, self.loss, self.tokens_per_second())
             self.step_end = time.perf_counter()
             if state.global_step == state.max_steps:  # the round's end is better than a checkpoint
                 return

@@ -1,7 +1,7 @@
 """Worker: one round of training in one process group, by TRL's SFTTrainer on DeepSpeed or in a single process.
 
-Started by the runner, as `python -m hft_cli.training.worker STEP.json` or under torchrun with one process a rank. It
-reads the sealed step, trains, writes the round's delta and says how it went; it never composes a config.
+Started by the runner through hft_cli.launch.work, in one process or under torchrun with one process a rank. It reads
+ the sealed step, trains, writes the round's delta and says how it went; it never composes a config.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json, write_text
-from hft_cli.launch.jobs import PhaseJob
+from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
 from hft_cli.method.selection import names_hash
 from hft_cli.paths import resolve_path
@@ -40,18 +40,7 @@ if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
 
 
-def main(argv: list[str]) -> int:
-    """Train the round whose step file is argv[0]; a user's mistake goes into the round's mistake.txt."""
-    path = Path(argv[0])
-    try:
-        train(PhaseJob.read(path), RoundDir(path.parent))
-    except UserError as error:
-        write_text(RoundDir(path.parent).mistake, str(error))
-        return 2
-    return 0
-
-
-def train(sealed: PhaseJob, folder: RoundDir) -> None:
+def train(sealed: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     """Train one round and write delta.safetensors and, last, outcome.json; none of them if it was asked to stop.
 
     Raises:
@@ -59,6 +48,8 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
             process where DeepSpeed is to go on, or the other way round.
     """
     import torch
+
+    progress.activity("loading transformers and TRL")
     from transformers import AutoTokenizer, set_seed
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's, or our parent's end
@@ -69,8 +60,12 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
     # Before DeepSpeed's settings exist: under ZeRO-3 they would reach for the weightless model that this may build.
     params = {p.name: p for p in parameters_from_folder(sealed.model, config.model.kinds)}
     arguments = _arguments(sealed, folder)
-    ranks = Ranks() if config.engine.zero_stage is None else join_ranks()
+    ranks = Ranks()
+    if config.engine.zero_stage is not None:
+        progress.activity("joining the ranks")
+        ranks = join_ranks()
 
+    progress.activity("tokenizing")
     tokenizer = AutoTokenizer.from_pretrained(sealed.model)
     tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
     if ranks.first:
@@ -78,6 +73,7 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
     dataset, counts = _rows(sealed, folder, tokenizer, ranks)
 
     set_seed(config.seed)
+    progress.activity("loading the model")
     model = load_model(sealed.model, config)
     if config.continual.name == "lora":
         model = lora.adapt(model, sealed.updated, config.continual, sealed.adapter)
@@ -92,7 +88,7 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
         "zero_optimization": sealed.deepspeed.get("zero_optimization"),
     }
     checkpoint, before = newest_checkpoint(folder.checkpoints, identity, ranks)
-    watch = watching(sealed, folder, params, identity, ranks, before)
+    watch = watching(sealed, folder, params, identity, ranks, before, progress)
     if checkpoint is not None and resume.needed(before, identity):
         if ranks.first:
             resume.convert(Path(checkpoint), identity["zero_stage"])
@@ -123,6 +119,7 @@ def train(sealed: PhaseJob, folder: RoundDir) -> None:
         ranks.leave()
         return
 
+    progress.activity("writing the delta")
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if config.continual.name == "lora":
         whole = {name: full_value(value) for name, value in own.items()}  # a collective, as below
@@ -323,7 +320,3 @@ def _sft_trainer(model: Any, arguments: SFTConfig, dataset: Dataset, tokenizer: 
     from trl import SFTTrainer
 
     return SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import QUICK, environment, hft, wait_for
+from helpers import QUICK, environment, hft, wait_for_step
 
 from hft_cli.cli import hydra_app
 from hft_cli.errors import UserError
@@ -114,7 +114,7 @@ def test_hosts_are_started_together_and_stopped_together_with_a_checkpoint(tmp_p
     run = tmp_path / "run"
     words = [str(ROOT / "scripts/hosts.sh"), "127.0.0.1", "127.0.0.1", "--", *two, f"output_dir={run}"]
     with subprocess.Popen(words, env=settings, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(run / "rounds/01-order/progress.json", process)
+        wait_for_step(run / "rounds/01-order/progress.json", process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err

@@ -28,6 +28,7 @@ from helpers import (
     results,
     train,
     wait_for,
+    wait_for_step,
     wait_until_gone,
     weights,
 )
@@ -458,7 +459,7 @@ def test_another_round_may_have_another_engine(two_rounds, tmp_path):
 def test_a_signal_ends_all_ranks_and_the_status_says_which(tmp_path):
     number = signal.SIGINT
     process = start(tmp_path / "run", "+method=hft", "train.max_steps=100", *ZERO2, "train.micro_batch_size=2")
-    wait_for(tmp_path / "run/rounds/01-order/progress.json", process)
+    wait_for_step(tmp_path / "run/rounds/01-order/progress.json", process)
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     wait_until_gone(tmp_path / "run")
@@ -477,7 +478,7 @@ def test_stopped_five_times_at_random_points_it_ends_with_the_same_bits_as_unint
         progress = out / "rounds/01-order/progress.json"
         progress.unlink(missing_ok=True)
         process = start(out, *settings)
-        wait_for(progress, process)
+        wait_for_step(progress, process)
         time.sleep(random.uniform(0, 0.3))
         process.send_signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
         assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGUSR1), f"stop {number}"

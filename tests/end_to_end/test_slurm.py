@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import QUICK, command, environment, results, train, weights
+from helpers import QUICK, command, environment, results, train, trains, weights
 
 if "HFT_TEST_SLURM" not in os.environ:
     pytest.skip("needs a SLURM to itself: `make test-slurm` sets one up", allow_module_level=True)
@@ -150,7 +150,7 @@ def ended(job: str) -> tuple[str, str]:
 
 
 def training(run: Path) -> bool:
-    return (run / "rounds/01-order/progress.json").exists()
+    return trains(run / "rounds/01-order/progress.json")
 
 
 def until(happened: Callable[[], bool]) -> None:

@@ -10,8 +10,9 @@ from hft_cli.config.schema import ModelConfig, ProbeConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation.probe import queries, read, settings, text
 from hft_cli.evaluation.probe_worker import facts, log_likelihoods, measure, score
-from hft_cli.launch.jobs import ProbeJob
+from hft_cli.launch.jobs import ProbeJob, Progress
 from hft_cli.paths import PACKAGE
+from hft_cli.run_dir import RoundDir
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi",
@@ -175,7 +176,7 @@ def test_a_probe_from_files_is_scored_by_relation(probe, tmp_path):
     job = ProbeJob(
         ModelConfig(), str(PACKAGE / "assets" / "pocket" / "model"), {"p": probe}, {"p": str(out)}, 5, False, 8, 42
     )
-    score(job, tmp_path / "progress.json")
+    score(job, RoundDir(tmp_path), Progress(tmp_path / "progress.json"))
     found = json.loads(out.read_text())
     assert found["scores"]["items"] == 5
     assert set(found["relations"]["capital"]) >= {"accuracy", "accuracy_low", "chance"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from dataclasses import asdict, replace
@@ -21,6 +20,9 @@ from hft_cli.evaluation import scorer, suite
 from hft_cli.evaluation.benchmarks import parts, settings, splits
 from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
+from hft_cli.launch import work
+from hft_cli.launch.jobs import WORKERS, kind_of, write_job
+from hft_cli.launch.worker import WorkerRun
 from hft_cli.method.rounds import draws, phases
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -145,15 +147,18 @@ def here(monkeypatch) -> list[str]:
     """Scoring workers run in this process, which saves their start; training workers do not. Returns what was run."""
     started = []
 
-    def work(module: str, job: Path, folder: RoundDir, label: str, ranks: int | None = None, send=None) -> None:
-        started.append(f"{folder.folder.name}/{job.stem}")
-        assert importlib.import_module(module).main([str(job)]) == 0, folder.mistake.read_text()
+    def in_this_process(run: WorkerRun, poll=None) -> None:
+        kind = kind_of(run.job)
+        file = run.folder.folder / WORKERS[kind].file
+        started.append(f"{run.folder.folder.name}/{file.stem}")
+        write_job(run.job, file)
+        assert work.main([kind, str(file)]) == 0, run.folder.mistake.read_text()
 
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(scorer, "run_worker", work)
+    monkeypatch.setattr(scorer, "run_worker", in_this_process)
     return started
 
 

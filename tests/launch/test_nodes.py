@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import QUICK, command, environment, hft, train, wait_for, wait_until_gone, weights
+from helpers import QUICK, command, environment, hft, train, wait_for_step, wait_until_gone, weights
 
 from hft_cli.config.schema import EngineConfig
 from hft_cli.errors import NodeError, Stopped, UserError
@@ -294,7 +294,7 @@ def start(out: Path, port: int, rank: int, *more: str) -> subprocess.Popen[str]:
 def test_two_nodes_stopped_by_a_signal_to_one_and_resumed_end_with_the_bits_of_one_node(one_node, port, tmp_path):
     out = tmp_path / "run"
     first, second = (start(out, port, rank) for rank in (0, 1))
-    wait_for(out / "rounds/01-order/progress.json", first)
+    wait_for_step(out / "rounds/01-order/progress.json", first)
     second.send_signal(signal.SIGUSR1)
     told = [node.communicate(timeout=120)[0] for node in (first, second)]
     assert (first.returncode, second.returncode) == (128 + signal.SIGUSR1,) * 2, told
@@ -339,7 +339,7 @@ def test_plain_torchrun_starts_the_nodes_too(one_node, port, tmp_path):
 def test_when_a_node_dies_the_other_ends_its_ranks_and_says_so(dies, port, tmp_path):
     out = tmp_path / "run"
     both = [start(out, port, rank, "train.max_steps=4000", "train.save_every=null") for rank in (0, 1)]
-    wait_for(out / "rounds/01-order/progress.json", both[0])
+    wait_for_step(out / "rounds/01-order/progress.json", both[0])
     both[dies].kill()
     told = both[1 - dies].communicate(timeout=60)[0]
     both[dies].communicate()

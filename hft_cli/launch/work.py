@@ -1,0 +1,42 @@
+"""Entry point of every worker process: `python -m hft_cli.launch.work KIND JOB.json`, also under torchrun.
+
+KIND is a key of `jobs.WORKERS`. The parent (launch/worker.py) reads the progress and the mistake that are written here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from hft_cli.errors import UserError
+from hft_cli.files import write_text
+from hft_cli.launch.jobs import WORKERS, Progress, read_job
+from hft_cli.logs import set_up_logging
+from hft_cli.run_dir import RoundDir
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do the job in the file argv[1] with the worker of kind argv[0], and return the exit status.
+
+    A user's mistake goes into mistake.txt beside the job file: the parent reports it.
+    """
+    worker, path = WORKERS[argv[0]], Path(argv[1])
+    folder = RoundDir(path.parent)
+    progress = Progress(folder.progress, rank=int(os.environ.get("RANK", "0")))
+    progress.activity("loading torch")
+    import_module("torch")
+    module, _, function = worker.function.partition(":")
+    try:
+        getattr(import_module(module), function)(read_job(worker.job, path), folder, progress)
+    except UserError as error:
+        write_text(folder.mistake, str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    sys.exit(main(sys.argv[1:]))
