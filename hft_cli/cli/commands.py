@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.cli.hydra_app import Failure, composed_values, help_text, run_hydra
+from hft_cli.cli.hydra_app import Failure, composed_values, run_hydra
 from hft_cli.cli.overrides import OF_MAPS, hydra_arguments, plain_override
+from hft_cli.config.help import help_text
 from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
 from hft_cli.errors import UserError, choose
 from hft_cli.files import from_dict
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def _train(argv: list[str]) -> int:
     if set(argv) & {"-h", "--help"}:
-        print(help_text())
+        print(help_text("train"))
         return 0
     argv = hydra_arguments("train", argv)
     if {"-m", "--multirun"} & set(argv) and not any("launcher=submitit_slurm" in argument for argument in argv):

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
+from hft_cli.config.help import config_keys
+from hft_cli.config.schema import SCHEMAS, RunConfig
 from hft_cli.errors import NodeError, UserError, choose
 from hft_cli.logs import set_up_logging
 from hft_cli.paths import conf_dir, group_options
@@ -33,10 +34,6 @@ class Failure:
     job: str
     reason: str
     status: int
-
-
-# The commands that compose a config, and its dataclass.
-SCHEMAS: dict[str, type[Any]] = {"train": RunConfig, "plan": PlanConfig, "eval": EvalConfig}
 
 
 def run_hydra(name: str, argv: list[str], run: Callable[[Any, Sequence[str]], None]) -> list[Failure]:
@@ -218,61 +215,3 @@ def _one_line(error: BaseException, argv: Sequence[str], name: str = "train") ->
     key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), "")
     kept = [line for line in kept if not line.startswith(("full_key:", "Error merging override"))] or lines
     return f"{key}: {kept[0]}" if key else " ".join(kept[:2])
-
-
-def help_text(name: str = "train") -> str:
-    """The groups with their options, and every key with its default and what its docstring says."""
-    import ast
-
-    from hft_cli.config import schema
-
-    tree = ast.parse(Path(schema.__file__).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-
-    def section(name: str, where: str) -> list[str]:
-        lines, inner = [], []
-        body = classes[name].body
-        for spec, doc in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(spec, ast.AnnAssign):
-                continue
-            kind, key = ast.unparse(spec.annotation), where + ast.unparse(spec.target)
-            if kind in classes:
-                inner += section(kind, key + ".")
-                continue
-            default = ast.unparse(spec.value) if spec.value else ""
-            default = re.sub(r"field\(default_factory=(?:lambda: )?(.*)\)", r"\1", default)
-            default = {"REQUIRED": "(its group sets it)", "dict": "{}", "list": "[]"}.get(default, default)
-            text = ast.literal_eval(doc.value) if isinstance(doc, ast.Expr) else ""
-            lines.append(f"  {key + '=' + default:<38} {text}")
-        return [f"\n{ast.get_docstring(classes[name])}", *lines, *inner]
-
-    groups = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
-    if name == "eval":
-        groups = ["engine", "model", "suite", "tracking"]
-    usage = {
-        "train": "hft train +method=METHOD [group=option …] [key=value …]   once;  -m and key=a,b,c: a sweep",
-        "plan": "hft plan …   all that hft train takes, and the keys of PlanConfig below;  -m compares",
-        "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]   once;  -m and key=a,b,c: a sweep",
-    }
-    options = [f"  {group:<11} {', '.join(group_options(group))}" for group in groups if group_options(group)]
-    return "\n".join(
-        [
-            usage[name],
-            "--cfg job prints what a command composes.",
-            "\nGroups and their options:",
-            *options,
-            *(line for cls in reversed(SCHEMAS[name].__mro__[:-1]) for line in section(cls.__name__, "")),
-        ]
-    )
-
-
-def config_keys(cls: type[Any], where: str = "") -> list[str]:
-    from dataclasses import is_dataclass
-    from typing import get_type_hints
-
-    keys = []
-    for name, hint in get_type_hints(cls).items():
-        keys += (
-            config_keys(hint, f"{where}{name}.") if is_dataclass(hint) and isinstance(hint, type) else [where + name]
-        )
-    return keys

@@ -1,295 +1,244 @@
-"""Config dataclasses, the checks across their fields, and the user's-mistake error. Standard library only.
+"""The config of each command as dataclasses. Standard library only.
 
-Hydra composes these (conf/), `check` refuses what cannot work, and from then on nothing changes them: every worker
-reads the sealed copy.
+Hydra fills them in from conf/ and the command line, `validate` checks them, and nothing changes them afterwards: the
+workers of a run read the sealed copy. Each field carries its help, unit, range and choices (see `settings`).
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from hft_cli.config.settings import REQUIRED, setting
+from hft_cli.config.suites import SuiteConfig
+from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict
 from hft_cli.run_dir import RunDir
 
-REQUIRED = "???"  # Hydra's spelling of a value that must be given
-
 
 @dataclass
 class ModelConfig:
-    """Group `model`: which weights to start from."""
+    """Group `model`: the weights to start from."""
 
-    name: str = REQUIRED
-    """Label in tables and figures."""
-    path: str = REQUIRED
-    """Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."""
-    architecture: str | None = None
-    """For `hft plan` where the weights are not here: a config.json, or the name of one that ships (llama2_70b, …)."""
-    base: str | None = None
-    """Half-Reset only: the model to go back to. The tuned one is model.path, which model.tuned is a name for."""
-    dtype: str = "float32"
-    """Precision of computing: float32, or bfloat16 with float32 master weights. The files keep their own."""
-    attention: str | None = None
-    """Attention implementation: sdpa, eager or flash_attention_2; null leaves the choice to transformers."""
-    chat_template: str | None = None
-    """tulu, plain, or a Jinja file; null takes the tokenizer's own. Saved with the trained model."""
-    kinds: dict[str, str] = field(default_factory=dict)
-    """Regular expression over parameter names -> kind, for parameters that hft cannot place by itself."""
+    name: str = setting(REQUIRED, "Label in tables and figures.")
+    path: str = setting(
+        REQUIRED, "Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."
+    )
+    architecture: str | None = setting(
+        None,
+        "`hft plan` without the weights: a config.json, or the name of one that ships (llama2_70b, …). null: read it "
+        "from model.path.",
+    )
+    base: str | None = setting(
+        None, "Half-Reset only: the model whose values are put back. model.path (or its alias model.tuned) is changed."
+    )
+    dtype: str = setting(
+        "float32",
+        "Precision of computation. bfloat16 keeps float32 master weights. The model's files keep their own dtypes.",
+        choices=("float32", "bfloat16"),
+    )
+    attention: str | None = setting(
+        None,
+        "Attention implementation; null: transformers chooses.",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
+    chat_template: str | None = setting(
+        None,
+        "tulu, plain, or a Jinja file; null: the tokenizer's own template. It is saved with the trained model.",
+    )
+    kinds: dict[str, str] = setting(
+        {},
+        "Map from a regular expression over parameter names to a kind of parameter, for names that hft does not know.",
+        choices=("hft_cli.checkpoint.naming:KINDS",),
+    )
 
 
 @dataclass
 class DataConfig:
-    """Group `data`: one set, or several in order, each a round of its own (section 3 of the paper)."""
+    """Group `data`: one training set, or several in order. Each set is a round of its own (paper, section 3)."""
 
-    name: str = REQUIRED
-    """Label in tables and figures."""
-    path: Any = REQUIRED
-    """File (JSON, JSONL, .gz, Parquet), folder or hub name of the training rows; of a list, each is a round."""
-    test_path: Any = None
-    """Rows scored before and after training: nothing, one place, or one for each training set."""
-    tasks: list[str] = field(default_factory=list)
-    """Folders below `path`, in order, each with train and test files: each task is a round, scored after it."""
-    metric: Any = "exact_match"
-    """exact_match (teacher-forced); of generated answers accuracy, rouge_l, sari, …: one, or a map from task to it."""
-    format: str = "auto"
-    """Shape of the rows: auto (from the first row), messages, prompt_completion, alpaca, sharegpt or trace."""
-    split: Any = "train"
-    """Split to read where `path` is a folder or a hub name: one, or a map from set to split."""
-    max_rows: int | None = None
-    """Use only the first rows of each training set, to try things; at least 1."""
-    loss: str = "assistant"
-    """Tokens that are trained on: assistant (its turns only) or all."""
-    long_prompts: str = "drop"
-    """Rows over max_length: drop those that would lose their answer, or cut the prompt's start first (TRACE)."""
+    name: str = setting(REQUIRED, "Label in tables and figures.")
+    path: Any = setting(
+        REQUIRED,
+        "Training rows: a file (JSON, JSONL, .gz, Parquet), a folder or a hub name. A list: one round for each.",
+    )
+    test_path: Any = setting(
+        None,
+        "Rows scored before and after training: null, one path, or a list with one path for each training set.",
+    )
+    tasks: list[str] = setting(
+        [],
+        "Folders below data.path, each with train and test files. Each task is a round and is scored after it.",
+    )
+    metric: Any = setting(
+        "exact_match",
+        "Score of the test rows; exact_match is teacher-forced, the others score generated answers. One, or a map from "
+        "task to metric.",
+        choices=("exact_match", "hft_cli.evaluation.metrics:METRICS"),
+    )
+    format: str = setting(
+        "auto",
+        "Shape of the rows; auto: the shape of the first row.",
+        choices=("auto", "hft_cli.data.rows:READERS"),
+    )
+    split: Any = setting(
+        "train", "Split to read if data.path is a folder or a hub name. One, or a map from training set to split."
+    )
+    max_rows: int | None = setting(
+        None, "Use only the first rows of each training set; null: all rows.", unit="rows", range="[1, inf)"
+    )
+    loss: str = setting(
+        "assistant",
+        "Tokens that have a loss: those of the assistant's turns, or all.",
+        choices=("hft_cli.data.tokenization:LOSSES",),
+    )
+    long_prompts: str = setting(
+        "drop",
+        "Rows longer than train.max_length: drop those that would lose their answer, or cut the start of the prompt "
+        "(as TRACE does).",
+        choices=("hft_cli.data.tokenization:LONG_PROMPTS",),
+    )
 
 
 @dataclass
 class MethodConfig:
     """Group `method`: what a run does."""
 
-    name: str = REQUIRED
-    """fft and dpo (update every matrix), hft and hft_dpo (what is drawn), or half_reset (puts it back to the base)."""
-    stages: list[str] = field(default_factory=lambda: ["sft"])
-    """How the rounds train: sft or dpo, one for all or one for each training set."""
-    shared_rows: bool = False
-    """Half-Reset: where the tuned vocabulary is longer, put back the rows that both have, instead of refusing."""
-    save_model: bool = True
-    """Half-Reset: write the model. false only scores it, to try many draws without a model of each."""
+    name: str = setting(
+        REQUIRED,
+        "fft and dpo update every matrix, hft and hft_dpo update a random selection, half_reset puts a selection back "
+        "to the base model's values.",
+        choices=("hft_cli.method.rounds:METHODS",),
+    )
+    stages: list[str] = setting(
+        ["sft"],
+        "How each round trains: one stage for all rounds, or one for each training set.",
+        choices=("sft", "dpo"),
+    )
+    shared_rows: bool = setting(
+        False,
+        "Half-Reset: if the tuned model has a longer vocabulary, put back the rows that both models have instead of "
+        "refusing.",
+    )
+    save_model: bool = setting(
+        True, "Half-Reset: write the model. false only scores it, which lets you try many draws without storing models."
+    )
 
 
 @dataclass
 class SelectionConfig:
-    """Group `selection`: which matrices a round updates (sections 3 and 5 of the paper)."""
+    """Group `selection`: which matrices a round updates (paper, sections 3 and 5)."""
 
-    level: str = "category"
-    """all, category (the paper's own: within each category of each layer), layer, or model."""
-    ratio: float = 0.5
-    """Share of the matrices in the layers that is updated, in [0, 1]. The paper: 0.5, good from 0.4 to 0.6."""
-    balance: str = "matrices"
-    """What the ratio counts: matrices (the paper), or elements, which differ under grouped-query attention."""
-    embeddings: str = "update"
-    """update (the paper) or freeze the token and position embeddings."""
-    head: str = "update"
-    """update (the paper) or freeze the language-model head."""
-    final_norm: str = "update"
-    """update or freeze the norms outside the transformer layers."""
-    redraw: str = "independent"
-    """Later draws: independent (the paper), fixed, complementary (frozen ones first, in pairs) or balanced."""
-    seed: int | None = None
-    """Seed of the draw; null takes `seed`."""
+    level: str = setting(
+        "category",
+        "What the updated matrices are drawn from: each category (attention, feed-forward, norm) of each layer (the "
+        "paper's method), whole layers, or the whole model; all: no draw.",
+        choices=("hft_cli.method.selection:STRATEGIES",),
+    )
+    ratio: float = setting(
+        0.5,
+        "Share of the matrices in the transformer layers that is updated. The paper uses 0.5; 0.4 to 0.6 works well.",
+        range="[0, 1]",
+    )
+    balance: str = setting(
+        "matrices",
+        "What the ratio counts: matrices (as in the paper) or elements. They differ under grouped-query attention.",
+        choices=("matrices", "elements"),
+    )
+    embeddings: str = setting(
+        "update", "The token and position embeddings. The paper updates them.", choices=("update", "freeze")
+    )
+    head: str = setting("update", "The language-model head. The paper updates it.", choices=("update", "freeze"))
+    final_norm: str = setting("update", "Norms outside the transformer layers.", choices=("update", "freeze"))
+    redraw: str = setting(
+        "independent",
+        "Draws after the first: independent (the paper), fixed (the same draw again), complementary (every second "
+        "round updates what the round before froze), balanced (what was updated least comes first).",
+        choices=("independent", "complementary", "balanced", "fixed"),
+    )
+    seed: int | None = setting(None, "Seed of the draw; null: the value of `seed`.", range="[0, 4294967295]")
 
 
 @dataclass
 class EngineConfig:
-    """Group `engine`: what the training runs on. May change on resuming, but within a round not to or from single."""
+    """Group `engine`: what the training runs on. It may change when a run is resumed (README, Resuming)."""
 
-    name: str = REQUIRED
-    """Label: single, zero1, zero2, zero3, zero2_offload or zero3_offload."""
-    zero_stage: int | None = None
-    """DeepSpeed ZeRO stage, 1 to 3; null trains in one process without DeepSpeed."""
-    num_processes: int = 1
-    """Ranks on each node, one for each GPU (or CPU process); at least 1. More than one needs a ZeRO stage."""
-    num_nodes: int = 1
-    """Machines; at least 1. The same command runs on each, over one file system (scripts/slurm, scripts/hosts.sh)."""
-    node_rank: int | None = None
-    """This machine's number, from 0, which leads; null: what srun or torchrun says."""
-    rendezvous: str | None = None
-    """HOST:PORT of node 0, which the others reach; PORT and the one after it are used. Needed with several nodes."""
-    offload_optimizer: bool = False
-    """ZeRO-2 and 3: AdamW's moments and master weights lie in the host's memory, and it steps there."""
-    offload_parameters: bool = False
-    """ZeRO-3 with offload_optimizer: the weights' shards lie in the host's memory as well."""
-    deepspeed: str | None = None
-    """A DeepSpeed JSON of your own, for what hft has no key for (buckets, overlap); what contradicts is refused."""
-    device: str = "auto"
-    """auto (GPUs if there are any, but no large model on a CPU by accident), gpu or cpu."""
-    check_memory: bool = True
-    """Refuse a run that by `hft plan` cannot fit into memory; false tries it anyway."""
+    name: str = setting(REQUIRED, "Label in tables.")
+    zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage; null: one process without DeepSpeed.", range="[1, 3]")
+    num_processes: int = setting(
+        1,
+        "Ranks on each node, one for each GPU (or CPU process). More than one needs a ZeRO stage.",
+        unit="processes",
+        range="[1, inf)",
+    )
+    num_nodes: int = setting(
+        1,
+        "Machines. The same command runs on each of them, on one shared file system.",
+        unit="nodes",
+        range="[1, inf)",
+    )
+    node_rank: int | None = setting(
+        None, "Number of this node, from 0; node 0 leads. null: as srun or torchrun says.", range="[0, inf)"
+    )
+    rendezvous: str | None = setting(
+        None,
+        "HOST:PORT of node 0, which the other nodes must reach; PORT + 1 is used too. Required with several nodes.",
+    )
+    offload_optimizer: bool = setting(
+        False, "ZeRO-2 and 3: keep AdamW's moments and the master weights in host memory, and step there."
+    )
+    offload_parameters: bool = setting(
+        False, "ZeRO-3 with offload_optimizer: keep the shards of the weights in host memory too."
+    )
+    deepspeed: str | None = setting(
+        None,
+        "A DeepSpeed JSON file for settings that hft has no key for (bucket sizes, overlap). Settings that contradict "
+        "the run are refused.",
+    )
+    device: str = setting(
+        "auto",
+        "auto: GPUs if there are any; a model of over a billion parameters does not run on the CPU unless you set cpu.",
+        choices=("auto", "gpu", "cpu"),
+    )
+    check_memory: bool = setting(
+        True, "Refuse a run that does not fit into memory according to `hft plan`. false tries it anyway."
+    )
 
     @property
     def ranks(self) -> int:
-        """Over all nodes."""
+        """Number of processes over all nodes."""
         return self.num_processes * self.num_nodes
 
 
 @dataclass
-class TrainConfig:
-    """How a round is optimised. Learning rate, epochs, batch size, schedule and warmup default to Tulu V2's for SFT."""
-
-    learning_rate: float = 2e-5
-    """Peak learning rate of AdamW; above 0."""
-    epochs: Any = 2.0
-    """Passes over each training set, above 0; one for all, or a map from task to passes. max_steps goes before it."""
-    max_steps: int | None = None
-    """Optimizer steps of each round; at least 1. null: by epochs."""
-    batch_size: int = 128
-    """Rows in an optimizer step, over all ranks and accumulation."""
-    micro_batch_size: int = 4
-    """Rows that one rank handles at once; batch_size must be a multiple of micro_batch_size x ranks."""
-    max_length: int | None = None
-    """Tokens of a row; longer ones are cut, dropped if no answer is left (counted). null: the model's, at most 2048."""
-    packing: bool = False
-    """Pack short rows into sequences of max_length, without padding; rows do not see each other."""
-    schedule: str = "linear"
-    """Learning-rate schedule: linear, cosine, constant or constant_with_warmup."""
-    warmup: float = 0.03
-    """Share of the steps over which the learning rate rises, in [0, 1)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, for updated matrices only; at least 0."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment, in [0, 1)."""
-    beta2: float = 0.999
-    """AdamW's decay of the second moment, in [0, 1)."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    save_every: int | None = None
-    """Steps between checkpoints that a stopped run resumes from; null: by save_minutes, and when asked to stop."""
-    save_minutes: float | None = None
-    """Minutes between checkpoints, above 0, besides those of save_every; null: none by time."""
-    save_limit: int = 1
-    """Checkpoints kept of the running round; at least 1."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl; at least 1."""
-
-
-@dataclass
-class DpoConfig:
-    """DPO rounds (Rafailov et al. 2023); null: as in `train`. Rate, epochs, warmup and beta are Tulu 2's for DPO."""
-
-    beta: float = 0.1
-    """How strongly the model is held to the reference; above 0."""
-    reference: str = "precomputed"
-    """precomputed (no second model in memory), shared (frozen weights are the model's own; not ZeRO-3) or full."""
-    ties: str = "keep"
-    """keep or drop rows whose two answers have the same score."""
-    learning_rate: float | None = 5e-7
-    """Peak learning rate of DPO rounds; above 0."""
-    epochs: float | None = 3.0
-    """Passes over the set in DPO rounds; above 0."""
-    max_steps: int | None = None
-    """Optimizer steps of DPO rounds; at least 1."""
-    warmup: float | None = 0.1
-    """Share of the steps of DPO rounds over which the learning rate rises, in [0, 1)."""
-
-
-@dataclass
-class ContinualConfig:
-    """Group `continual`: what a sequence of tasks does against forgetting, besides the selection."""
-
-    name: str = "seqft"
-    """seqft (nothing), replay, gem (Lopez-Paz & Ranzato 2017; not ZeRO-3) or lora (Hu et al. 2021; not ZeRO-3)."""
-    score_unseen: bool = False
-    """After each round, score the tasks to come as well as those seen so far."""
-    replay_ratio: float = 0.1
-    """Replay: share of each past task's rows that is trained on again after a task, in (0, 1]."""
-    replay_epochs: float = 1.0
-    """Replay: passes over those rows; above 0."""
-    replay_general: str | None = None
-    """Replay: rows of general instructions (TRACE: LIMA), as in data.path, trained on whole beside them."""
-    replay_shuffle: bool = True
-    """Replay: mix the rows of all past tasks; false goes through them task by task, in the order of the files."""
-    gem_memory: int = 64
-    """GEM: rows of each past task whose gradients no step may go against; at least 1."""
-    gem_margin: float = 0.0
-    """GEM: memory strength, the least weight of a past task's gradient in a step that is corrected; at least 0."""
-    lora_rank: int = 8
-    """LoRA: rank of the adapters; at least 1."""
-    lora_alpha: float = 16.0
-    """LoRA: the adapters' product is scaled by alpha / rank; above 0."""
-    lora_dropout: float = 0.0
-    """LoRA: dropout before the adapters, in [0, 1)."""
-
-
-@dataclass
-class GenerationConfig:
-    """How answers are generated, for the metrics that need them."""
-
-    max_new_tokens: int = 512
-    """Tokens of an answer; at least 1. A prompt is cut at its start if it does not leave room for them."""
-    max_prompt_length: int | None = None
-    """Tokens of a prompt, cut at its start; at least 1. null: what max_new_tokens leaves of the model's positions."""
-    batch_size: int = 16
-    """Prompts answered at once; at least 1. Their keys and values take memory for prompt and answer together."""
-    temperature: float = 0.0
-    """0: greedy decoding. Above 0: sampling, under `seed`."""
-
-
-@dataclass
-class SuiteConfig:
-    """Group `suite`: what is scored: by `hft train` before and after training, by `hft eval` of any model."""
-
-    name: str = REQUIRED
-    """Label in tables: none, pocket, general, knowledge, quick, probe or harness."""
-    tasks: dict[str, str] = field(default_factory=dict)
-    """Task -> rows (as in data.path) whose answers must come out exactly, under greedy decoding."""
-    batch_size: int = 64
-    """Rows scored at once, or prompts answered; at least 1."""
-    seed: int = 42
-    """Seed of sampled answers and of what a probe asks: one for all runs, which so answer the same; at least 0."""
-    benchmarks: dict[str, Any] = field(default_factory=dict)
-    """Benchmark -> its settings (task, shots, metric, chat, limit, sampling); their source is in the file."""
-    harness: list[str] = field(default_factory=list)
-    """More tasks, groups or tags of lm-evaluation-harness, by its names and with its settings."""
-    only: list[str] = field(default_factory=list)
-    """Run these benchmarks of the suite alone; empty runs all."""
-    probe: dict[str, Any] = field(default_factory=dict)
-    """Relations whose right answer is ranked among wrong ones: set -> its facts and settings."""
-    data_dir: str | None = None
-    """Folder with a sub-folder of files for each benchmark, and nothing is downloaded; null: from the hub."""
-    limit: int | None = None
-    """Items of each benchmark's task (MMLU: subject; a probe: relation), not of sets of rows; at least 1. null: all."""
-    chat: str = "auto"
-    """Prompts through the chat template: auto (if there is one, as the benchmark says), true or false."""
-    allow_code: bool = False
-    """Run programs that the model writes (HumanEval), in a process with limits. Read about them first."""
-
-
-@dataclass
 class TrackingConfig:
-    """Group `tracking`: where metrics, scores and results go besides the run's own files. May change on resuming."""
+    """Group `tracking`: where metrics, scores and results are sent, in addition to the run's files."""
 
-    name: str = "none"
-    """none, tensorboard (event files in the run's directory), wandb (Weights & Biases) or trackio."""
-    project: str = "hft"
-    """wandb and trackio: the project that the run is put into."""
-    run_name: str | None = None
-    """The run's name there; null: that of output_dir."""
+    name: str = setting(
+        "none",
+        "tensorboard writes event files into the run's directory; wandb is Weights & Biases.",
+        choices=("none", "hft_cli.runner.tracking:TRACKERS"),
+    )
+    project: str = setting("hft", "wandb and trackio: project of the run.")
+    run_name: str | None = setting(None, "Name of the run in the tracker; null: the name of output_dir.")
 
 
 @dataclass
 class EvalConfig:
-    """All that `hft eval` is told: the primary config conf/eval.yaml."""
+    """Keys of `hft eval` (conf/eval.yaml)."""
 
-    run: str | None = None
-    """A finished run whose models are scored, instead of model.path. Results go below it."""
-    models: list[str] = field(default_factory=lambda: ["after"])
-    """With `run`: after (the model that the run made), before (the one that it started from), or both."""
-    output_dir: str = REQUIRED
-    """Without `run`: results go to OUTPUT_DIR/eval/SUITE.json. What is there and still holds is not scored again."""
+    run: str | None = setting(
+        None, "A finished run whose models are scored, instead of model.path. The results go into its directory."
+    )
+    models: list[str] = setting(
+        ["after"],
+        "With `run`: the model after training, the model before it, or both.",
+        choices=("after", "before"),
+    )
+    output_dir: str = setting(
+        REQUIRED, "Without `run`: results go to OUTPUT_DIR/eval/SUITE.json. Scores that are still valid are reused."
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
@@ -298,14 +247,17 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """All that `hft train` is told: the primary config conf/train.yaml."""
+    """Keys of `hft train` (conf/train.yaml)."""
 
-    seed: int = 42
-    """Seed of data order, dropout and, unless selection.seed is set, the draw; at least 0."""
-    output_dir: str = REQUIRED
-    """The run's directory. An unfinished run there is continued, a finished one is left alone."""
-    resume: bool = False
-    """Continue the newest unfinished run of the same configuration when output_dir is not given."""
+    seed: int = setting(
+        42,
+        "Seed of data order, dropout and, unless selection.seed is set, of the draw.",
+        range="[0, 4294967295]",
+    )
+    output_dir: str = setting(
+        REQUIRED, "The run's directory. An unfinished run there is continued; a finished run is left as it is."
+    )
+    resume: bool = setting(False, "Without output_dir: continue the newest unfinished run of the same configuration.")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -321,56 +273,29 @@ class RunConfig:
 
 @dataclass
 class PlanConfig(RunConfig):
-    """What `hft plan` is told besides. It prints, and neither trains nor writes anything."""
+    """Keys of `hft plan`: those of `hft train`, and facts about the machines. It trains and writes nothing."""
 
-    gpu_memory: float | None = None
-    """Memory of a GPU in GiB, above 0: which engines fit into it, under the worst draw."""
-    tflops: float | None = None
-    """Peak rate of a GPU in the dtype of training, in TFLOP/s, above 0 (A100 312, H100 989 in bfloat16): hours."""
-    utilization: float = 0.4
-    """Share of `tflops` that training reaches, in (0, 1]. An assumption: measure yours, and put it here."""
-    rows: int | None = None
-    """Rows of each training set that is not on this machine, at least 1."""
-    row_tokens: int | None = None
-    """Tokens of a row on average, at least 1; null takes every row as full (train.max_length). Not for memory."""
-
-
-def as_paths(value: Any) -> tuple[str, ...]:
-    """data.path or data.test_path as a tuple: nothing, one place or several."""
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def training_sets(data: DataConfig) -> tuple[str, ...]:
-    """Where the rows of each round are."""
-    return tuple(f"{data.path}/{task}" for task in data.tasks) if data.tasks else as_paths(data.path)
-
-
-def test_sets(data: DataConfig) -> tuple[str, ...]:
-    """Where the test rows are: of none, of all rounds together, or of each round."""
-    return training_sets(data) if data.tasks else as_paths(data.test_path)
-
-
-def test_format(data: DataConfig) -> str:
-    """The shape of test rows: that of the training rows, where both are a task's; otherwise told from the first row."""
-    return data.format if data.tasks else "auto"
-
-
-def value_for_task(key: str, value: Any, task: str) -> Any:
-    """A task's own value of a key that holds one for all tasks or a map from task to value.
-
-    Raises:
-        UserError: if the map lacks the task.
-    """
-    if not isinstance(value, dict):
-        return value
-    if task not in value:
-        near = difflib.get_close_matches(task, value, n=1)
-        hint = f"; did you mean '{near[0]}'" if near else ""
-        raise UserError(
-            f"{key} has nothing for {task} (it has: {', '.join(value) or 'nothing'}{hint}). Give one value for all, "
-            f"{key}=…, or one for each task, '{key}={{{task}: …, …}}'."
-        )
-    return value[task]
+    gpu_memory: float | None = setting(
+        None, "Memory of a GPU: marks the engines that fit into it under the worst draw.", unit="GiB", range="(0, inf)"
+    )
+    tflops: float | None = setting(
+        None,
+        "Peak rate of a GPU in the dtype of training, for an estimate of hours (bfloat16: A100 312, H100 989).",
+        unit="TFLOP/s",
+        range="(0, inf)",
+    )
+    utilization: float = setting(
+        0.4, "Share of tflops that training reaches. This is an assumption: measure yours.", range="(0, 1]"
+    )
+    rows: int | None = setting(
+        None, "Rows of each training set that is not on this machine.", unit="rows", range="[1, inf)"
+    )
+    row_tokens: int | None = setting(
+        None,
+        "Average length of a row; null: every row has train.max_length tokens. The memory estimate does not use it.",
+        unit="tokens",
+        range="[1, inf)",
+    )
 
 
 def read_config(run: RunDir) -> RunConfig:
@@ -391,47 +316,5 @@ def read_config(run: RunDir) -> RunConfig:
     return config
 
 
-@dataclass(frozen=True)
-class ProbeConfig:
-    """How a suite runs a probe: an entry of suite.probe."""
-
-    facts: str
-    """JSON lines: relation, sub, obj; or rows of messages with a relation. Below suite.data_dir, or pocket:…"""
-    patterns: str | None = None
-    """JSON lines: relation, pattern with [X] and [Y]; null: the subjects are questions."""
-    wrong: int = 9
-    """Wrong answers for each fact, fewer where the relation has fewer objects; at least 1."""
-    paraphrases: int = 4
-    """Paraphrases of each fact at most; at least 1."""
-    shots: int = 4
-    """Examples before the fact; at least 0."""
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """How a suite runs a benchmark: an entry of suite.benchmarks. Null leaves it to the harness's task file."""
-
-    task: str | None = None
-    """The harness's name of the task, * for all of its parts (MMLU's subjects); null: as in `BENCHMARKS`."""
-    shots: int | None = None
-    """Examples before the question; at least 0."""
-    metric: str | None = None
-    """The metric that stands for the benchmark, and with a comma the filter it is of; null: the first."""
-    mean: str = "items"
-    """Of several tasks: the mean over all items, or over tasks."""
-    chat: bool = True
-    """Whether suite.chat=auto uses the chat template, if the model has one."""
-    limit: int | None = None
-    """Items of each task; the smaller of this and suite.limit holds."""
-    max_new_tokens: int | None = None
-    """Tokens of a generated answer; at least 1."""
-    samples: int = 1
-    """Programs generated for each HumanEval problem; at least 1."""
-    temperature: float = 0.0
-    """0: greedy decoding. Above 0: sampling, under `seed`."""
-    top_p: float = 1.0
-    """Of sampling: the share of the probability that tokens are drawn from, in (0, 1]."""
-    pass_at: tuple[int, ...] = ()
-    """The k of HumanEval's pass@k; each at most `samples`."""
-    source: str = ""
-    """Where these settings are from."""
+# The commands that compose a config, and its class.
+SCHEMAS: dict[str, type[Any]] = {"train": RunConfig, "plan": PlanConfig, "eval": EvalConfig}

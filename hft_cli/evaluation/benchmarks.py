@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.schema import BenchmarkConfig
+from hft_cli.config.settings import check_settings
+from hft_cli.config.suites import BenchmarkConfig
 from hft_cli.errors import UserError, choose
 from hft_cli.files import from_dict
 from hft_cli.paths import PACKAGE
@@ -54,13 +55,7 @@ def settings(name: str, values: Mapping[str, Any] | None) -> BenchmarkConfig:
     where = f"suite.benchmarks.{name}"
     choose("benchmark in suite.benchmarks", name, BENCHMARKS)
     config: BenchmarkConfig = from_dict(BenchmarkConfig, dict(values or {}), where + ".")
-    choose(f"{where}.mean", config.mean, ("items", "tasks"))
-    for key, low in {"shots": 0, "limit": 1, "samples": 1, "max_new_tokens": 1}.items():
-        value = getattr(config, key)
-        if value is not None and not value >= low:
-            raise UserError(f"{where}.{key}={value} is too small: it must be at least {low}.")
-    if config.temperature < 0 or not 0 < config.top_p <= 1:
-        raise UserError(f"{where}: temperature must be at least 0, and top_p in (0, 1].")
+    check_settings(config, where + ".")
     if config.samples > 1 and not config.temperature:
         raise UserError(
             f"{where}: {config.samples} samples at temperature 0 are all the same. Set {where}.temperature."

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.schema import BenchmarkConfig
+from hft_cli.config.suites import BenchmarkConfig
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation.benchmarks import BENCHMARKS, parts, splits
 from hft_cli.launch.jobs import HarnessJob, HarnessTask

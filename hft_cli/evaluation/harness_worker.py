@@ -19,7 +19,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.schema import BenchmarkConfig
+from hft_cli.config.suites import BenchmarkConfig
 from hft_cli.data.templates import chat_template
 from hft_cli.errors import choose
 from hft_cli.evaluation import sandbox

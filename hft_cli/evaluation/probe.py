@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.schema import ProbeConfig
+from hft_cli.config.settings import check_settings
+from hft_cli.config.suites import ProbeConfig
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict
 from hft_cli.paths import resolve_path
@@ -57,9 +58,7 @@ def settings(name: str, values: Mapping[str, Any], data_dir: Path | None) -> Pro
     if "facts" not in values:
         raise UserError(f"{where}.facts is not set: the file with the facts.")
     own: ProbeConfig = from_dict(ProbeConfig, dict(values), where + ".")
-    for key, low in (("wrong", 1), ("paraphrases", 1), ("shots", 0)):
-        if getattr(own, key) < low:
-            raise UserError(f"{where}.{key}={getattr(own, key)} is too small: it must be at least {low}.")
+    check_settings(own, where + ".")
     places = {"facts": own.facts, "patterns": own.patterns}
     for key, place in places.items():
         if place is None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
-from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.suites import ProbeConfig
+from hft_cli.config.training import GenerationConfig
 from hft_cli.evaluation import score_cache
 from hft_cli.evaluation.suite import Suite, _rows, uses_template
 from hft_cli.files import read_json

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_cli.config.schema import BenchmarkConfig, ModelConfig, ProbeConfig, SuiteConfig
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
 from hft_cli.data.rows import content_hash, read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import benchmarks, probe

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig, RunConfig
+from hft_cli.config.schema import ModelConfig, RunConfig
+from hft_cli.config.suites import ProbeConfig
+from hft_cli.config.training import GenerationConfig
 from hft_cli.files import write_json
 from hft_cli.method.rounds import Phase
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
-from hft_cli.config.schema import RunConfig, as_paths, test_sets, training_sets, value_for_task
+from hft_cli.config.data_sets import as_paths, test_sets, training_sets, value_for_task
+from hft_cli.config.schema import RunConfig
 from hft_cli.data.rows import Source
 from hft_cli.errors import UserError, choose
 from hft_cli.method.selection import Draw, draw, lora_draw

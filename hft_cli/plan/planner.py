@@ -14,7 +14,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_fields, parameters_from_folder
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig
-from hft_cli.config.validate import check, check_plan
+from hft_cli.config.validate import check
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import Source, read_sources
 from hft_cli.errors import UserError, choose
@@ -137,7 +137,6 @@ def plan(config: PlanConfig, counted: Mapping[int, int] | None = None) -> Plan:
             out of its range.
     """
     check(config)
-    check_plan(config)
     model = _model(config)
     config = with_model_limits(config, dict(model.config), config.model.name)
     drawn = draws(config, model.params)

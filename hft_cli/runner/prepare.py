@@ -15,7 +15,8 @@ from hft_cli.checkpoint.deltas import reset_tensors
 from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import StoredTensor
-from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, read_config, test_format
+from hft_cli.config.data_sets import test_format
+from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig, TrackingConfig, read_config
 from hft_cli.data.preferences import preferences_hash, read_preferences
 from hft_cli.data.rows import content_hash, count_repeats, read_chats, read_sources
 from hft_cli.errors import UserError

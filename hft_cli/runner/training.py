@@ -14,8 +14,9 @@ from typing import Any
 
 from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
 from hft_cli.checkpoint.folders import model_folder
+from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
-from hft_cli.config.schema import RunConfig, test_format
+from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.evaluation.metrics import backward_transfer, overall_performance

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.config.schema import ContinualConfig
+from hft_cli.config.training import ContinualConfig
 from hft_cli.errors import UserError
 
 if TYPE_CHECKING:

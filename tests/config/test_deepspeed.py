@@ -135,7 +135,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         (("engine=zero2", "engine.device=tpu"), r"Unknown engine.device 'tpu'"),
         (("engine=zero2", "engine.num_nodes=3"), r"x engine.num_nodes=3. Nearest that is"),
         (("model.attention=flash_attention_2",), r"computes in bfloat16 only"),
-        (("engine=zero2_offload", "continual=lora", "method.name=fft"), r"never tried with offload"),
+        (("engine=zero2_offload", "continual=lora", "method.name=fft"), r"not tried with offload"),
     ],
 )
 def test_engines_that_cannot_be_are_refused(overrides, words):

@@ -36,7 +36,8 @@ from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.deepspeed import FREE, FREE_OF_ZERO
-from hft_cli.config.schema import ModelConfig, SuiteConfig
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import score_cache, scorer
 from hft_cli.paths import resolve_path

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hft_cli.config.schema import ModelConfig, ProbeConfig
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.suites import ProbeConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation.probe import queries, read, settings, text
 from hft_cli.evaluation.probe_worker import facts, log_likelihoods, measure, score

@@ -14,7 +14,8 @@ from helpers import environment, hft
 
 from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, SuiteConfig
+from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig
+from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import scorer, suite
 from hft_cli.evaluation.benchmarks import parts, settings, splits

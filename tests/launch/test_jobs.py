@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import composed, environment
 
-from hft_cli.config.schema import GenerationConfig, ModelConfig, ProbeConfig
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.suites import ProbeConfig
+from hft_cli.config.training import GenerationConfig
 from hft_cli.errors import UserError
 from hft_cli.launch import jobs, work
 from hft_cli.launch.jobs import (

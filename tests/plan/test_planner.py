@@ -587,7 +587,7 @@ MISTAKES = {
     "architecture": (("+method=hft", "model=llama2_7b", "model.architecture=llama2_70"), r"Did you mean 'llama2_70b'\?"),
     "file": (("+method=hft", "model.architecture=x.json", "model.path=a/b"), r"Cannot read x\.json"),
     "batch": (("+method=hft", "model=llama2_7b", "engine=zero3", "engine.num_processes=64"), r"Nearest that is: 256|not a multiple"),
-    "share": (("+method=hft", "utilization=1.5"), r"utilization=1\.5 is a share"),
+    "share": (("+method=hft", "utilization=1.5"), r"utilization=1\.5 must be in \(0, 1\]"),
     "memory": (("+method=hft", "gpu_memory=0"), r"gpu_memory=0(\.0)? must be above 0"),
     "key": (("+method=hft", "gpu_memry=8"), r"Unknown key 'gpu_memry'\. Did you mean 'gpu_memory'\?"),
     "positions": (("+method=hft", "model=llama2_7b", "train.max_length=9999"), r"more than the 4096 positions of llama2_7b"),
@@ -612,7 +612,7 @@ def test_what_is_only_of_a_plan_is_unknown_to_train():
 def test_the_command_is_told_of():
     listed = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
     assert "hft plan +method=hft" in listed
-    assert "gpu_memory=None" in subprocess.run(command("plan", "--help"), capture_output=True, text=True).stdout
+    assert "gpu_memory=null" in subprocess.run(command("plan", "--help"), capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Config of how a round is trained: optimiser, DPO, measures against forgetting, generated answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hft_cli.config.settings import setting
+
+
+@dataclass
+class TrainConfig:
+    """Keys `train`: how a round is optimised. The defaults are Tulu 2's for SFT; group `recipe` has others."""
+
+    learning_rate: float = setting(2e-5, "Peak learning rate of AdamW.", range="(0, inf)")
+    epochs: Any = setting(
+        2.0,
+        "Passes over each training set. One number, or a map from task to number. train.max_steps takes precedence.",
+        unit="epochs",
+        range="(0, inf)",
+    )
+    max_steps: int | None = setting(
+        None, "Optimizer steps of each round; null: as train.epochs says.", unit="steps", range="[1, inf)"
+    )
+    batch_size: int = setting(
+        128,
+        "Rows of an optimizer step, over all ranks and accumulation steps.",
+        unit="rows",
+        range="[1, inf)",
+    )
+    micro_batch_size: int = setting(
+        4,
+        "Rows that one rank processes at once. train.batch_size must be a multiple of micro_batch_size x ranks.",
+        unit="rows",
+        range="[1, inf)",
+    )
+    max_length: int | None = setting(
+        None,
+        "Longest row. Longer rows are cut, and dropped if no answer is left (both are counted). null: the model's "
+        "limit, at most 2048.",
+        unit="tokens",
+        range="[2, inf)",
+    )
+    packing: bool = setting(
+        False, "Pack short rows into sequences of max_length, without padding. Rows do not attend to each other."
+    )
+    schedule: str = setting(
+        "linear",
+        "Learning-rate schedule.",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    warmup: float = setting(0.03, "Share of the steps in which the learning rate rises.", range="[0, 1)")
+    weight_decay: float = setting(
+        0.0, "AdamW's decoupled weight decay; it applies to updated matrices only.", range="[0, inf)"
+    )
+    beta1: float = setting(0.9, "AdamW's decay rate of the first moment.", range="[0, 1)")
+    beta2: float = setting(0.999, "AdamW's decay rate of the second moment.", range="[0, 1)")
+    max_grad_norm: float = setting(
+        1.0, "Gradients are scaled down to this global norm; 0: no clipping.", range="[0, inf)"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    save_every: int | None = setting(
+        None,
+        "Interval between checkpoints. null: only by save_minutes, and when the run is stopped.",
+        unit="steps",
+        range="[1, inf)",
+    )
+    save_minutes: float | None = setting(
+        None, "Interval between checkpoints, in addition to save_every; null: none.", unit="minutes", range="(0, inf)"
+    )
+    save_limit: int = setting(1, "Checkpoints of the running round that are kept.", range="[1, inf)")
+    log_every: int = setting(10, "Interval between lines of metrics.jsonl.", unit="steps", range="[1, inf)")
+
+
+@dataclass
+class DpoConfig:
+    """Keys `dpo`: DPO rounds (Rafailov et al. 2023). null: the value in `train`. The defaults are Tulu 2's for DPO."""
+
+    beta: float = setting(0.1, "Strength of the penalty for moving away from the reference model.", range="(0, inf)")
+    reference: str = setting(
+        "precomputed",
+        "precomputed: log-probabilities computed once, no second model in memory; shared: frozen weights are shared "
+        "with the model (not on ZeRO-3); full: a second model.",
+        choices=("precomputed", "shared", "full"),
+    )
+    ties: str = setting(
+        "keep", "Rows whose two answers have the same score.", choices=("hft_cli.data.preferences:TIES",)
+    )
+    learning_rate: float | None = setting(5e-7, "Peak learning rate of DPO rounds.", range="(0, inf)")
+    epochs: float | None = setting(3.0, "Passes over the training set in DPO rounds.", unit="epochs", range="(0, inf)")
+    max_steps: int | None = setting(None, "Optimizer steps of DPO rounds.", unit="steps", range="[1, inf)")
+    warmup: float | None = setting(
+        0.1, "Share of the steps of DPO rounds in which the learning rate rises.", range="[0, 1)"
+    )
+
+
+@dataclass
+class ContinualConfig:
+    """Group `continual`: what is done against forgetting in a sequence of tasks, besides the selection."""
+
+    name: str = setting(
+        "seqft",
+        "seqft: nothing; replay: rows of past tasks are trained on again; gem (Lopez-Paz & Ranzato 2017) and lora (Hu "
+        "et al. 2021): not on ZeRO-3.",
+        choices=("seqft", "replay", "gem", "lora"),
+    )
+    score_unseen: bool = setting(
+        False, "After each round, score the tasks that are still to come too, not only those seen so far."
+    )
+    replay_ratio: float = setting(
+        0.1, "Replay: share of the rows of each past task that is trained on again after a task.", range="(0, 1]"
+    )
+    replay_epochs: float = setting(1.0, "Replay: passes over those rows.", unit="epochs", range="(0, inf)")
+    replay_general: str | None = setting(
+        None, "Replay: rows of general instructions (TRACE: LIMA), as in data.path; all of them are trained on too."
+    )
+    replay_shuffle: bool = setting(
+        True, "Replay: mix the rows of all past tasks. false trains task by task, in the order of the files."
+    )
+    gem_memory: int = setting(
+        64, "GEM: rows of each past task whose loss must not rise in a step.", unit="rows", range="[1, inf)"
+    )
+    gem_margin: float = setting(
+        0.0,
+        "GEM: memory strength, the smallest weight of a past task's gradient in a corrected step.",
+        range="[0, inf)",
+    )
+    lora_rank: int = setting(8, "LoRA: rank of the adapters.", range="[1, inf)")
+    lora_alpha: float = setting(16.0, "LoRA: the adapters' product is scaled by alpha / rank.", range="(0, inf)")
+    lora_dropout: float = setting(0.0, "LoRA: dropout before the adapters.", range="[0, 1)")
+
+
+@dataclass
+class GenerationConfig:
+    """Keys `generation`: how answers are generated, for the metrics that need them."""
+
+    max_new_tokens: int = setting(
+        512,
+        "Longest answer. The start of a prompt is cut if it leaves no room for the answer.",
+        unit="tokens",
+        range="[1, inf)",
+    )
+    max_prompt_length: int | None = setting(
+        None,
+        "Longest prompt; longer ones are cut at their start. null: the model's positions minus max_new_tokens.",
+        unit="tokens",
+        range="[1, inf)",
+    )
+    batch_size: int = setting(
+        16,
+        "Prompts answered at once. Their key-value cache takes memory for prompt and answer together.",
+        unit="prompts",
+        range="[1, inf)",
+    )
+    temperature: float = setting(0.0, "0: greedy decoding. Above 0: sampling, with the seed `seed`.", range="[0, inf)")
