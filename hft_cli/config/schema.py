@@ -218,7 +218,7 @@ class TrackingConfig:
     name: str = setting(
         "none",
         "tensorboard writes event files into the run's directory; wandb is Weights & Biases.",
-        choices=("none", "hft_cli.runner.tracking:TRACKERS"),
+        choices=("hft_cli.runner.tracking:TRACKERS",),
     )
     project: str = setting("hft", "wandb and trackio: project of the run.")
     run_name: str | None = setting(None, "Name of the run in the tracker; null: the name of output_dir.")
