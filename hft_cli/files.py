@@ -29,16 +29,6 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -54,18 +44,21 @@ def write_text(path: Path, text: str) -> None:
     part.rename(path)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
 
     Raises:
-        UserError: if it is missing or not JSON.
+        UserError: if the file is missing, cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is {path.parent} the directory of a run?") from None
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
+    return value
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hft_cli.checkpoint.tensors import StoredTensor, read_header
 from hft_cli.errors import UserError
-from hft_cli.files import read_json_object
+from hft_cli.files import read_json
 from hft_cli.paths import ARCHITECTURES
 
 # Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
@@ -86,7 +86,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(read_header(single), single)
     if index.is_file():
-        shards = read_json_object(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise UserError(f"{index} has no weight_map. Fetch it again.")
         if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):

@@ -16,7 +16,7 @@ from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import BUFFERS, PLAIN, Param, match, parameter_order, placing_rules, unplaced
 from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
 from hft_cli.errors import UserError
-from hft_cli.files import read_json_object
+from hft_cli.files import read_json
 
 MOST_TOKENS = 2048  # of a row, unless train.max_length says more
 
@@ -125,7 +125,7 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
     """
     folder = Path(path)
     tensors = stored_tensors(folder)
-    config = read_json_object(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{folder} holds quantized weights, which cannot be trained. Use the unquantized checkpoint.")
     plain = _plain(config, tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -18,6 +17,7 @@ from hft_cli.config.validate import check
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import Source, read_sources
 from hft_cli.errors import UserError, choose
+from hft_cli.files import read_json
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import Draw, heaviest_draw
 from hft_cli.paths import ARCHITECTURES, resolve_path
@@ -177,7 +177,7 @@ def _model(config: PlanConfig) -> Model:
     path, asked, kinds = config.model.path, config.model.architecture, config.model.kinds
     folder = Path(resolve_path(path))
     if folder.is_dir() and list(folder.glob("*.safetensors")):
-        read = _read(folder / "config.json")
+        read = read_json(folder / "config.json")
         files = stored_tensors(folder)
         params = parameters_from_folder(folder, kinds)
         infos = {p.name: [files[name] for name in p.stored] for p in params}
@@ -192,22 +192,12 @@ def _model(config: PlanConfig) -> Model:
     else:
         choose("model.architecture", asked, sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         file = ARCHITECTURES / f"{asked}.json"
-    read = _read(file)
+    read = read_json(file)
     found = parameters_from_fields(read, kinds)
     params = parameters_from_config(file, kinds) if found is None else found
     dtype = str(read.get("dtype") or read.get("torch_dtype") or config.model.dtype)
     stored = {p.name: p.elements * WIDTHS.get(dtype, 4) for p in params}
     return Model(read, f"{file.name} (no weights)", params, costs.shape(_text(read), params), dtype, stored)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {file}: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
-    return value
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(name, tmp_path):
         (("trian",), r"Unknown command 'trian'\. Did you mean 'train'\? Available: train, plan, eval, verify"),
         (("verify", "nowhere"), r"There is no run directory nowhere"),
         (("verify", "."), r"is not the directory of a run"),
-        (("show", "draws", "."), r"draws\.json is missing"),
+        (("show", "draws", "."), r"Cannot read draws\.json: No such file"),
         (("report", "."), r"There is no run in \."),
     ],
 )
