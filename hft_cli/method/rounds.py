@@ -1,9 +1,12 @@
-"""What each method does: config -> the steps of a run. Standard library only."""
+"""The phases of a run: what each method trains, in which order. Standard library only.
+
+To add a method, write one function and add one row to METHODS at the foot of this file.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -18,17 +21,25 @@ from hft_cli.method.selection import Draw, draw, lora_draw
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
-# Whose packed rows were seen not to see each other (their masks heed where each row's positions begin).
+# Model types whose attention was seen to keep packed rows apart: its masks follow the position ids of each row.
 PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training, or one Half-Reset. `number` counts from 1; `round` is that of the draw, which a replay shares.
+    """One training of a run, or one Half-Reset.
 
-    `stage` is how it trains, on the rows of `sources` (of a Half-Reset: the base), for so many `epochs` unless
-    train.max_steps is set. `test` holds the rows that the round is scored on, by `metric`. `memories` are GEM's past
-    tasks.
+    Attributes:
+        number: position in the run, from 1.
+        round: number of the draw, from 1. A replay has the round of the task before it.
+        name: label in tables and in the name of its directory.
+        stage: how it trains, "sft" or "dpo", or "half_reset".
+        sources: the training rows; of a Half-Reset the base model.
+        test: the rows that the model is scored on afterwards.
+        metric: the metric of that score.
+        epochs: passes over the training rows, unless train.max_steps is set.
+        memories: the rows of past tasks that GEM keeps.
+        replays: whether it trains on rows of past tasks.
     """
 
     number: int
@@ -44,152 +55,153 @@ class Phase:
 
     @property
     def data(self) -> str:
+        """The paths of its sources, as text."""
         return ", ".join(source.path for source in self.sources)
 
     @property
     def task(self) -> str:
-        """What the score on `test` is called in tables."""
+        """The name of its score in tables."""
         return _label(str(self.test)) if self.stage == "half_reset" else self.name
 
 
 def phases(config: RunConfig) -> tuple[Phase, ...]:
-    """The steps of a run, in order."""
+    """The phases of a run, in order.
+
+    Raises:
+        UserError: if the method is unknown, or a key that holds a map has no value for a task.
+    """
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
 
 def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
-    """What each step updates. LoRA adapts the same matrices in each round.
+    """The draw of each phase. LoRA adapts the same matrices in all rounds.
 
     Raises:
-        UserError: if the selection cannot be met on this model.
+        UserError: if the model cannot satisfy the selection.
     """
     seed = config.seed if config.selection.seed is None else config.selection.seed
-    if config.continual.name == "lora":
-        return tuple(lora_draw(params, config.selection, step.round, seed) for step in phases(config))
-    return tuple(draw(params, config.selection, step.round, seed) for step in phases(config))
+    strategy = lora_draw if config.continual.name == "lora" else draw
+    return tuple(strategy(params, config.selection, phase.round, seed) for phase in phases(config))
+
+
+def phase_config(config: AnyRun, phase: Phase) -> AnyRun:
+    """The configuration of one phase: `train` with the values that a DPO round, a task or a replay has of its own."""
+    values: dict[str, Any] = {"epochs": phase.epochs}
+    if phase.stage == "dpo":
+        values = {
+            "learning_rate": config.dpo.learning_rate,
+            "epochs": phase.epochs if config.dpo.epochs is None else config.dpo.epochs,
+            "max_steps": config.dpo.max_steps,
+            "warmup": config.dpo.warmup,
+        }
+    train = replace(config.train, **{name: value for name, value in values.items() if value is not None})
+    return replace(config, train=replace(train, max_steps=None) if phase.replays else train)
 
 
 def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
-    """The config with what hangs on the model filled in: `model` is its config.json, `name` what errors call it.
+    """The configuration with train.max_length set for the model.
+
+    Args:
+        config: the configuration of a run or a plan.
+        model: the config.json of the model.
+        name: the name of the model in errors.
 
     Raises:
-        UserError: for what the model's own config rules out.
+        UserError: if the model has too few positions, or packing is not supported for it.
     """
     model = model.get("text_config") or model
-    longest = max_positions(model)
-    asked = config.train.max_length
-    if longest and asked and asked > longest:
+    positions, model_type = max_positions(model), model.get("model_type")
+    train, answer_tokens = config.train, config.generation.max_new_tokens
+    if positions and train.max_length and train.max_length > positions:
         raise UserError(
-            f"train.max_length={asked} is more than the {longest} positions of {name}. "
-            f"Set train.max_length={longest} or less."
+            f"train.max_length={train.max_length} is more than the {positions} positions of {name}. "
+            f"Set train.max_length={positions} or less."
         )
-    if config.train.packing and model.get("model_type") not in PACKABLE:
+    if train.packing and model_type not in PACKABLE:
         raise UserError(
-            f"train.packing=true is not known to keep rows apart for model type {model.get('model_type')!r}; it is for "
-            f"{', '.join(PACKABLE)}. Set train.packing=false."
+            f"train.packing=true is supported for the model types {', '.join(PACKABLE)}; {name} is of type "
+            f"{model_type!r}, whose packed rows might see each other. Set train.packing=false."
         )
-    answers = config.generation.max_new_tokens
-    if (
-        longest
-        and answers >= longest - 1
-        and any(step.test and step.metric != "exact_match" for step in phases(config))
-    ):
+    generates = any(phase.test and phase.metric != "exact_match" for phase in phases(config))
+    if positions and generates and answer_tokens >= positions - 1:
         raise UserError(
-            f"generation.max_new_tokens={answers} leaves no room for a prompt in the {longest} positions of "
-            f"{name}. Set generation.max_new_tokens={longest // 2} or less."
+            f"generation.max_new_tokens={answer_tokens} leaves no room for a prompt in the {positions} positions of "
+            f"{name}. Set generation.max_new_tokens={positions // 2} or less."
         )
-    return replace(config, train=replace(config.train, max_length=asked or min(longest or MOST_TOKENS, MOST_TOKENS)))
+    max_length = train.max_length or min(positions or MOST_TOKENS, MOST_TOKENS)
+    return replace(config, train=replace(train, max_length=max_length))
 
 
-def _train(config: RunConfig) -> tuple[Phase, ...]:
+def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
+    """One phase for each training set, and after it a replay where `continual` asks for one."""
     data, continual = config.data, config.continual
-    sets, tests = training_sets(data), test_sets(data)
-    stages = config.method.stages * (len(sets) if len(config.method.stages) == 1 else 1)
-    tests = tests if len(tests) > 1 else (tests * len(sets))
-    names = _names(sets)
+    paths, tests = training_sets(data), test_sets(data)
+    stages = config.method.stages * (len(paths) if len(config.method.stages) == 1 else 1)
+    tests = tests if len(tests) > 1 else (tests * len(paths))
+    names = _round_names(paths)
     tasks = data.tasks or names
     sources = [
         Source(path, split=value_for_task("data.split", data.split, task))
-        for path, task in zip(sets, tasks, strict=True)
+        for path, task in zip(paths, tasks, strict=True)
     ]
-    made: list[Phase] = []
+    run: list[Phase] = []
     for index, (name, stage, task) in enumerate(zip(names, stages, tasks, strict=True)):
-        number = len(made) + 1
-        made.append(
-            Phase(
-                number=number,
-                round=index + 1,
-                name=name,
-                stage=stage,
-                sources=(sources[index],),
-                test=tests[index] if tests else None,
-                metric=value_for_task("data.metric", data.metric, task),
-                epochs=value_for_task("train.epochs", config.train.epochs, task),
-                memories=tuple(replace(past, rows=continual.gem_memory) for past in sources[:index])
-                if continual.name == "gem"
-                else (),
-            )
+        past = sources[:index]
+        phase = Phase(
+            number=len(run) + 1,
+            round=index + 1,
+            name=name,
+            stage=stage,
+            sources=(sources[index],),
+            test=tests[index] if tests else None,
+            metric=value_for_task("data.metric", data.metric, task),
+            epochs=value_for_task("train.epochs", config.train.epochs, task),
         )
-        replayed = tuple(replace(past, share=continual.replay_ratio) for past in sources[:index])
-        if continual.replay_general is not None:
-            replayed += (Source(continual.replay_general, general=True),)
-        if continual.name == "replay" and replayed:
-            first = made[-1]
-            made.append(
-                replace(
-                    first,
-                    number=number + 1,
-                    name=f"{name}-replay",
-                    sources=replayed,
-                    epochs=continual.replay_epochs,
-                    replays=True,
-                )
-            )
-    return tuple(made)
+        if continual.name == "gem":
+            phase = replace(phase, memories=tuple(replace(source, rows=continual.gem_memory) for source in past))
+        run.append(phase)
+        if continual.name == "replay" and (replayed := _replayed(config, past)):
+            replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
+            run.append(replace(replay, epochs=continual.replay_epochs))
+    return tuple(run)
 
 
-def _half_reset(config: RunConfig) -> tuple[Phase, ...]:
-    """One step without training; its data are only those it is scored on."""
+def _replayed(config: RunConfig, past: Iterable[Source]) -> tuple[Source, ...]:
+    """The rows of a replay: a share of each past task, and the general set."""
+    continual = config.continual
+    sources = tuple(replace(source, share=continual.replay_ratio) for source in past)
+    return sources if continual.replay_general is None else (*sources, Source(continual.replay_general, general=True))
+
+
+def _half_reset_phases(config: RunConfig) -> tuple[Phase, ...]:
+    """One phase without training. Its only data are the rows that the model is scored on."""
     test = next(iter(as_paths(config.data.test_path)), None)
     metric = value_for_task("data.metric", config.data.metric, _label(str(test)))
     return (Phase(1, 1, "half_reset", "half_reset", (Source(str(config.model.base)),), test, metric),)
 
 
-def _names(data: tuple[str, ...]) -> list[str]:
-    """A round's name is its data's, with a number where two are alike."""
-    names = [_label(path) for path in data]
+def _round_names(paths: tuple[str, ...]) -> list[str]:
+    """The labels of the training sets, with a number where two are the same."""
+    names = [_label(path) for path in paths]
     while len(set(names)) < len(names):
         names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
     return names
 
 
 def _label(path: str) -> str:
-    """The name of some data: the file's, or its folder's where the file is only called train or test."""
+    """The name of a data set: that of its file, or of its folder if the file is only called train or test."""
     parts = PurePosixPath(path.replace("\\", "/").replace(":", "/"))
     stem = parts.name.split(".")[0]
     name = parts.parent.name if stem in ("train", "test") and parts.parent.name else stem
     return re.sub(r"[^\w-]+", "-", name) or "data"
 
 
-def phase_config(config: AnyRun, step: Phase) -> AnyRun:
-    """The config of one step: what a DPO round, a task or a replay sets for itself stands in `train`."""
-    own: dict[str, Any] = {"epochs": step.epochs}
-    if step.stage == "dpo":
-        own = {
-            "learning_rate": config.dpo.learning_rate,
-            "epochs": step.epochs if config.dpo.epochs is None else config.dpo.epochs,
-            "max_steps": config.dpo.max_steps,
-            "warmup": config.dpo.warmup,
-        }
-    train = replace(config.train, **{name: value for name, value in own.items() if value is not None})
-    return replace(config, train=replace(train, max_steps=None) if step.replays else train)
-
-
-# FFT and HFT run the same steps, and so do their DPO: what differs is the selection, which fft and dpo set to `all`.
+# method.name -> config -> its phases. FFT and HFT have the same phases, and so have their DPO variants: they differ in
+# the selection, which fft and dpo set to `all`.
 METHODS: dict[str, Callable[[RunConfig], tuple[Phase, ...]]] = {
-    "fft": _train,
-    "hft": _train,
-    "dpo": _train,
-    "hft_dpo": _train,
-    "half_reset": _half_reset,
+    "fft": _training_phases,
+    "hft": _training_phases,
+    "dpo": _training_phases,
+    "hft_dpo": _training_phases,
+    "half_reset": _half_reset_phases,
 }

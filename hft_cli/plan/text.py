@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hft_cli.checkpoint.naming import KINDS
-from hft_cli.method.selection import Unit, group_units
+from hft_cli.method.units import Unit, group_units
 from hft_cli.plan import costs
 from hft_cli.plan.costs import PARTS
 from hft_cli.plan.planner import ENGINES, Plan, trained

@@ -19,7 +19,8 @@ from scipy import stats
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
-from hft_cli.method.selection import STRATEGIES, draw, group_units, lora_draw
+from hft_cli.method.selection import STRATEGIES, draw, lora_draw
+from hft_cli.method.units import group_units
 
 
 def model(layers: int, matrices: dict[str, tuple[str, tuple[int, ...]]], bias: bool = False, tied: bool = False):

@@ -28,7 +28,8 @@ from hft_cli.config.schema import PlanConfig, RunConfig, SelectionConfig
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.method.rounds import draws, phase_config, phases
-from hft_cli.method.selection import draw, group_units, heaviest_draw
+from hft_cli.method.selection import draw, heaviest_draw
+from hft_cli.method.units import group_units
 from hft_cli.paths import ARCHITECTURES, resolve_path
 from hft_cli.plan import costs
 from hft_cli.plan.costs import PARTS, Memory, Setup
