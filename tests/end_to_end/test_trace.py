@@ -15,10 +15,9 @@ from helpers import BASE, changed, command, environment, hft, ledger, ranks, res
 from hft_cli.config.data_sets import test_format as shape_of_tests
 from hft_cli.config.schema import DataConfig, MethodConfig, ModelConfig, RunConfig
 from hft_cli.config.validate import check
-from hft_cli.data.rows import Source, read_sources, rows_of_source
 from hft_cli.errors import UserError
 from hft_cli.evaluation import metrics
-from hft_cli.method.rounds import Phase, phases
+from hft_cli.method.rounds import phases
 
 pytestmark = pytest.mark.xdist_group("trace")  # on one worker: they share a run of a minute
 TASKS = ("C-STANCE", "Py150", "20Minuten")
@@ -241,34 +240,6 @@ def config(**changes) -> RunConfig:
     return made
 
 
-def test_a_task_is_a_round_with_its_own_epochs_metric_and_test_set():
-    found = phases(config())
-    assert [(s.round, s.name, s.test, s.epochs, s.metric) for s in found] == [
-        (1, "C-STANCE", "root/C-STANCE", 1, "accuracy"),
-        (2, "Py150", "root/Py150", 5, "accuracy"),
-        (3, "20Minuten", "root/20Minuten", 5, "accuracy"),
-    ]
-
-
-def test_replay_has_the_general_set_after_the_first_task_too():
-    found = phases(config(continual__name="replay", continual__replay_general="lima"))
-    assert [(s.number, s.round, s.name) for s in found] == [
-        (1, 1, "C-STANCE"), (2, 1, "C-STANCE-replay"), (3, 2, "Py150"), (4, 2, "Py150-replay"),
-        (5, 3, "20Minuten"), (6, 3, "20Minuten-replay"),
-    ]  # fmt: skip
-    lima = Source("lima", general=True)
-    assert found[1].sources == (lima,)
-    assert found[5].sources == (Source("root/C-STANCE", 0.1), Source("root/Py150", 0.1), lima)
-    assert found[5].epochs == 1
-    assert found[5].replays
-
-
-def test_gem_remembers_every_past_task():
-    found: tuple[Phase, ...] = phases(config(continual__name="gem", continual__gem_memory=5))
-    assert [len(s.memories) for s in found] == [0, 1, 2]
-    assert found[2].memories == (Source("root/C-STANCE", rows=5), Source("root/Py150", rows=5))
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -303,40 +274,10 @@ def test_what_cannot_be_is_refused_in_one_line(changes, said):
     assert "\n" not in str(caught.value)
 
 
-def test_kept_rows_are_drawn_under_the_seed_alone_and_stand_in_the_order_of_the_file(folder):
-    for rows, count in ((10, 3), (10, 10), (3, 10)):
-        kept = rows_of_source(rows, count, "42\0x")
-        assert kept == sorted(set(kept)) == rows_of_source(rows, count, "42\0x")
-        assert len(kept) == min(rows, count)
-        assert all(0 <= index < rows for index in kept)
-    drawn = [tuple(rows_of_source(100, 10, f"{seed}\0x")) for seed in range(50)]
-    assert len(set(drawn)) == 50
-    half, data = str(folder / "Py150"), DataConfig(name="d", path="p")
-    some = read_sources([Source(half, share=0.5), Source(half, rows=3)], data, 1)
-    whole = read_sources([Source(half)], data, 1)
-    assert len(some) == 23
-    assert all(chat in whole for chat in some)
-
-
-def test_a_general_set_may_have_another_shape_and_is_read_whole(folder, tmp_path):
-    chats = [
-        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]} for i in range(5)
-    ]
-    (tmp_path / "general.json").write_text(json.dumps(chats))
-    sources = [Source(str(folder / "Py150"), share=0.1), Source(str(tmp_path / "general.json"), general=True)]
-    read = read_sources(sources, DataConfig(name="d", path="p", format="trace", max_rows=20), 1)
-    assert len(read) == 2 + 5
-
-
 def test_test_rows_of_a_task_have_the_shape_of_its_training_rows(folder):
     """Also where a row fits two shapes: what is trained on is what is scored."""
     assert shape_of_tests(DataConfig(name="d", path="p", tasks=["a"], format="trace")) == "trace"
     assert shape_of_tests(DataConfig(name="d", path="p", format="trace")) == "auto"
-
-
-def test_rounds_have_names_of_their_own_whatever_their_files_are_called():
-    found = phases(config(data__tasks=[], data__path=["a/x", "b/x", "c/x-1"], data__metric="accuracy", train__epochs=1))
-    assert len({step.name for step in found}) == 3
 
 
 def test_lora_is_refused_where_peft_would_adapt_other_matrices(monkeypatch):

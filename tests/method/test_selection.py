@@ -74,25 +74,23 @@ configs = st.builds(
 
 @given(architectures, configs, st.integers(1, 20), seeds)
 @settings(max_examples=150, deadline=None)
-def test_a_draw_parts_the_parameters_and_keeps_a_matrix_with_its_bias(params, config, round, seed):
-    made = draw(params, config, round, seed)
-    assert sorted(made.updated + made.frozen) == sorted(p.name for p in params)
+def test_a_draw_splits_the_parameters_by_whole_units(params, config, round, seed):
+    drawn = draw(params, config, round, seed)
+    assert sorted(drawn.updated + drawn.frozen) == sorted(p.name for p in params)
     for unit in group_units(params):
-        assert len({name in made.updated for name in unit.params}) == 1
+        assert len({name in drawn.updated for name in unit.params}) == 1
 
 
 @given(architectures, ratios, st.integers(1, 9), seeds, st.sampled_from(["independent", "complementary", "fixed"]))
 @settings(max_examples=150, deadline=None)
-def test_category_reaches_the_ratio_in_every_layer_and_over_the_model_to_within_one_matrix(
-    params, ratio, round, seed, redraw
-):
-    made = draw(params, SelectionConfig(ratio=ratio, redraw=redraw), round, seed)
+def test_category_reaches_the_ratio_to_within_one_matrix(params, ratio, round, seed, redraw):
+    drawn = draw(params, SelectionConfig(ratio=ratio, redraw=redraw), round, seed)
     exact = Fraction(str(ratio))
     updated, size = Counter(), Counter()
     for unit in group_units(params):
         if unit.layer is not None:
             size[unit.kind, unit.layer] += 1
-            updated[unit.kind, unit.layer] += unit.params[0] in made.updated
+            updated[unit.kind, unit.layer] += unit.params[0] in drawn.updated
     for kind in {kind for kind, _ in size}:
         layers = [key for key in size if key[0] == kind]
         for key in layers:
@@ -103,26 +101,26 @@ def test_category_reaches_the_ratio_in_every_layer_and_over_the_model_to_within_
 
 @given(st.integers(1, 16).map(lambda n: 2 * n), seeds, st.integers(1, 50))
 @settings(max_examples=60, deadline=None)
-def test_half_of_llama_is_exactly_the_papers_counts(layers, seed, round):
-    made = draw(model(layers, LLAMA), SelectionConfig(), round, seed)
+def test_half_of_llama_has_exactly_the_counts_of_the_paper(layers, seed, round):
+    drawn = draw(model(layers, LLAMA), SelectionConfig(), round, seed)
     per_layer = defaultdict(Counter)
     for unit in group_units(model(layers, LLAMA)):
-        per_layer[unit.layer][unit.kind] += unit.params[0] in made.updated
+        per_layer[unit.layer][unit.kind] += unit.params[0] in drawn.updated
     blocks = [per_layer[layer] for layer in range(layers)]
     assert all(block["attention"] == 2 and block["norm"] == 1 for block in blocks)
     assert Counter(block["feed_forward"] for block in blocks) == {1: layers // 2, 2: layers // 2}
-    assert made.matrices_reached == 0.5
-    assert {"embed.weight", "head.weight", "norm.weight"} <= set(made.updated)
+    assert drawn.matrices_reached == 0.5
+    assert {"embed.weight", "head.weight", "norm.weight"} <= set(drawn.updated)
 
 
 @given(architectures, seeds, st.sampled_from(["layer", "model"]), ratios)
 @settings(max_examples=80, deadline=None)
-def test_layer_and_model_take_the_nearest_number_of_whole_layers_or_matrices(params, seed, level, ratio):
-    made = draw(params, SelectionConfig(level=level, ratio=ratio), 1, seed)
+def test_layer_and_model_take_the_nearest_number(params, seed, level, ratio):
+    drawn = draw(params, SelectionConfig(level=level, ratio=ratio), 1, seed)
     groups = defaultdict(set)
     for unit in group_units(params):
         if unit.layer is not None:
-            groups[unit.layer if level == "layer" else unit.name].add(unit.params[0] in made.updated)
+            groups[unit.layer if level == "layer" else unit.name].add(unit.params[0] in drawn.updated)
     assert all(len(states) == 1 for states in groups.values())
     chosen = sum(states == {True} for states in groups.values())
     assert abs(chosen - len(groups) * Fraction(str(ratio))) <= Fraction(1, 2)
@@ -131,17 +129,17 @@ def test_layer_and_model_take_the_nearest_number_of_whole_layers_or_matrices(par
 @given(architectures, ratios, seeds, st.sampled_from(["category", "layer", "model"]))
 @settings(max_examples=100, deadline=None)
 def test_balancing_elements_comes_within_one_unit_of_the_ratio(params, ratio, seed, level):
-    made = draw(params, SelectionConfig(level=level, ratio=ratio, balance="elements"), 1, seed)
+    drawn = draw(params, SelectionConfig(level=level, ratio=ratio, balance="elements"), 1, seed)
     inside = [u for u in group_units(params) if u.layer is not None]
     whole = sum(u.elements for u in inside)
     groups = defaultdict(int)
     for unit in inside:
         groups[unit.layer if level == "layer" else unit.name] += unit.elements
     kinds = len({u.kind for u in inside}) if level == "category" else 1  # each category is balanced by itself
-    assert abs(made.elements_reached - ratio) * whole <= max(groups.values()) * kinds + 1e-6
+    assert abs(drawn.elements_reached - ratio) * whole <= max(groups.values()) * kinds + 1e-6
 
 
-def test_grouped_query_attention_has_half_of_its_weights_updated_only_when_elements_are_balanced():
+def test_grouped_attention_needs_balanced_elements_for_half():
     params = model(8, GROUPED)
     by_matrices = {draw(params, SelectionConfig(), 1, seed).elements_reached for seed in range(30)}
     by_elements = {draw(params, SelectionConfig(balance="elements"), 1, seed).elements_reached for seed in range(30)}
@@ -151,7 +149,7 @@ def test_grouped_query_attention_has_half_of_its_weights_updated_only_when_eleme
 
 @given(architectures, seeds, st.sampled_from(["category", "layer", "model"]), st.sampled_from(["matrices", "elements"]))
 @settings(max_examples=60, deadline=None)
-def test_ratio_one_is_all_and_ratio_zero_is_nothing_inside_the_layers(params, seed, level, balance):
+def test_ratio_1_updates_all_and_ratio_0_nothing_in_the_layers(params, seed, level, balance):
     everything = draw(params, SelectionConfig(level="all"), 1, seed)
     assert draw(params, SelectionConfig(level=level, ratio=1, balance=balance), 1, seed).sha256 == everything.sha256
     nothing = draw(params, SelectionConfig(level=level, ratio=0, balance=balance), 1, seed)
@@ -166,7 +164,7 @@ def test_the_order_of_the_parameters_does_not_matter(params, config, round, seed
     assert draw(shuffled, config, round, seed).sha256 == draw(params, config, round, seed).sha256
 
 
-def test_a_draw_is_the_same_in_another_process_with_another_hash_seed():
+def test_a_draw_is_the_same_in_another_process():
     here = draw(model(4, LLAMA), SelectionConfig(), 3, 7).sha256
     code = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]}; from test_selection import *;"
@@ -262,7 +260,7 @@ def test_draws_of_different_rounds_are_independent():
 
 @pytest.mark.parametrize("level", ["category", "layer", "model"])
 @pytest.mark.parametrize("balance", ["matrices", "elements"])
-def test_a_complementary_pair_of_rounds_updates_every_matrix_once_and_the_next_pair_is_another(level, balance):
+def test_complementary_rounds_update_every_matrix_once_in_pairs(level, balance):
     config = SelectionConfig(level=level, redraw="complementary", balance=balance)
     params = model(4, LLAMA if balance == "matrices" else GROUPED)
     inside = {p.name for p in params if p.layer is not None}
@@ -275,7 +273,7 @@ def test_a_complementary_pair_of_rounds_updates_every_matrix_once_and_the_next_p
 
 @given(architectures, ratios, seeds, st.sampled_from(["category", "layer", "model"]), st.integers(1, 8))
 @settings(max_examples=60, deadline=None)
-def test_balanced_rounds_update_the_matrices_of_a_group_equally_often_to_within_one(params, ratio, seed, level, rounds):
+def test_balanced_rounds_update_a_group_equally_often(params, ratio, seed, level, rounds):
     config = SelectionConfig(level=level, ratio=ratio, redraw="balanced")
     updated = [set(draw(params, config, round, seed).updated) for round in range(1, rounds + 1)]
     counts = defaultdict(set)
@@ -286,7 +284,7 @@ def test_balanced_rounds_update_the_matrices_of_a_group_equally_often_to_within_
     assert all(max(group) - min(group) <= 1 for group in counts.values())
 
 
-def test_balanced_halves_of_llama_differ_by_at_most_one_over_the_whole_model_and_begin_as_independent_ones():
+def test_balanced_rounds_of_llama_start_like_independent_ones():
     params, config = model(4, LLAMA), SelectionConfig(redraw="balanced")
     updated = [set(draw(params, config, round, 3).updated) for round in range(1, 8)]
     counts = {sum(u.params[0] in names for names in updated) for u in group_units(params) if u.layer is not None}
@@ -304,7 +302,7 @@ def test_fixed_repeats_the_first_round_and_independent_does_not():
 
 @pytest.mark.parametrize(("key", "name"), [("embeddings", "embed"), ("head", "head"), ("final_norm", "norm")])
 @pytest.mark.parametrize("level", ["all", "category", "layer", "model"])
-def test_what_lies_outside_the_layers_is_updated_or_frozen_as_told(key, name, level):
+def test_embeddings_head_and_final_norm_follow_their_keys(key, name, level):
     params = model(4, LLAMA)
     assert f"{name}.weight" in draw(params, SelectionConfig(level=level), 1, 0).updated
     assert f"{name}.weight" in draw(params, SelectionConfig(level=level, **{key: "freeze"}), 1, 0).frozen
@@ -315,11 +313,11 @@ def test_freezing_only_a_tied_head_is_refused():
         draw(model(4, LLAMA, tied=True), SelectionConfig(head="freeze"), 1, 0)
 
 
-def test_the_ledgers_numbers_are_what_the_names_give():
+def test_the_numbers_of_the_ledger_follow_from_the_names():
     params = model(6, GROUPED, bias=True)
-    made = draw(params, SelectionConfig(ratio=0.3), 2, 5)
+    drawn = draw(params, SelectionConfig(ratio=0.3), 2, 5)
     sizes = {p.name: p.elements for p in params}
-    assert made.total_elements == sum(sizes.values())
-    assert made.updated_elements == sum(sizes[name] for name in made.updated)
+    assert drawn.total_elements == sum(sizes.values())
+    assert drawn.updated_elements == sum(sizes[name] for name in drawn.updated)
     inside = [u for u in group_units(params) if u.layer is not None]
-    assert made.matrices_reached == sum(u.params[0] in made.updated for u in inside) / len(inside)
+    assert drawn.matrices_reached == sum(u.params[0] in drawn.updated for u in inside) / len(inside)
