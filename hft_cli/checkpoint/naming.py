@@ -1,4 +1,7 @@
-"""Where a parameter belongs, by its name: layer, category and stored tensors."""
+"""Parameter names: the layer, the category and the role of each parameter. All patterns over names are in this file.
+
+Standard library only. Nothing is guessed: a name that no pattern places is an error that asks for `model.kinds`.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,25 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 from hft_cli.errors import UserError, choose
 
 KINDS = ("attention", "feed_forward", "norm", "embedding", "head", "router")
 
-# Model types whose checkpoints hold the module's own names under `model.`, with the type's default of
-# tie_word_embeddings (config.json may leave it out). All their layers have the same parameters.
-PLAIN = {
-    "llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gemma": True, "gemma2": True,
-    "gemma3_text": True, "olmo2": False, "olmo3": False, "phi3": False, "phi": False, "stablelm": False,
-    "cohere": True, "cohere2": True, "granite": False, "smollm3": True, "starcoder2": True, "glm": False,
-    "glm4": False, "nemotron": False,
-}  # fmt: skip
+# Where the layers of a text model are. The path of a vision tower does not match, so its tensors are no layers.
+_TEXT_MODEL = r"(?:model|transformer|gpt_neox|backbone)\.(?:(?:decoder|language_model)\.)?"
+_LAYER = re.compile(_TEXT_MODEL + r"(?:layers|h|blocks)\.(\d+)\.(.+)")
 
-# Where a text model's layers may sit. A vision tower's path does not match, so its tensors are never taken for layers.
-_STACK = r"(?:model|transformer|gpt_neox|backbone)\.(?:(?:decoder|language_model)\.)?"
-
-_LAYER = re.compile(_STACK + r"(?:layers|h|blocks)\.(\d+)\.(.+)")
-
-_ANY_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")  # for names that the user's own map places
-
-_ATTENTION = r"(?:self_attn|attn|attention|self_attention)\."
-
-_NORM = r"(?:\w*norm(?:_?\d)?|ln_\w+)"
+# A layer under any prefix: tensors of files without the prefix of the model, and names that `model.kinds` places.
+_ANY_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.+)")
 
 _LEAF = r"\.(?:weight|bias)"
+_NORM = r"(?:\w*norm(?:_?\d)?|ln_\w+)"
+_ATTENTION = r"(?:self_attn|attn|attention|self_attention)\."
 
-# Patterns of the whole path inside a layer. `gate` is a router; `gate_proj` is a matrix of the feed-forward.
-_INSIDE = {
+# Patterns of the whole path inside a layer. `gate` is a router; `gate_proj` is a matrix of the feed-forward block.
+_IN_LAYER = {
     "norm": rf"(?:{_ATTENTION}|(?:mlp|ffn)\.)?{_NORM}(?:\.norms\.\d+)?{_LEAF}",
     "attention": _ATTENTION + r"(?:attention\.)?(?:(?:q|k|v|o|qkv|out)_proj|c_attn|q_attn|c_proj|query_key_value|dense"
     rf"|Wqkv|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj){_LEAF}",
@@ -45,30 +38,62 @@ _INSIDE = {
     rf"|input_linear|output_linear){_LEAF}",
 }
 
+# Experts merged into one tensor, (experts, rows, columns), and their biases, (experts, rows).
 _EXPERTS = re.compile(r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(?:gate_up_proj|up_proj|down_proj)(_bias)?")
 
-_OUTSIDE = {
-    "embedding": _STACK
+_OUTSIDE_LAYERS = {
+    "embedding": _TEXT_MODEL
     + r"(?:embed_tokens|embed_positions|word_embeddings|embeddings|embed_in|wte|wpe|project_in)\.weight",
-    "norm": _STACK + rf"(?:norm|norm_f|ln_f|layer_norm|final_layer_?norm|word_embeddings_layernorm){_LEAF}",
-    "head": rf"(?:lm_head|embed_out|{_STACK}project_out){_LEAF}",
+    "norm": _TEXT_MODEL + rf"(?:norm|norm_f|ln_f|layer_norm|final_layer_?norm|word_embeddings_layernorm){_LEAF}",
+    "head": rf"(?:lm_head|embed_out|{_TEXT_MODEL}project_out){_LEAF}",
 }
 
-# Constants that older releases saved. A module ignores them on load; transformers adds the same two by code.
+# Constants in files of older releases. A module ignores them on load; transformers ignores the same two in its code.
 BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+class Position(IntEnum):
+    """The position of a parameter in the forward pass of a layer."""
+
+    FIRST_NORM = 0
+    ATTENTION_INPUT = 1
+    ATTENTION_OUTPUT = 2
+    MIDDLE_NORM = 3
+    FEED_FORWARD_INPUT = 4
+    FEED_FORWARD_OUTPUT = 5
+    LAST_NORM = 6
+
+
+# (kind, pattern in the name of the matrix, position); the first match wins. An unknown norm counts as the first one.
+_POSITIONS = (
+    ("norm", r"(?:q|k)_(?:layer)?norm", Position.ATTENTION_INPUT),
+    ("norm", r"post_feedforward", Position.LAST_NORM),
+    ("norm", r"post_attention|pre_feedforward|ln_2", Position.MIDDLE_NORM),
+    ("norm", r"", Position.FIRST_NORM),
+    ("attention", r"\.(?:o_proj|out_proj|c_proj|dense)$", Position.ATTENTION_OUTPUT),
+    ("attention", r"", Position.ATTENTION_INPUT),
+    (
+        "feed_forward",
+        r"(?:down_proj|c_proj|fc2|fc_out|dense_4h_to_h|w2|output_linear)$",
+        Position.FEED_FORWARD_OUTPUT,
+    ),
+)
+_GATE = re.compile(r"gate|w3|input_linear")
+_HEAD_NORM = re.compile(r"\.([qk])_(?:layer)?norm\.")
+_ADAPTER = re.compile(r"\.lora_[AB]$")
 
 
 @dataclass(frozen=True)
 class Param:
-    """One trainable tensor of the model.
+    """One trainable tensor of a model.
 
     Attributes:
-        name: as in `model.named_parameters()` of the transformers 5 `AutoModelForCausalLM`.
-        shape: the module's shape, in elements.
+        name: as in `model.named_parameters()` of the `AutoModelForCausalLM` of transformers 5.
+        shape: shape in the module, in elements.
         layer: index of its transformer layer; None for embeddings, head and final norm.
-        kind: one of KINDS.
-        stored: the tensors of the checkpoint's safetensors files that hold it; (name,) in the plain case. Several for
-            merged experts, or where a file repeats a tied embedding as the head.
+        kind: its category, one of KINDS.
+        stored: the tensors that hold it in the safetensors files of the checkpoint; usually (name,). Several for merged
+            experts, or where a file repeats a tied embedding as the head.
     """
 
     name: str
@@ -84,25 +109,71 @@ class Param:
 
     @property
     def unit(self) -> str:
-        """The matrix together with its bias: the name without its last `.weight` or `.bias`."""
-        return re.sub(r"\.(?:weight|bias)$|(?<=_proj)_bias$", "", self.name)
+        """The matrix with its bias: the name without its last `.weight` or `.bias`."""
+        return _matrix_of(self.name)
+
+    @property
+    def position(self) -> Position:
+        """Its position in the forward pass of its layer; of a LoRA adapter, that of the adapted matrix."""
+        matrix = _ADAPTER.sub("", self.unit)
+        matches = (at for kind, pattern, at in _POSITIONS if kind == self.kind and re.search(pattern, matrix))
+        return next(matches, Position.FEED_FORWARD_INPUT)
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it is, or contains, the gate of a gated feed-forward block (SwiGLU)."""
+        return self.kind == "feed_forward" and _GATE.search(self.name) is not None
+
+    @property
+    def head_norm(self) -> str | None:
+        """ "q" or "k" for a norm of the queries or the keys."""
+        match = _HEAD_NORM.search(self.name)
+        return match[1] if match else None
 
 
-def classify(name: str, shape: Iterable[int], kinds: Mapping[str, str] = {}) -> tuple[str, int | None]:
-    """Kind and layer index (None outside the layers) of the module parameter `name` of shape `shape`.
+def _matrix_of(name: str) -> str:
+    return re.sub(r"\.(?:weight|bias)$|(?<=_proj)_bias$", "", name)
 
-    `kinds` maps regular expressions, searched in the name, to kinds; its first match wins over the built-in patterns.
+
+Rule = tuple[re.Pattern[str], str]  # a pattern of `model.kinds` and its kind
+
+
+def make_params(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Iterable[str]], kinds: Mapping[str, str]
+) -> tuple[Param, ...]:
+    """The parameters of a model, in natural order of their names.
+
+    Args:
+        shapes: parameter name -> shape.
+        stored: parameter name -> the tensors of the files that hold it.
+        kinds: the user's map `model.kinds`, regular expressions over names -> kinds. Its first match wins over the
+            built-in patterns.
 
     Raises:
-        UserError: no pattern places the name, or `kinds` holds a bad expression or an unknown kind.
+        UserError: if a parameter cannot be placed, or `kinds` has a broken or unused expression or an unknown kind.
     """
-    placed = match(name, tuple(shape), placing_rules(kinds))
-    if placed is None:
-        raise unplaced([name])
-    return placed
+    rules = parse_rules(kinds)
+    params, unplaced = [], []
+    for name in sorted(shapes, key=parameter_order):
+        placed = classify(name, shapes[name], rules)
+        if placed is None:
+            unplaced.append(name)
+        else:
+            params.append(Param(name, shapes[name], placed[1], placed[0], tuple(stored[name])))
+    if unplaced:
+        raise _unplaced_error(unplaced)
+    for pattern, _ in rules:
+        if not any(pattern.search(name) for name in shapes):
+            raise UserError(f"model.kinds: '{pattern.pattern}' matches no parameter of this model. Remove it.")
+    return tuple(params)
 
 
-def placing_rules(kinds: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
+def parse_rules(kinds: Mapping[str, str]) -> list[Rule]:
+    """The compiled rules of `model.kinds`.
+
+    Raises:
+        UserError: for a broken expression or an unknown kind.
+    """
     rules = []
     for pattern, kind in kinds.items():
         try:
@@ -112,58 +183,60 @@ def placing_rules(kinds: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]
     return rules
 
 
-def match(
-    name: str, shape: tuple[int, ...], rules: Iterable[tuple[re.Pattern[str], str]] = ()
-) -> tuple[str, int | None] | None:
+def classify(name: str, shape: tuple[int, ...], rules: Iterable[Rule] = ()) -> tuple[str, int | None] | None:
+    """The kind and the layer (None outside the layers) of a parameter; None if no rule and no pattern places it."""
     for pattern, kind in rules:
         if pattern.search(name):
-            index = _ANY_LAYER.search(name)
-            return kind, int(index[1]) if index else None
-    inside = _LAYER.fullmatch(name)
-    if inside is None:
-        return next(((kind, None) for kind, pattern in _OUTSIDE.items() if re.fullmatch(pattern, name)), None)
-    layer, rest = int(inside[1]), inside[2]
-    experts = _EXPERTS.fullmatch(rest)
-    if experts:
-        return ("feed_forward", layer) if len(shape) == (2 if experts[1] else 3) else None
-    return next(((kind, layer) for kind, pattern in _INSIDE.items() if re.fullmatch(pattern, rest)), None)
+            match = _ANY_LAYER.search(name)
+            return kind, int(match[1]) if match else None
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return next(((kind, None) for kind, pattern in _OUTSIDE_LAYERS.items() if re.fullmatch(pattern, name)), None)
+    experts = _EXPERTS.fullmatch(match[2])
+    if experts and len(shape) != (2 if experts[1] else 3):
+        return None
+    kind_in_layer = _kind_in_layer(match[2])
+    return None if kind_in_layer is None else (kind_in_layer, int(match[1]))
 
 
-def unplaced(names: list[str]) -> UserError:
+def _kind_in_layer(path: str) -> str | None:
+    """The kind of a parameter by its path inside a layer."""
+    if _EXPERTS.fullmatch(path):
+        return "feed_forward"
+    return next((kind for kind, pattern in _IN_LAYER.items() if re.fullmatch(pattern, path)), None)
+
+
+def _unplaced_error(names: list[str]) -> UserError:
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    inside = _LAYER.fullmatch(names[0])
-    key = inside[2] if inside else names[0]
+    match = _LAYER.fullmatch(names[0])
+    pattern = match[2] if match else names[0]
     return UserError(
         f"Cannot place parameter '{names[0]}'{more} in a kind. "
-        f"Map it by a regular expression: 'model.kinds={{{key}: KIND}}', where KIND is one of: {', '.join(KINDS)}."
+        f"Map it by a regular expression: 'model.kinds={{{pattern}: KIND}}', where KIND is one of: {', '.join(KINDS)}."
     )
 
 
 def parameter_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10, so that every reader lists the parameters in one order."""
+    """Sort key for natural order: layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def layer_and_matrix(name: str) -> tuple[int, str] | None:
-    """Layer and matrix (with its bias) of a parameter's name; None outside the layers."""
-    found = re.search(r"\.(\d+)\.(.+?)(?:\.weight|\.bias)?$", name)
-    return (int(found.group(1)), found.group(2)) if found else None
-
-
-def short_names(matrices: Iterable[str]) -> dict[str, str]:
-    """Matrix -> a short name for a figure's edge, where no other has the same: q, gate, input_norm."""
-    names = list(matrices)
-    ends = [name.rsplit(".", 1)[-1].removesuffix("_proj").replace("layernorm", "norm") for name in names]
-    ends = [end.replace("attention", "attn").replace("feedforward", "ffn") for end in ends]
-    return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
+    """The layer of a parameter or file tensor, and the path of its matrix inside it; None outside the layers."""
+    match = _ANY_LAYER.search(name)
+    return (int(match[1]), _matrix_of(match[2])) if match else None
 
 
 def category(matrix: str) -> str:
-    """attention, feed-forward, norm or other, by the usual names of matrices."""
-    if re.search(r"norm|(^|\.)ln_", matrix):
-        return "norm"
-    if re.search(r"attn|attention|(^|\.)(q|k|v|o|qkv)_proj", matrix):
-        return "attention"
-    if re.search(r"mlp|ffn|feed_forward|experts|fc\d|(gate|up|down)_proj|dense_|shared", matrix):
-        return "feed-forward"
-    return "other"
+    """attention, feed-forward (with its router), norm, or other, from the path of a matrix inside its layer."""
+    kind = _kind_in_layer(f"{matrix}.weight") or _kind_in_layer(matrix)
+    names = {"attention": "attention", "feed_forward": "feed-forward", "router": "feed-forward", "norm": "norm"}
+    return names.get(kind or "", "other")
+
+
+def short_names(matrices: Iterable[str]) -> dict[str, str]:
+    """Matrix -> a short label for the axis of a figure, if no other matrix has the same: q, gate, input_norm."""
+    matrices = list(matrices)
+    labels = [name.rsplit(".", 1)[-1].removesuffix("_proj").replace("layernorm", "norm") for name in matrices]
+    labels = [label.replace("attention", "attn").replace("feedforward", "ffn") for label in labels]
+    return {name: label if labels.count(label) == 1 else name for name, label in zip(matrices, labels, strict=True)}

@@ -15,7 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
+from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.evaluation.probe import Fact, Query, queries, text
 from hft_cli.files import write_json, write_text
 from hft_cli.launch.jobs import ProbeJob, Progress
@@ -90,7 +90,7 @@ def log_likelihoods(
     import torch
 
     keeps = "logits_to_keep" in signature(model.forward).parameters
-    longest = max_positions(model.config.to_dict()) or MOST_TOKENS
+    longest = max_positions(model.config.to_dict()) or DEFAULT_MAX_LENGTH
     rows: dict[
         tuple[int, ...], list[tuple[int, int, int, int]]
     ] = {}  # input -> (pair, continuation, tokens, last token)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
+from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.data.rows import Chat, read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import prompts, tokenize
@@ -86,7 +86,7 @@ def _load(job: RowsJob) -> _Model:
             for name in job.reset:
                 own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
     model.to(device).eval()
-    return _Model(model, tokenizer, device, max_positions(model.config.to_dict()) or MOST_TOKENS)
+    return _Model(model, tokenizer, device, max_positions(model.config.to_dict()) or DEFAULT_MAX_LENGTH)
 
 
 def _teacher_forced(

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import MOST_TOKENS, max_positions
 from hft_cli.config.data_sets import as_paths, test_sets, training_sets, value_for_task
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.rows import Source
@@ -128,7 +128,7 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
             f"generation.max_new_tokens={answer_tokens} leaves no room for a prompt in the {positions} positions of "
             f"{name}. Set generation.max_new_tokens={positions // 2} or less."
         )
-    max_length = train.max_length or min(positions or MOST_TOKENS, MOST_TOKENS)
+    max_length = train.max_length or min(positions or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     return replace(config, train=replace(train, max_length=max_length))
 
 

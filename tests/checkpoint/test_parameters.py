@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hft_cli.checkpoint import naming
+from hft_cli.checkpoint.architectures import SAME_NAMES
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import checkpoint_files
 from hft_cli.checkpoint.naming import Param
@@ -140,7 +141,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str, str, str, str]] = {
 }  # fmt: skip
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-PLAIN = [name for name, (model_type, *_) in ARCHITECTURES.items() if model_type in naming.PLAIN]
+PLAIN = [name for name, (model_type, *_) in ARCHITECTURES.items() if model_type in SAME_NAMES]
 
 
 def config_of(name: str) -> Any:
@@ -302,7 +303,7 @@ def test_a_bias_shares_the_unit_of_its_matrix_and_experts_are_their_own_unit() -
 )
 def test_nothing_is_guessed(name: str) -> None:
     with pytest.raises(UserError, match="Cannot place parameter '" + name):
-        naming.classify(name, (4, 4))
+        naming.make_params({name: (4, 4)}, {name: (name,)}, {})
 
 
 def test_an_unplaced_parameter_is_named_with_an_override_that_places_it() -> None:
@@ -329,7 +330,8 @@ def test_a_vision_tower_is_refused() -> None:
 def test_the_users_map_wins_over_the_patterns() -> None:
     name = "model.layers.7.self_attn.q_norm.weight"
     assert naming.classify(name, (4,)) == ("norm", 7)
-    assert naming.classify(name, (4,), {"q_norm": "attention", "norm": "head"}) == ("attention", 7)
+    rules = naming.parse_rules({"q_norm": "attention", "norm": "head"})
+    assert naming.classify(name, (4,), rules) == ("attention", 7)
 
 
 @pytest.mark.parametrize(
@@ -374,8 +376,8 @@ def test_each_parameter_alone_goes_back_to_its_file_tensors_bit_for_bit(
     for param in params:
         tensor = loaded.get_parameter(param.name)
         assert same_bits(tensor, random_model(name).get_parameter(param.name))  # the folder loads
-        for model, layout_of in ((loaded, params), (empty, params), (loaded, ()), (empty, ())):
-            written = to_stored(model, {param.name: tensor}, layout_of)
+        for model in (loaded, empty):
+            written = to_stored(model, {param.name: tensor}, params)
             assert set(written) == set(param.stored)
             assert all(same_bits(written[key], files[key]) for key in written), param.name
 
@@ -555,7 +557,7 @@ assert not heavy, heavy
 def test_known_types_are_read_without_importing_torch(
     saved: Callable[[str], Path], edited: Callable[..., Path]
 ) -> None:
-    assert {ARCHITECTURES[name][0] for name in PLAIN} == set(naming.PLAIN)
+    assert {ARCHITECTURES[name][0] for name in PLAIN} == set(SAME_NAMES)
     constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     folders = [*(saved(name) for name in PLAIN), edited("llama", lambda tensors: tensors | constant)]
     run = subprocess.run([sys.executable, "-c", PROBE, *folders], capture_output=True, text=True, check=False)
@@ -563,9 +565,9 @@ def test_known_types_are_read_without_importing_torch(
     assert run.stdout.splitlines() == [str(param) for folder in folders for param in parameters_from_folder(folder)]
 
 
-@pytest.mark.parametrize("model_type", naming.PLAIN)
+@pytest.mark.parametrize("model_type", SAME_NAMES)
 def test_known_types_have_the_default_tying_of_transformers(model_type: str) -> None:
-    assert naming.PLAIN[model_type] == AutoConfig.for_model(model_type).tie_word_embeddings
+    assert SAME_NAMES[model_type] == AutoConfig.for_model(model_type).tie_word_embeddings
 
 
 def test_a_folder_of_seven_billion_parameters_takes_less_than_50_ms(tmp_path: Path) -> None:

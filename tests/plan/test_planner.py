@@ -21,8 +21,9 @@ from helpers import as_plan, command, environment, hft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hft_cli.checkpoint.architectures import KNOWN_SHAPES
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import FIELDS, parameters_from_fields, parameters_from_folder
+from hft_cli.checkpoint.parameters import parameters_from_fields, parameters_from_folder
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, SelectionConfig
 from hft_cli.errors import UserError
@@ -112,7 +113,7 @@ def test_shapes_from_the_fields_are_those_that_transformers_builds(family):
 
 
 def test_every_family_whose_shapes_follow_from_its_fields_is_tried():
-    assert {own["model_type"] for own in FAMILIES.values()} == set(FIELDS)
+    assert {own["model_type"] for own in FAMILIES.values()} == set(KNOWN_SHAPES)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
