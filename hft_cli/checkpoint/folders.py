@@ -14,12 +14,13 @@ from hft_cli.paths import ARCHITECTURES
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 
 
-def model_folder(path: str, key: str = "model.path") -> Path:
+def model_folder(path: str, key: str = "model.path", revision: str | None = None) -> Path:
     """The local folder of a model: `path` itself, or the snapshot of a hub repository, downloaded if necessary.
 
     Args:
         path: a folder or a hub name.
         key: the config key that errors name.
+        revision: the commit of a hub repository; None takes its newest.
 
     Raises:
         UserError: if `path` is neither a folder nor a model on the hub.
@@ -33,9 +34,14 @@ def model_folder(path: str, key: str = "model.path") -> Path:
 
     try:
         patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{key}={path} is neither a folder nor a model on the hub: {_first_line(error)}") from None
+
+
+def hub_revision(folder: Path) -> str | None:
+    """The commit of a hub repository's snapshot, from its place in the cache (…/snapshots/COMMIT); None for others."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def config_from_hub(path: str) -> Path:

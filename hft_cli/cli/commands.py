@@ -145,7 +145,7 @@ def _verify(argv: list[str]) -> int:
         leave=False,
         disable=not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO),
     ) as bar:
-        proofs = verify(finished(given.run), given.model, lambda name: bar.update() and None)
+        proofs = verify(finished(given.run), given.model, tick=lambda name: bar.update() and None)
     for proof in proofs:
         print(
             f"round {proof.round} {proof.name}: {proof.updated} tensors updated, {proof.frozen} frozen: "

@@ -1,35 +1,41 @@
-"""Prove from a run's files that each round changed what its draw says and nothing else. No torch.
+"""Prove from a run's files that each round changed the tensors of its draw and no others. No torch.
 
-The final model must be, tensor by tensor and bit by bit, the base with the rounds' deltas laid over it in order; each
-delta must hold exactly the tensors of its round's draw; and each draw must be what the seed gives. Nothing that the
-training process said of itself is used.
+The final model must equal, tensor by tensor and bit by bit, the base with the deltas of all phases applied in order.
+Each delta must hold exactly the tensors that its draw updates, and each draw must follow from its seed. Nothing that
+the training processes reported is used.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import model_folder, stored_tensors, weights_hash
+from hft_cli.checkpoint.folders import model_folder, stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
-from hft_cli.method.rounds import draws, phases
+from hft_cli.method.rounds import Phase, draws, phases
+from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RunDir
+from hft_cli.runner.base import find_base
 
-MOST_NAMES = 5  # named in a fault
+MOST_NAMES = 5  # tensor names in a fault
 
 
 @dataclass(frozen=True)
 class RoundProof:
-    """What the files say of a round: proven when `faults` is empty. `unmoved`: updated, yet equal to before."""
+    """What the files say of one phase. It is proven if `faults` is empty.
+
+    `number` counts phases, `round` draws. `updated` and `frozen` count parameters. `unmoved` names tensors that were
+    updated but have the same bits as before.
+    """
 
     number: int
     round: int
@@ -45,123 +51,154 @@ class RoundProof:
 
 
 def verify(
-    run: RunDir, model: Path | None = None, tick: Callable[[str], None] = lambda name: None
+    run: RunDir,
+    model: Path | None = None,
+    base: str | Path | None = None,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> tuple[RoundProof, ...]:
-    """Check every round of a run; `model` is the final model's folder (default: RUN/model), `tick` hears of progress.
+    """Check every phase of a run.
+
+    Args:
+        run: a run whose training has ended.
+        model: folder of the final model; None takes RUN/model.
+        base: where the model that the run started from is now; None takes what the run recorded.
+        tick: called with the name of each tensor that is read.
 
     Raises:
-        UserError: if a file is missing, or the base is not there any more.
+        UserError: if the run wrote no model, or its base or a file of it is missing.
     """
     config = read_config(run)
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
-    plan = read_json(run.plan)
-    base = model_folder(plan["base"])
-    if weights_hash(base) != plan["base_sha256"]:
-        raise UserError(f"The weights in {base} are not those that the run started from, so it cannot be verified.")
-    params = parameters_from_folder(base, config.model.kinds)
-    stored = {p.name: p.stored for p in params}
-
-    now = stored_tensors(base)  # where each tensor's value stands after the rounds so far
-    last: dict[str, int] = {}  # the round that wrote it
-    proofs: list[RoundProof] = []
-    plan_steps = phases(config)
-    entries = _entries(run)
-    for step, made in zip(plan_steps, draws(config, params), strict=True):
-        entry = {"name": step.name, **made.as_dict()}
-        # Through JSON, where tuples are lists: the ledger must say what the seed and the selection give, word for word.
-        agrees = len(entries) == len(plan_steps) and entries[step.number - 1] == json.loads(json.dumps(entry))
-        faults = [] if agrees else ["draws.json is not what its seed and selection give"]
-        delta = run.round(step.number, step.name).delta
-        try:
-            held = read_header(delta)
-        except UserError as error:
-            held, faults = {}, [*faults, str(error)]
-        drawn = {tensor for param in made.updated for tensor in stored[param]}
-        faults += _named("its delta holds tensors that the draw freezes", held.keys() - drawn)
-        faults += _named("its delta lacks tensors that the draw updates", drawn - held.keys())
-        if step.stage == "half_reset":
-            faults += _reset_faults(held, params, config, now)
-        else:
-            odd = {tensor for tensor in held if not _fits(now.get(tensor), held[tensor])}
-            faults += _named("its delta has another dtype or shape for", odd)
-        unmoved = []
-        for tensor, info in held.items():
-            tick(f"round {step.number}: {tensor}")
-            if tensor in now and same_bytes(now[tensor], info):
-                unmoved.append(tensor)
-            now[tensor], last[tensor] = info, step.number
-        proofs.append(
-            RoundProof(
-                number=step.number,
-                round=step.round,
-                name=step.name,
-                updated=len(made.updated),
-                frozen=len(made.frozen),
-                unmoved=tuple(unmoved),
-                faults=tuple(faults),
-            )
-        )
-
+    folder = find_base(run, base)
+    params = parameters_from_folder(folder, config.model.kinds)
+    replay = _Replay(run, config, params, stored_tensors(folder), tick)
+    plan = phases(config)
+    ledger = _ledger(run, len(plan))
+    proofs = [
+        replay.prove(phase, draw, entry) for phase, draw, entry in zip(plan, draws(config, params), ledger, strict=True)
+    ]
     try:
-        final = stored_tensors(model or run.model)
+        differing = replay.compare(stored_tensors(model or run.model))
     except UserError as error:
         return tuple(replace(proof, faults=(*proof.faults, str(error))) for proof in proofs)
-    wrong: dict[int, set[str]] = {}
-    for tensor, place in final.items():
-        tick(f"model: {tensor}")
-        if tensor not in now or not same_bytes(now[tensor], place):
-            wrong.setdefault(last.get(tensor, 0), set()).add(tensor)
-    if missing := now.keys() - final.keys():
-        wrong.setdefault(0, set()).update(missing)
-    return tuple(_with_final(proof, wrong) for proof in proofs)
+    return tuple(_add_final_faults(proof, differing) for proof in proofs)
 
 
-def _with_final(proof: RoundProof, wrong: dict[int, set[str]]) -> RoundProof:
-    """A tensor that differs in the final model changed in some round after the last that may have written it."""
-    frozen = set().union(*(names for number, names in wrong.items() if number < proof.number))
-    faults = _named("frozen tensors differ in the final model", frozen)
-    faults += _named("the final model does not hold what this round's delta holds", wrong.get(proof.number, set()))
+@dataclass
+class _Replay:
+    """The model as the base and the deltas give it, phase by phase.
+
+    `tensors` are those of the base at first, and after each phase those of its model. `writer` has the number of the
+    last phase that wrote a tensor.
+    """
+
+    run: RunDir
+    config: RunConfig
+    params: Sequence[Param]
+    tensors: dict[str, StoredTensor]
+    tick: Callable[[str], None]
+    writer: dict[str, int] = field(default_factory=dict)
+
+    def prove(self, phase: Phase, draw: Draw, entry: Any) -> RoundProof:
+        """Check a phase against its draw and its `entry` in the ledger, and apply its delta."""
+        faults = []
+        # Through JSON, where tuples are lists: the ledger must be what the seed and the selection give, word for word.
+        if entry != json.loads(json.dumps({"name": phase.name, **draw.as_dict()})):
+            faults.append("draws.json is not what its seed and selection give")
+        delta: dict[str, StoredTensor] = {}
+        try:
+            delta = read_header(self.run.round(phase.number, phase.name).delta)
+        except UserError as error:
+            faults.append(str(error))
+        faults += self._delta_faults(phase, draw, delta)
+        return RoundProof(
+            number=phase.number,
+            round=phase.round,
+            name=phase.name,
+            updated=len(draw.updated),
+            frozen=len(draw.frozen),
+            unmoved=self._apply(phase, delta),
+            faults=tuple(faults),
+        )
+
+    def _delta_faults(self, phase: Phase, draw: Draw, delta: Mapping[str, StoredTensor]) -> list[str]:
+        stored = {param.name: param.stored for param in self.params}
+        drawn = {tensor for name in draw.updated for tensor in stored[name]}
+        faults = _fault("the delta holds tensors that the draw freezes", delta.keys() - drawn)
+        faults += _fault("the delta lacks tensors that the draw updates", drawn - delta.keys())
+        if phase.stage == "half_reset":
+            return faults + self._reset_faults(delta)
+        misfits = {name for name, tensor in delta.items() if not self._fits(name, tensor)}
+        return faults + _fault("the delta has another dtype or shape than the model for", misfits)
+
+    def _reset_faults(self, delta: Mapping[str, StoredTensor]) -> list[str]:
+        """Check that a Half-Reset's delta holds the tensors of model.base; rows that it does not have stay tuned."""
+        folder = model_folder(resolve_path(str(self.config.model.base)))
+        base = stored_tensors(folder)
+        base_names = {param.name: param.stored for param in parameters_from_folder(folder, self.config.model.kinds)}
+        sources = {
+            name: base[source]
+            for param in self.params
+            for name, source in zip(param.stored, base_names.get(param.name, ()), strict=False)
+        }
+        # Tensors without a source are a fault already: the draw does not update them.
+        return _fault(
+            "the delta differs from model.base in",
+            (name for name in delta if name in sources and not self._is_reset(name, delta[name], sources[name])),
+        )
+
+    def _is_reset(self, name: str, tensor: StoredTensor, source: StoredTensor) -> bool:
+        if not (tensor.extends(source) and self._fits(name, tensor)):
+            return same_bytes(tensor, source)
+        shared, rows = source.shape[0], tensor.shape[0]
+        tuned = self.tensors[name].rows(shared, rows)
+        return same_bytes(tensor.rows(0, shared), source) and same_bytes(tensor.rows(shared, rows), tuned)
+
+    def _fits(self, name: str, tensor: StoredTensor) -> bool:
+        return name in self.tensors and self.tensors[name].layout == tensor.layout
+
+    def _apply(self, phase: Phase, delta: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+        """Apply a delta; returns the tensors that it does not change."""
+        unmoved = []
+        for name, tensor in delta.items():
+            self.tick(f"round {phase.number}: {name}")
+            if name in self.tensors and same_bytes(self.tensors[name], tensor):
+                unmoved.append(name)
+            self.tensors[name], self.writer[name] = tensor, phase.number
+        return tuple(unmoved)
+
+    def compare(self, model: Mapping[str, StoredTensor]) -> dict[int, set[str]]:
+        """Tensors in which `model` differs, by the number of the last phase that wrote them (0: no phase did)."""
+        differing: dict[int, set[str]] = {}
+        for name, tensor in model.items():
+            self.tick(f"model: {name}")
+            if name not in self.tensors or not same_bytes(self.tensors[name], tensor):
+                differing.setdefault(self.writer.get(name, 0), set()).add(name)
+        if missing := self.tensors.keys() - model.keys():
+            differing.setdefault(0, set()).update(missing)
+        return differing
+
+
+def _add_final_faults(proof: RoundProof, differing: Mapping[int, set[str]]) -> RoundProof:
+    """Add the faults of the final model: a tensor that differs changed in a phase after the last that wrote it."""
+    frozen = set().union(*(names for number, names in differing.items() if number < proof.number))
+    faults = _fault("frozen tensors differ in the final model", frozen)
+    faults += _fault("the final model differs from this round's delta in", differing.get(proof.number, set()))
     return replace(proof, faults=(*proof.faults, *faults))
 
 
-def _entries(run: RunDir) -> list[Any]:
+def _ledger(run: RunDir, count: int) -> list[Any]:
+    """The entries of draws.json; None for each phase if there are not `count` of them."""
     ledger = read_json(run.draws)
     entries = ledger.get("rounds") if isinstance(ledger, dict) else None
-    return entries if isinstance(entries, list) else []
+    return entries if isinstance(entries, list) and len(entries) == count else [None] * count
 
 
-def _reset_faults(
-    held: dict[str, StoredTensor], params: tuple[Param, ...], config: RunConfig, tuned: dict[str, StoredTensor]
-) -> list[str]:
-    """A Half-Reset's delta must hold the base's tensors; further rows, if it has any, must be the tuned ones."""
-    folder = model_folder(resolve_path(str(config.model.base)))
-    theirs = {p.name: p.stored for p in parameters_from_folder(folder, config.model.kinds)}
-    source = {at: there for p in params for at, there in zip(p.stored, theirs.get(p.name, ()), strict=False)}
-    base = stored_tensors(folder)
-    wrong = set()
-    for name, info in held.items():
-        if name not in source or name not in tuned:  # said already: the draw freezes it
-            continue
-        place = base[source[name]]
-        if info.extends(place) and info.layout == tuned[name].layout:
-            shared, rows = place.shape[0], info.shape[0]
-            rest = tuned[name].rows(shared, rows)
-            same = same_bytes(info.rows(0, shared), place) and same_bytes(info.rows(shared, rows), rest)
-        else:
-            same = same_bytes(info, place)
-        if not same:
-            wrong.add(name)
-    return _named("its delta is not the base's for", wrong)
-
-
-def _fits(one: StoredTensor | None, info: StoredTensor) -> bool:
-    return one is not None and one.layout == info.layout
-
-
-def _named(what: str, names: set[str]) -> list[str]:
-    if not names:
+def _fault(what: str, names: Iterable[str]) -> list[str]:
+    """One fault that names the first few tensors; none without names."""
+    ordered = sorted(names)
+    if not ordered:
         return []
-    some = sorted(names)[:MOST_NAMES]
-    more = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
-    return [f"{what}: {', '.join(some)}{more}"]
+    more = f" and {len(ordered) - MOST_NAMES} more" if len(ordered) > MOST_NAMES else ""
+    return [f"{what}: {', '.join(ordered[:MOST_NAMES])}{more}"]

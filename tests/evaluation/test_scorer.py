@@ -13,7 +13,6 @@ from benchmark_files import write
 from helpers import environment, hft
 
 from hft_cli.checkpoint.folders import model_folder, weights_hash
-from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
@@ -24,12 +23,9 @@ from hft_cli.evaluation.suite import read_suite
 from hft_cli.launch import work
 from hft_cli.launch.jobs import WORKERS, kind_of, write_job
 from hft_cli.launch.worker import WorkerRun
-from hft_cli.method.rounds import draws, phases
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
-from hft_cli.runner import prepare, training
 from hft_cli.runner.evaluation import run_eval
-from hft_cli.runner.tracking import Tracker
 from hft_cli.runner.training import run
 
 pytestmark = pytest.mark.xdist_group("eval")  # on one worker: they share what was scored
@@ -144,7 +140,7 @@ def test_the_requests_of_a_model_are_shared_out_and_put_together_in_order(monkey
 
 
 @pytest.fixture
-def here(monkeypatch) -> list[str]:
+def here(monkeypatch, tmp_path_factory) -> list[str]:
     """Scoring workers run in this process, which saves their start; training workers do not. Returns what was run."""
     started = []
 
@@ -157,6 +153,7 @@ def here(monkeypatch) -> list[str]:
 
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # other tests' scores are in CACHE
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(scorer, "run_worker", in_this_process)
@@ -219,29 +216,6 @@ def test_a_run_scores_benchmarks_and_probes_before_and_after_and_its_start_once_
     assert here == []
 
 
-def test_a_sequence_scores_benchmarks_at_its_start_and_its_end_only(here, data_dir, tmp_path, monkeypatch):
-    asked = []
-
-    def note(own, model, folder, **options):
-        asked.append((folder.folder.name, *own.tasks, *own.benchmarks, *own.probes))
-        return {}
-
-    monkeypatch.setattr(training, "score", note)
-    monkeypatch.setattr(training, "_round", lambda where, step, chosen, model, *rest: model)
-    monkeypatch.setattr(training, "read_json", lambda path: {"base_sha256": "", "rounds": [{}, {}]})
-    monkeypatch.setattr(training, "_finish", lambda where, *rest: where)
-    two = config(tmp_path, data_dir)
-    two.data.path = ["pocket:skills/order/train.jsonl", "pocket:skills/backwards/train.jsonl"]
-    two.method.save_model = False  # there is no model to be put into place
-    monkeypatch.setattr(training, "model_folder", lambda place, *rest: Path("base"))
-    where = training.RunDir(tmp_path)
-    base = model_folder(resolve_path("pocket:model"))
-    plan, drawn = phases(two), draws(two, parameters_from_folder(base, {}))
-    training._walk(where, prepare.Prepared(two, base, plan, drawn, read_suite(two.suite), {}), Tracker(), None)
-    whole = ("facts", "nq_open", "facts_ranking")
-    assert asked == [("before", *whole), ("round-01", "facts"), ("round-02", *whole)]
-
-
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -292,12 +266,12 @@ def test_training_refuses_what_eval_would_before_anything_is_written(tmp_path, d
 
 def test_a_start_whose_weights_changed_is_not_scored_as_a_run_s_start(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config(tmp_path, tmp_path))))
-    (tmp_path / "plan.json").write_text('{"base_sha256": "0"}')
+    (tmp_path / "plan.json").write_text('{"base": "/nowhere", "base_sha256": "0"}')
     (tmp_path / "DONE").touch()
     suite = SuiteConfig(name="pocket", tasks={"facts": "pocket:facts.jsonl"})
     asked = EvalConfig(run=str(tmp_path), output_dir="", models=["before"], suite=suite)
     asked.model, asked.engine.name = ModelConfig(name="m", path="m"), "single"
-    with pytest.raises(UserError, match="have changed since the run"):
+    with pytest.raises(UserError, match="does not exist any more"):
         run_eval(asked)
 
 

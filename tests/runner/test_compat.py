@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from hft_cli.runner.compat import trackio_last_step
+from hft_cli.runner.compat import parse_overrides, split_sweep, trackio_last_step
+
+
+def test_hydra_tells_swept_overrides_from_others():
+    swept, plain = parse_overrides(["+method=fft,hft", "data.path=[a,b]"])
+    assert (swept.key_or_group, swept.is_sweep_override()) == ("method", True)
+    assert (plain.key_or_group, plain.is_sweep_override()) == ("data.path", False)
+
+
+def test_hydra_splits_a_sweep_and_a_later_override_wins():
+    assert split_sweep(["seed=1,2", "+method=fft,hft", "model=pocket", "seed=3"]) == [
+        ["seed=3", "+method=fft", "model=pocket"],
+        ["seed=3", "+method=hft", "model=pocket"],
+    ]
 
 
 def test_trackio_knows_the_last_step_it_stored(tmp_path, monkeypatch):

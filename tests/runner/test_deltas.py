@@ -83,7 +83,7 @@ def test_another_base_is_refused_and_nothing_is_left(two_rounds, tmp_path):
         (("RUN", "rond=1", "out=new"), r"Unknown key 'rond'\. Did you mean 'round'"),
         (("RUN",), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
         (("RUN", "out"), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
-        (("RUN", "out=."), r"out=\. is there already"),
+        (("RUN", "out=."), r"out=\. exists already"),
         ((".", "out=new"), r"\. is not the directory of a run\. If it is a published delta, give its base"),
         ((".", "base=x", "out=new"), r"\. is neither a run nor a published delta"),
     ],
@@ -105,7 +105,7 @@ def test_a_run_of_a_sweep_is_found_by_its_name(two_rounds, tmp_path):
 def test_a_round_that_is_not_finished_is_refused(two_rounds, tmp_path):
     shutil.copytree(two_rounds, tmp_path / "run")
     (sorted((tmp_path / "run/rounds").iterdir())[1] / "outcome.json").unlink()
-    with pytest.raises(UserError, match=r"Round 2, backwards, of .* is not finished"):
+    with pytest.raises(UserError, match=r"Round 2, backwards, of .* is unfinished"):
         materialize(RunDir(tmp_path / "run"), None, tmp_path / "out")
     materialize(RunDir(tmp_path / "run"), 1, tmp_path / "out")
     assert read_config(RunDir(tmp_path / "run")).method.name == "hft"

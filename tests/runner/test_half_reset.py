@@ -151,7 +151,7 @@ def test_verify_fails_a_reset_to_something_other_than_the_base(run, tmp_path):
     save_file(everything(broken / "model") | held, broken / "model/model.safetensors", metadata={"format": "pt"})
     ended = hft("verify", broken)
     assert ended.status == 1
-    assert f"its delta is not the base's for: {name}" in ended.out
+    assert f"the delta differs from model.base in: {name}" in ended.out
 
 
 def test_the_explorer_scores_a_draw_as_the_model_written_for_it_would_be_and_writes_none(run, tuned, tmp_path):
@@ -172,7 +172,7 @@ def test_the_explorer_scores_a_draw_as_the_model_written_for_it_would_be_and_wri
             ("method=half_reset", "model.tuned=pocket:model", "model.base=./none"),
             r"model\.base=\./none is not a folder",
         ),
-        (("method=hft", "model.base=pocket:model"), r"model\.base is for method=half_reset alone"),
+        (("method=hft", "model.base=pocket:model"), r"model\.base is for method=half_reset only"),
         (
             ("method=half_reset", "model.tuned=pocket:model", "model.base=pocket:model", "engine=zero2"),
             r"needs no ranks",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from hft_cli.report.runs import Run
 from hft_cli.report.sections.draws import layers_by_matrices
 from hft_cli.report.tables import Plot, Record, Section, Table, Value, plain, short
 from hft_cli.run_dir import RunDir
+from hft_cli.runner.base import find_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,24 +50,20 @@ class Change:
         return self.change / self.start if self.start > 0 else None
 
 
-def changes(run: RunDir, hashes: dict[Path, str]) -> list[Change]:
-    """The change of every tensor of the model that a run started from. `hashes` remembers those of bases read before.
+def changes(run: RunDir, hash_of: Callable[[Path], str] = weights_hash) -> list[Change]:
+    """The change of every tensor of the model that a run started from.
+
+    `hash_of` returns the hash of a folder's weights; a caller with many runs can pass a cached one.
 
     Raises:
         UserError: why they cannot be told: the base is gone or is not the same any more, a delta is missing.
     """
     plan = read_json(run.plan)
     try:
-        base, sealed, rounds = Path(plan["base"]), plan["base_sha256"], plan["rounds"]
-        deltas = [run.round(entry["number"], entry["name"]).delta for entry in rounds]
+        deltas = [run.round(entry["number"], entry["name"]).delta for entry in plan["rounds"]]
+        base = find_base(run, hash_of=hash_of, fix="Restore it.")
     except (KeyError, TypeError):
         raise UserError("plan.json is broken") from None
-    if not base.is_dir():
-        raise UserError(f"the model that it started from, {base}, is gone")
-    if base not in hashes:
-        hashes[base] = weights_hash(base)
-    if hashes[base] != sealed:
-        raise UserError(f"the weights in {base} are not those that it started from")
     if missing := [delta for delta in deltas if not delta.exists()]:
         raise UserError(f"{missing[0].relative_to(run.folder)} is missing")
     last = {name: tensor for delta in deltas for name, tensor in read_header(delta).items()}  # of the last delta
@@ -111,7 +108,7 @@ def numbers(tensor: StoredTensor) -> Iterator[NDArray[np.float64]]:
 
 def norms_section(runs: Sequence[Run]) -> Section | None:
     """How far the weights moved. Reads them all, so only when asked."""
-    hashes: dict[Path, str] = {}
+    hash_of = cache(weights_hash)
     measured: dict[Path, dict[str, float]] = {}
     records: list[Record] = []
     text = []
@@ -122,9 +119,9 @@ def norms_section(runs: Sequence[Run]) -> Section | None:
                 text.append(f"{run.row.run}: not measured, because it wrote no model.")
                 continue
             try:
-                own = changes(RunDir(run.folder), hashes)
+                own = changes(RunDir(run.folder), hash_of)
             except UserError as reason:
-                text.append(f"{run.row.run}: not measured, because {reason}.")
+                text.append(f"{run.row.run}: not measured. {str(reason).rstrip('.')}.")
                 continue
             measured[run.folder] = {moved.tensor: moved.relative for moved in own if moved.relative is not None}
             for moved in own:

@@ -1,0 +1,138 @@
+"""The directory of a run: begin a new run in it, or continue the unfinished one that it holds."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hft_cli.config.schema import EngineConfig, RunConfig, read_config
+from hft_cli.errors import UserError
+from hft_cli.files import flatten, read_json, write_json, write_text
+from hft_cli.launch.environment import environment
+from hft_cli.method.selection import Draw
+from hft_cli.run_dir import RunDir
+from hft_cli.runner.prepare import FREE, Prepared
+
+# Keys that may differ when a run is continued. The worker refuses engines that the checkpoint of a phase cannot go to.
+RESUMED = (*FREE, "train.micro_batch_size", *(f"engine.{spec.name}" for spec in fields(EngineConfig)))
+
+logger = logging.getLogger(__name__)
+
+
+def find_unfinished(config: RunConfig) -> RunDir:
+    """The newest unfinished run of the same configuration among the runs in folders named by date and time.
+
+    Raises:
+        UserError: if there is none.
+    """
+    root = Path(config.output_dir).parent.parent
+    plans = sorted(root.glob("*/*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for run in (RunDir(path.parent) for path in plans):
+        try:
+            if run.config.exists() and not run.done.exists() and not _differences(run, config):
+                return run
+        except UserError:  # a config.yaml of another program
+            continue
+    raise UserError(f"There is no unfinished run of this configuration in {root}. Give its directory: output_dir=…")
+
+
+def refuse_other_files(run: RunDir) -> None:
+    """Check that a directory is new, empty, or has only the files of a start that was cut off.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not run.folder.exists():
+        return
+    if not run.folder.is_dir():
+        raise UserError(f"output_dir={run.folder} is a file. Choose an empty or a new directory.")
+    cut_off = {run.overrides, run.environment, run.plan, run.draws, run.lock, run.nodes}
+    others = sorted(path.name for path in run.folder.iterdir() if path not in cut_off and path.suffix != ".part")
+    if others:
+        raise UserError(
+            f"output_dir={run.folder} has other files in it ({', '.join(others[:3])}). "
+            "Choose an empty or a new directory."
+        )
+
+
+def seal(run: RunDir, prepared: Prepared, overrides: Sequence[str]) -> None:
+    """Write what the run is. config.yaml comes last: a directory that has it has the other files too."""
+    write_text(run.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
+    write_json(run.environment, environment())
+    write_json(run.plan, prepared.record)
+    write_json(run.draws, ledger([phase.name for phase in prepared.phases], prepared.draws))
+    write_text(run.config, yaml.safe_dump(asdict(prepared.config), sort_keys=False))
+
+
+def ledger(names: Iterable[str], draws: Iterable[Draw]) -> dict[str, Any]:
+    """The content of draws.json: an entry for each phase."""
+    return {"rounds": [{"name": name, **draw.as_dict()} for name, draw in zip(names, draws, strict=True)]}
+
+
+def continue_run(run: RunDir, prepared: Prepared) -> None:
+    """Check that the directory holds an unfinished run of this configuration, model and data.
+
+    The model may be in another folder than before if it has the same weights: plan.json then records the new folder.
+
+    Raises:
+        UserError: if anything differs that may not.
+    """
+    require_same_config(run, prepared.config, free=("model.path",))
+    recorded, record = read_json(run.plan), prepared.record
+    _require_same_inputs(run, recorded, record)
+    if recorded["base"] != record["base"]:
+        write_json(run.plan, recorded | {key: record[key] for key in ("base", "base_path", "base_revision")})
+    logger.info(f"Continuing the run in {run.folder}.")
+
+
+def require_same_config(run: RunDir, config: RunConfig, free: Sequence[str] = ()) -> None:
+    """Check that a run has this configuration, except for the keys that may differ on resuming and those in `free`.
+
+    Raises:
+        UserError: with the first three keys that differ.
+    """
+    if different := _differences(run, config, free):
+        raise UserError(
+            f"{run.folder} holds a run of another configuration ({'; '.join(different[:3])}"
+            f"{' …' if len(different) > 3 else ''}). Use the same configuration, or another output_dir."
+        )
+
+
+def _differences(run: RunDir, config: RunConfig, free: Sequence[str] = ()) -> list[str]:
+    old, new = flatten(asdict(read_config(run))), flatten(asdict(config))
+    keys = sorted((old.keys() | new.keys()) - {*RESUMED, *free})
+    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _require_same_inputs(run: RunDir, recorded: dict[str, Any], record: dict[str, Any]) -> None:
+    if recorded["base_sha256"] != record["base_sha256"]:
+        raise _changed(run, f"The weights in {record['base']} have", "them")
+    if recorded["suite_sha256"] != record["suite_sha256"]:
+        raise _changed(run, f"The rows of suite={read_config(run).suite.name} have", "them")
+    for old, new in zip(recorded["rounds"], record["rounds"], strict=True):
+        for key, what in (("data", "data"), ("test", "test data")):
+            if old.get(f"{key}_sha256") != new.get(f"{key}_sha256"):
+                raise _changed(run, f"The {what} of round {old['name']} ({old[key]}) has", "it")
+
+
+def _changed(run: RunDir, what: str, which: str) -> UserError:
+    return UserError(
+        f"{what} changed since {run.folder} was begun. Restore {which}, or start anew in another output_dir."
+    )
+
+
+def clear_folder(folder: Path) -> None:
+    """Empty a directory, and remove it unless it is a link or the current directory."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not folder.is_symlink() and folder.resolve() != Path.cwd():
+        folder.rmdir()

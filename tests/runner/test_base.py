@@ -1,0 +1,82 @@
+"""The base of a run is recorded as it was given and where it was, and is found again by its hash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import BASE
+
+from hft_cli.errors import UserError
+from hft_cli.run_dir import RunDir
+from hft_cli.runner.base import base_record, find_base, recorded_revision
+from hft_cli.runner.verify import verify
+
+
+def record(run: RunDir, **changes: object) -> RunDir:
+    """Change entries of plan.json; None removes one."""
+    plan = json.loads(run.plan.read_text()) | changes
+    run.plan.write_text(json.dumps({key: value for key, value in plan.items() if value is not None}))
+    return run
+
+
+@pytest.fixture
+def copied(two_rounds, tmp_path) -> RunDir:
+    return RunDir(Path(shutil.copytree(two_rounds, tmp_path / "run")))
+
+
+def test_a_run_records_its_base_as_given_and_where_it_was(two_rounds):
+    plan = json.loads((two_rounds / "plan.json").read_text())
+    assert (plan["base"], plan["base_path"]) == (str(BASE), "pocket:model")
+    assert plan["base_revision"] is None
+    assert len(plan["base_sha256"]) == 64
+
+
+@pytest.mark.parametrize("path", ["pocket:model", None])
+def test_a_run_of_the_embedded_model_outlives_a_move_of_it(copied, path):
+    """None: as earlier versions recorded it, when the embedded model was in another folder."""
+    run = record(copied, base="/old/hft_cli/pocket/model", base_path=path, base_revision=None)
+    assert find_base(run) == BASE
+    assert all(not proof.faults for proof in verify(run))
+
+
+def test_a_moved_base_is_taken_from_where_the_user_says(copied, tmp_path):
+    run = record(copied, base="/nowhere", base_path="/nowhere")
+    moved = shutil.copytree(BASE, tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=r"started from /nowhere, which does not exist any more .*: --base FOLDER"
+    ) as error:
+        find_base(run)
+    assert "\n" not in str(error.value)
+    assert find_base(run, moved) == moved
+
+
+def test_other_weights_are_refused_as_the_base(copied, tmp_path):
+    with pytest.raises(UserError, match=r"The weights in .*/run/model are not those that the run in .* started from"):
+        find_base(copied, copied.model)
+    run = record(copied, base=str(copied.model), base_path="/nowhere")
+    with pytest.raises(UserError, match=r"which holds other weights now .* --base FOLDER"):
+        find_base(run)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_the_base(copied, tmp_path):
+    assert find_base(record(copied, base=str(tmp_path))) == BASE
+
+
+def test_a_model_of_the_hub_is_fetched_at_its_recorded_commit(copied, tmp_path, monkeypatch):
+    snapshot = Path(shutil.copytree(BASE, tmp_path / "hub/snapshots/0123abcd"))
+    assert base_record("org/model", snapshot)["base_revision"] == "0123abcd"
+    fetched = []
+
+    def snapshot_download(path: str, revision: str | None, **options: object) -> str:
+        fetched.append((path, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    run = record(copied, base="/cache/snapshots/0123abcd", base_path="org/model", base_revision="0123abcd")
+    assert find_base(run) == snapshot
+    assert fetched == [("org/model", "0123abcd")]
+    assert recorded_revision(run, "org/model") == "0123abcd"
+    assert recorded_revision(run, "org/other") is None
