@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,141 +11,160 @@ from typing import Any
 
 from hft_cli.config.suites import BenchmarkConfig
 from hft_cli.errors import UserError, choose
-from hft_cli.evaluation.benchmarks import BENCHMARKS, parts, splits
-from hft_cli.launch.jobs import HarnessJob, HarnessTask
+from hft_cli.evaluation.benchmarks import BENCHMARKS
+from hft_cli.evaluation.compat import (
+    code_eval_replaced,
+    harness_task_folder,
+    load_tasks,
+    required_examples,
+    task_file_settings,
+    with_rows,
+)
+from hft_cli.evaluation.local_files import available_parts, read_splits
+from hft_cli.evaluation.sandbox import CodeEval, run_program
+from hft_cli.launch.jobs import HarnessTask
 
 
-def build_tasks(one: HarnessTask, job: HarnessJob) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A benchmark's tasks by name, and what is to be noted of their rows.
+def build_tasks(
+    request: HarnessTask, data_dir: Path | None, run: Callable[[str], str] = run_program
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build the harness's tasks of a benchmark.
+
+    Args:
+        request: the benchmark and its settings.
+        data_dir: the folder of local files; None reads the rows from the hub.
+        run: runs a program of the model and returns its result, as `sandbox.run_program` does.
+
+    Returns:
+        Name -> lm_eval.api.task.Task; and what the file of scores says about the rows.
 
     Raises:
-        UserError: if the harness has no such task, or the files do not do.
+        UserError: if the harness has no such task or metric, or the local files do not fit.
     """
+    if request.settings is None:
+        return _tasks_of_harness(request.name), {}
     from lm_eval.tasks import TaskManager
 
-    if one.settings is None:
-        manager = TaskManager()
-        if one.name not in manager.all_tasks:
-            near = get_close_matches(one.name, manager.all_tasks, n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"lm-evaluation-harness has no task '{one.name}'.{hint} All of them: lm_eval ls tasks")
-        return dict(manager.load([one.name])["tasks"]), {}
-
-    settings, benchmark = BenchmarkConfig(**one.settings), BENCHMARKS[one.name]
-    manager = TaskManager(include_path=harness_tasks() / benchmark.place, include_defaults=False)
+    name, settings = request.name, BenchmarkConfig(**request.settings)
+    benchmark = BENCHMARKS[name]
+    manager = TaskManager(
+        include_path=harness_task_folder() / (benchmark.task_folder or benchmark.folder), include_defaults=False
+    )
     pattern = settings.task or benchmark.tasks
-    names = [name for name in manager.all_subtasks if fnmatchcase(name, pattern)]
+    names = [task for task in manager.all_subtasks if fnmatchcase(task, pattern)]
     if not names:
-        choose(f"suite.benchmarks.{one.name}.task", pattern, manager.all_subtasks)
-    known = {name: manager.task_index[name].cfg or {} for name in names}
-    specs = [{"task": name, **_overrides(known[name], settings)} for name in names]
+        choose(f"suite.benchmarks.{name}.task", pattern, manager.all_subtasks)
+    files = {task: task_file_settings(manager, task) for task in names}
+    specs = [{"task": task, **_changes(files[task], settings)} for task in names]
+    if benchmark.runs_code:
+        for spec in specs:
+            spec["metric_list"] = [_pass_at_k(files[spec["task"]], settings, CodeEval(run))]
     notes: dict[str, Any] = {}
-    if job.data_dir is not None:
-        specs, notes = _local(one.name, specs, known, pattern, settings, Path(job.data_dir))
-    with _own_code_runner() if benchmark.runs_code else nullcontext():
-        tasks = dict(manager.load([{"group": one.name, "task": specs}])["tasks"])
-    _check_metric(one.name, settings.metric, next(iter(tasks.values())))
+    if data_dir is not None:
+        specs, notes["tasks_without_rows"] = _with_local_rows(name, pattern, specs, files, data_dir)
+    with code_eval_replaced(CodeEval()) if benchmark.runs_code else nullcontext():
+        tasks = load_tasks(manager, name, specs)
+    _check_metric(name, settings.metric, next(iter(tasks.values())))
     return tasks, notes
+
+
+def _tasks_of_harness(name: str) -> dict[str, Any]:
+    """The tasks of a name that only the harness knows: a task, a group or a tag."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    if name not in manager.all_tasks:
+        near = get_close_matches(name, manager.all_tasks, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"lm-evaluation-harness has no task '{name}'.{hint} To list all tasks: lm_eval ls tasks")
+    return dict(manager.load([name])["tasks"])
+
+
+def _changes(file: Mapping[str, Any], settings: BenchmarkConfig) -> dict[str, Any]:
+    """What a suite's settings change in a task file."""
+    changes: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    if settings.shots is not None:
+        changes["num_fewshot"] = settings.shots
+    if settings.temperature:
+        generation = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        changes["repeats"] = settings.samples
+    if settings.max_new_tokens is not None:
+        generation["max_gen_toks"] = settings.max_new_tokens
+    if generation:
+        changes["generation_kwargs"] = {**file["generation_kwargs"], **generation}
+    return changes
+
+
+def _pass_at_k(file: Mapping[str, Any], settings: BenchmarkConfig, code_eval: CodeEval) -> dict[str, Any]:
+    """The metric of programs: as in the task file, but with our limits around each program."""
+    k = list(settings.pass_at) or file["metric_list"][0]["k"]
+    return {"metric": code_eval.pass_at_k, "aggregation": "mean", "higher_is_better": True, "k": k}
+
+
+def _with_local_rows(
+    name: str,
+    pattern: str,
+    specs: Sequence[dict[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
+    data_dir: Path,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The specs of the tasks that have rows in local files, with these rows; and the names of the other tasks."""
+    parts = available_parts(name, data_dir)
+    before, _, after = pattern.partition("*")
+    local, missing = [], []
+    for spec in specs:
+        task = spec["task"]
+        part = task.removeprefix(before).removesuffix(after) if "*" in pattern else ""
+        splits = _local_splits(name, part, spec, files[task], data_dir) if part in parts else {}
+        if splits:
+            absent = {key: None for key in FEW_SHOT_SPLITS if files[task].get(key) not in {None, *splits}}
+            local.append({**with_rows(spec, splits), **absent})
+        else:
+            missing.append(task)
+    if not local:
+        raise UserError(
+            f"{name}: the files in suite.data_dir have too few rows for the few-shot examples and a question. Set "
+            f"suite.benchmarks.{name}.shots=0, or leave it out (suite.only=[…])."
+        )
+    return local, missing
+
+
+FEW_SHOT_SPLITS = ("fewshot_split", "training_split")  # keys of a task file, the first that is set is used
+
+
+def _local_splits(
+    name: str, part: str, spec: Mapping[str, Any], file: Mapping[str, Any], data_dir: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Split -> rows of a task; empty if no row to score remains.
+
+    Raises:
+        UserError: if there are too few rows for the few-shot examples.
+    """
+    required = required_examples(file, spec.get("num_fewshot", file.get("num_fewshot") or 0))
+    splits = read_splits(name, part, data_dir, required)
+    few_shot_split = next((str(file[key]) for key in FEW_SHOT_SPLITS if file.get(key)), "")
+    if splits and len(splits.get(few_shot_split, ())) < required:
+        raise UserError(
+            f"{name}: suite.data_dir has fewer than the {required} examples that {spec['task']} draws from. Put their "
+            f"file there, or set suite.benchmarks.{name}.shots=0."
+        )
+    return splits
 
 
 def _check_metric(name: str, metric: str | None, task: Any) -> None:
     """Refuse a metric that the task does not have, before anything is scored."""
-    own = [spec["metric"] for spec in task.config.metric_list or ()]
-    if metric is None or any(callable(one) for one in own):  # a function's metrics are known once it was called
+    metrics = [spec["metric"] for spec in task.config.metric_list or ()]
+    if metric is None or any(callable(one) for one in metrics):  # a function names its metrics when it is called
         return
     filters = [spec["name"] for spec in task.config.filter_list or ()] or ["none"]
     choose(
-        f"suite.benchmarks.{name}.metric", metric, [benchmark_name(one, {"filter": f}) for one in own for f in filters]
+        f"suite.benchmarks.{name}.metric",
+        metric,
+        [benchmark_metric(one, filter_name) for one in metrics for filter_name in filters],
     )
 
 
-def harness_tasks() -> Path:
-    import lm_eval.tasks
-
-    return Path(str(lm_eval.tasks.__file__)).parent
-
-
-def _overrides(known: dict[str, Any], settings: BenchmarkConfig) -> dict[str, Any]:
-    """What a suite's settings change in a task file."""
-    changed: dict[str, Any] = {}
-    if settings.shots is not None:
-        changed["num_fewshot"] = settings.shots
-    generation: dict[str, Any] = {}
-    if settings.temperature:
-        generation = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
-        changed["repeats"] = settings.samples
-    if settings.max_new_tokens is not None:
-        generation["max_gen_toks"] = settings.max_new_tokens
-    if generation:
-        changed["generation_kwargs"] = {**known["generation_kwargs"], **generation}
-    if settings.pass_at:
-        from hft_cli.evaluation.sandbox import pass_at_k
-
-        metric = {"metric": pass_at_k, "aggregation": "mean", "higher_is_better": True, "k": list(settings.pass_at)}
-        changed["metric_list"] = [metric]
-    return changed
-
-
-def _local(
-    name: str,
-    specs: Sequence[dict[str, Any]],
-    known: dict[str, dict[str, Any]],
-    pattern: str,
-    settings: BenchmarkConfig,
-    data_dir: Path,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The specs of those tasks that local files have rows for, with these rows, and which tasks have none."""
-    from datasets import Dataset, DatasetDict
-
-    before, _, after = pattern.partition("*")
-    there = set(parts(name, data_dir))
-    found, missing = [], []
-    for spec in specs:
-        task = known[spec["task"]]
-        part = spec["task"].removeprefix(before).removesuffix(after) if "*" in pattern else ""
-        shots = spec.get("num_fewshot", task.get("num_fewshot") or 0)
-        split = task.get("fewshot_split") or task.get("training_split")
-        written = (task.get("fewshot_config") or {}).get("samples")  # the examples are in the task file
-        # The harness draws one more where it cannot tell that the item itself is not among them.
-        needed = 0 if written or not shots else shots + ("fewshot_split" not in task)
-        rows = splits(name, part, data_dir, needed) if part in there else {}
-        if not rows:
-            missing.append(spec["task"])
-            continue
-        if needed and (split is None or len(rows.get(split, ())) < needed):
-            raise UserError(
-                f"{name}: suite.data_dir has not the {needed} examples that {spec['task']} draws from. Put their file "
-                f"there, or set suite.benchmarks.{name}.shots=0."
-            )
-        absent = {key: None for key in ("training_split", "fewshot_split") if task.get(key) not in {None, *rows}}
-        data = DatasetDict({split: Dataset.from_list(own_rows) for split, own_rows in rows.items()})
-        found.append({**spec, **absent, "custom_dataset": lambda data=data, **_: data})
-    if not found:
-        raise UserError(
-            f"{name}: the files in suite.data_dir have too few rows for {settings.shots or 'their'} examples and a "
-            f"question. Set suite.benchmarks.{name}.shots=0, or leave it out (suite.only=[…])."
-        )
-    return found, {"tasks_without_rows": missing}
-
-
-@contextmanager
-def _own_code_runner() -> Iterator[None]:
-    """While task files load: HumanEval's gets our limits around programs, and not a runner fetched from the hub."""
-    import evaluate
-
-    from hft_cli.evaluation.sandbox import CodeEval
-
-    stock = evaluate.load
-
-    def load(name: str, *arguments: Any, **options: Any) -> Any:
-        return CodeEval() if name == "code_eval" else stock(name, *arguments, **options)
-
-    evaluate.load = load
-    try:
-        yield
-    finally:
-        evaluate.load = stock
-
-
-def benchmark_name(metric: str, record: Mapping[str, Any]) -> str:
-    return metric if record["filter"] == "none" else f"{metric},{record['filter']}"
+def benchmark_metric(metric: str, filter_name: str) -> str:
+    """The name of a metric in our files: METRIC, or METRIC,FILTER if the answers went through a filter."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"

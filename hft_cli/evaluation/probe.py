@@ -1,11 +1,10 @@
-"""Knowledge probed so that format does not count: is the right answer likelier than wrong ones of the same kind?
+"""The knowledge probe: facts, paraphrases and wrong answers, chosen so that the form of an answer does not matter.
 
-A fact (relation, subject, object) is put in several paraphrases, each after a few examples of the same paraphrase, and
-the log-likelihood of its object is ranked against those of up to nine objects of other facts of the relation. The
-relations and paraphrases are as in ParaRel (Elazar et al. 2021, TACL 9:1012-1031), of which only the patterns that end
-in the object are used, since a model that reads from left to right sees the rest after it.
-
-Also the worker: `python -m hft_cli.probe JOB.json`. With several ranks (torchrun) each scores a share.
+The probe measures whether the correct answer has a higher log-likelihood than wrong answers of the same kind. A fact
+(relation, subject, object) is put into several paraphrases, each after a few examples of the same paraphrase, and its
+object is ranked among up to nine objects of other facts of the relation. Relations and paraphrases are those of ParaRel
+(Elazar et al. 2021, TACL 9:1012-1031). Only the patterns that end in the object are used, because a causal model does
+not see the text after the object.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from hft_cli.errors import UserError
 from hft_cli.files import from_dict
 from hft_cli.paths import resolve_path
 
-QUESTION = "[question]"  # stands for the pattern where a fact's subject is a whole question
+QUESTION = "[question]"  # the pattern of facts whose subject is a whole question
 
 ENDS_IN_OBJECT = re.compile(r"^(?P<before>.*\[X\].*?)\s*\[Y\]\s*[.?!]?\s*$")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something known: of `subject`, `answer` is right in `relation`."""
+    """`answer` is correct for `subject` in `relation`."""
 
     relation: str
     subject: str
@@ -40,7 +39,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Query:
-    """A fact in one paraphrase, the examples that stand before it, and the answers to rank, the right one first."""
+    """A fact in one paraphrase.
+
+    Attributes:
+        examples: the facts that precede it in the prompt.
+        answers: the answers to rank, the correct one first.
+    """
 
     fact: Fact
     pattern: str
@@ -48,80 +52,87 @@ class Query:
     answers: tuple[str, ...]
 
 
-def settings(name: str, values: Mapping[str, Any], data_dir: Path | None) -> ProbeConfig | None:
-    """A suite's settings of the probe `name` with its files found; None if they want a data_dir and there is none.
+def probe_settings(name: str, values: Mapping[str, Any], data_dir: Path | None) -> ProbeConfig | None:
+    """Check a suite's settings of the probe `name` and resolve the paths of its files.
+
+    Returns:
+        The settings; None if a file is relative to `data_dir` and that is None.
 
     Raises:
         UserError: for an unknown key, a value out of range, or a missing file.
     """
-    where = f"suite.probe.{name}"
+    key = f"suite.probe.{name}"
     if "facts" not in values:
-        raise UserError(f"{where}.facts is not set: the file with the facts.")
-    own: ProbeConfig = from_dict(ProbeConfig, dict(values), where + ".")
-    check_settings(own, where + ".")
-    places = {"facts": own.facts, "patterns": own.patterns}
-    for key, place in places.items():
-        if place is None:
+        raise UserError(f"{key}.facts is not set: the file with the facts.")
+    config: ProbeConfig = from_dict(ProbeConfig, dict(values), f"{key}.")
+    check_settings(config, f"{key}.")
+    files: dict[str, Any] = {}
+    for field in ("facts", "patterns"):
+        value = getattr(config, field)
+        if value is None:
             continue
-        if place.startswith("pocket:") or Path(place).is_absolute():
-            path = Path(resolve_path(place))
+        if value.startswith("pocket:") or Path(value).is_absolute():
+            path = Path(resolve_path(value))
         elif data_dir is None:
             return None
         else:
-            path = data_dir / place
+            path = data_dir / value
         if not path.is_file():
             raise UserError(
-                f"{where}.{key}: there is no file {path}. Put it there, or leave {name} out (suite.only=[…])."
+                f"{key}.{field}: there is no file {path}. Put it there, or leave {name} out (suite.only=[…])."
             )
-        places[key] = str(path)
-    return replace(own, facts=str(places["facts"]), patterns=places["patterns"])
+        files[field] = str(path)
+    return replace(config, **files)
 
 
-def data_hash(config: ProbeConfig) -> str:
-    """SHA-256 over the files of a probe."""
+def files_hash(config: ProbeConfig) -> str:
+    """SHA-256 over the contents of a probe's files."""
     digest = hashlib.sha256()
-    for place in (config.facts, config.patterns):
-        if place is not None:
-            digest.update(hashlib.sha256(Path(place).read_bytes()).digest())
+    for file in (config.facts, config.patterns):
+        if file is not None:
+            digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def read(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]]]:
-    """Relation -> its facts and the patterns that end in the object; relations without either are left out.
+def read_relations(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]]]:
+    """Read relation -> (facts, patterns that end in the object).
+
+    Relations without such a pattern, or with a single object, are left out.
 
     Raises:
-        UserError: for a line that is not as it should be.
+        UserError: for a line without the required keys.
     """
     facts: dict[str, dict[Fact, None]] = {}
-    for where, row in _lines(config.facts):
-        if "messages" in row:
-            row = {
-                "relation": row.get("relation"),
-                "sub": row["messages"][0]["content"],
-                "obj": row["messages"][-1]["content"],
-            }
-        values = [row.get(key) for key in ("relation", "sub", "obj")]
-        if not all(isinstance(value, str) and value.strip() for value in values):
-            raise UserError(f"{where}: a fact has relation, sub and obj, each a text.")
-        fact = Fact(*(str(value).strip() for value in values))
+    for place, row in _read_lines(config.facts):
+        fact = _fact(row, place)
         facts.setdefault(fact.relation, {})[fact] = None
     patterns: dict[str, list[str]] = {}
     if config.patterns is None:
         patterns = {relation: [QUESTION] for relation in facts}
     else:
-        for where, row in _lines(config.patterns):
+        for place, row in _read_lines(config.patterns):
             if not all(isinstance(row.get(key), str) for key in ("relation", "pattern")):
-                raise UserError(f"{where}: a pattern has relation and pattern, each a text.")
+                raise UserError(f"{place}: a pattern has relation and pattern, each a text.")
             if ENDS_IN_OBJECT.match(row["pattern"]):
                 patterns.setdefault(row["relation"], []).append(row["pattern"])
     return {
-        relation: (list(own), patterns[relation])
-        for relation, own in facts.items()
-        if relation in patterns and len({fact.answer.casefold() for fact in own}) > 1
+        relation: (list(relation_facts), patterns[relation])
+        for relation, relation_facts in facts.items()
+        if relation in patterns and len({fact.answer.casefold() for fact in relation_facts}) > 1
     }
 
 
-def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _fact(row: Mapping[str, Any], place: str) -> Fact:
+    """A fact from ParaRel's keys, or from a chat with a relation: question and answer."""
+    values = [row.get(key) for key in ("relation", "sub", "obj")]
+    if "messages" in row:
+        values = [row.get("relation"), row["messages"][0]["content"], row["messages"][-1]["content"]]
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise UserError(f"{place}: a fact has relation, sub and obj, each a text.")
+    return Fact(*(str(value).strip() for value in values))
+
+
+def _read_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -134,63 +145,87 @@ def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, line {number}", row
 
 
-def queries(config: ProbeConfig, seed: int, limit: int | None = None) -> list[Query]:
-    """What to ask, in order. Every choice is by a hash under the seed: the same on every machine and rank."""
-    asked = []
-    for relation, (facts, patterns) in read(config).items():
-        objects: dict[str, str] = {}  # spelled as it was first
-        right: dict[str, set[str]] = {}
+def build_queries(config: ProbeConfig, seed: int, limit: int | None = None) -> list[Query]:
+    """The queries of a probe, in order.
+
+    Every choice takes the first values in the order of their hashes under the seed, so it is the same on every machine
+    and every rank.
+
+    Args:
+        limit: facts of each relation; None takes all.
+    """
+    queries = []
+    for relation, (facts, patterns) in read_relations(config).items():
+        objects: dict[str, str] = {}  # case-folded -> as first spelled
+        correct: dict[str, set[str]] = {}  # subject -> its case-folded objects
         for fact in facts:
             objects.setdefault(fact.answer.casefold(), fact.answer)
-            right.setdefault(fact.subject, set()).add(fact.answer.casefold())
-        for fact in _first(facts, limit, f"{seed} facts {relation}", lambda fact: f"{fact.subject}\0{fact.answer}"):
-            place = f"{seed} {relation}\0{fact.subject}\0{fact.answer}"
-            own = fact.answer.casefold()
-            # "1" is likelier than "118" whatever a model knows: nothing that begins with the other is compared.
-            others = [
-                answer
-                for key, answer in objects.items()
-                if key not in right[fact.subject] and not key.startswith(own) and not own.startswith(key)
-            ]
-            wrong = _first(others, config.wrong, f"{place} wrong", str)
+            correct.setdefault(fact.subject, set()).add(fact.answer.casefold())
+        for fact in _first(facts, limit, f"{seed} facts {relation}", _fact_name):
+            key = f"{seed} {relation}\0{fact.subject}\0{fact.answer}"
+            wrong = _first(_wrong_answers(fact, objects, correct[fact.subject]), config.wrong, f"{key} wrong", str)
             if not wrong:
                 continue
             answers = (fact.answer, *wrong)
-            examples = tuple(_examples(fact, facts, answers, config.shots, f"{place} examples"))
+            examples = tuple(_examples(fact, facts, answers, config.shots, f"{key} examples"))
             for pattern in _first(patterns, config.paraphrases, f"{seed} patterns {relation}", str):
-                asked.append(Query(fact, pattern, examples, answers))
-    return asked
+                queries.append(Query(fact, pattern, examples, answers))
+    return queries
 
 
-def _first(values: Sequence[Any], number: int | None, place: str, name: Callable[[Any], str]) -> list[Any]:
-    """The first `number` values in the order of their hashes."""
-    return sorted(values, key=lambda value: hashlib.sha256(f"{place}\0{name(value)}".encode()).digest())[:number]
+def _first(values: Sequence[Any], number: int | None, key: str, name: Callable[[Any], str]) -> list[Any]:
+    """The first `number` values in the order of the hashes of their names under `key`."""
+    return sorted(values, key=lambda value: hashlib.sha256(f"{key}\0{name(value)}".encode()).digest())[:number]
 
 
-def _examples(fact: Fact, facts: Sequence[Fact], answers: Sequence[str], number: int, place: str) -> Iterator[Fact]:
-    """Facts of other subjects and of different objects, which are none of the answers as far as there are such.
+def _fact_name(fact: Fact) -> str:
+    return f"{fact.subject}\0{fact.answer}"
 
-    An object that stands before among the examples would be likelier for that alone.
+
+def _wrong_answers(fact: Fact, objects: Mapping[str, str], correct: set[str]) -> list[str]:
+    """The objects of the relation that are wrong for the fact.
+
+    An answer that begins with another one is never ranked against it: "1" is likelier than "118" for any model.
+    """
+    answer = fact.answer.casefold()
+    return [
+        spelling
+        for key, spelling in objects.items()
+        if key not in correct and not key.startswith(answer) and not answer.startswith(key)
+    ]
+
+
+def _examples(fact: Fact, facts: Sequence[Fact], answers: Sequence[str], number: int, key: str) -> Iterator[Fact]:
+    """Facts of other subjects with different objects, preferably objects that are not ranked.
+
+    An object that occurs among the examples would be likelier for that reason alone.
     """
     ranked = {answer.casefold() for answer in answers}
-    ordered = _first(facts, None, place, lambda other: f"{other.subject}\0{other.answer}")
-    seen: set[str] = set()
-    for other in sorted(ordered, key=lambda other: other.answer.casefold() in ranked):
-        if len(seen) == number:
+    ordered = sorted(_first(facts, None, key, _fact_name), key=lambda other: other.answer.casefold() in ranked)
+    used: set[str] = set()
+    for other in ordered:
+        if len(used) == number:
             return
-        if other.subject != fact.subject and other.answer.casefold() not in seen:
-            seen.add(other.answer.casefold())
+        if other.subject != fact.subject and other.answer.casefold() not in used:
+            used.add(other.answer.casefold())
             yield other
 
 
-def text(query: Query, chat: Callable[[str], str] | None) -> tuple[str, str]:
-    """What stands before the answer, and what joins the two: a blank, or nothing after a chat template's header."""
+def prompt_and_separator(query: Query, chat: Callable[[str], str] | None) -> tuple[str, str]:
+    """The text before the answer, and the text between the two.
+
+    Args:
+        chat: renders a question by the chat template, up to where the answer begins; None asks in plain text.
+
+    Returns:
+        The separator is a space, or empty after the header of a chat template.
+    """
     if query.pattern == QUESTION:
         if chat is not None:
             return chat(query.fact.subject), ""
-        examples = "".join(f"Question: {one.subject}\nAnswer: {one.answer}\n\n" for one in query.examples)
+        examples = "".join(f"Question: {fact.subject}\nAnswer: {fact.answer}\n\n" for fact in query.examples)
         return f"{examples}Question: {query.fact.subject}\nAnswer:", " "
-    lines = [query.pattern.replace("[X]", one.subject).replace("[Y]", one.answer) for one in query.examples]
-    found = ENDS_IN_OBJECT.match(query.pattern)
-    assert found is not None
-    return "\n".join([*lines, found["before"].replace("[X]", query.fact.subject)]), " "
+    lines = [query.pattern.replace("[X]", fact.subject).replace("[Y]", fact.answer) for fact in query.examples]
+    match = ENDS_IN_OBJECT.match(query.pattern)
+    assert match is not None
+    return "\n".join([*lines, match["before"].replace("[X]", query.fact.subject)]), " "

@@ -1,144 +1,185 @@
-"""Worker: log-likelihoods of right and wrong answers.
+"""Worker: log-likelihoods of correct and wrong answers, and the scores of a probe.
 
-Started through hft_cli.launch.work.
+With several ranks, each rank scores a share of the queries.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
-from hft_cli.evaluation.probe import Fact, Query, queries, text
-from hft_cli.files import write_json, write_text
+from hft_cli.data.templates import apply_template
+from hft_cli.evaluation.probe import Fact, Query, build_queries, prompt_and_separator
+from hft_cli.evaluation.score_files import write_scores
+from hft_cli.evaluation.workers import (
+    LoadedModel,
+    current_ranks,
+    device_of_rank,
+    load_model,
+    pad_rows,
+    process_group,
+    share_items,
+)
 from hft_cli.launch.jobs import ProbeJob, Progress
 from hft_cli.run_dir import RoundDir
 
 RESAMPLES = 2000
 
+Item = dict[str, Any]
+"""The record of a fact, a line of NAME.jsonl."""
 
-def score(job: ProbeJob, folder: RoundDir, progress: Progress) -> None:
-    """Score every probe of the job; each one's file of scores is written last, when it is done."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hft_cli.data.templates import apply_template, chat_template
+def score_probes(job: ProbeJob, folder: RoundDir, progress: Progress) -> None:
+    """Score each probe of the job and write its files."""
+    ranks = current_ranks()
+    with process_group(ranks):
+        progress.activity("loading the model")
+        loaded = load_model(job.path, job.model, device_of_rank())
+        for name, config in job.probes.items():
+            start = time.perf_counter()
+            queries = build_queries(config, job.seed, job.limit)
+            results = share_items(ranks, partial(_score_queries, loaded, job, progress), queries)
+            if not ranks.first:
+                continue
+            items = fact_records(queries, [values for values, _ in results])
+            scores = {
+                **summarize(items, job.seed),
+                "prompts_cut": sum(truncated for _, truncated in results),
+                "seconds": round(time.perf_counter() - start, 1),
+                "settings": asdict(config),
+                "limit": job.limit,
+                "chat": job.chat,
+            }
+            write_scores(Path(job.outs[name]), scores, items)
 
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(weeks=1))
-    progress.activity("loading the model")
-    tokenizer = AutoTokenizer.from_pretrained(job.path)
-    if job.model.chat_template is not None:
-        tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.path, dtype=getattr(torch, job.model.dtype), attn_implementation=job.model.attention
-    )
-    model.to(device).eval()
 
-    def through_template(question: str) -> str:
-        chat = [{"role": "user", "content": question}]
-        return apply_template(chat, "the chat template", tokenizer, add_generation_prompt=True)
+def _score_queries(
+    loaded: LoadedModel, job: ProbeJob, progress: Progress, queries: Sequence[Query]
+) -> list[tuple[list[float], int]]:
+    chat = partial(_ask_by_template, loaded.tokenizer) if job.chat else None
+    pairs = []
+    for query in queries:
+        prompt, separator = prompt_and_separator(query, chat)
+        pairs.append((prompt, [separator + answer for answer in query.answers]))
+    return log_likelihoods(loaded, pairs, job.batch_size, progress)
 
-    for name, config in job.probes.items():
-        start = time.perf_counter()
-        asked = queries(config, job.seed, job.limit)
-        mine = asked[rank::ranks]
-        texts = [text(query, through_template if job.chat else None) for query in mine]
-        pairs = [
-            (before, [gap + answer for answer in query.answers])
-            for query, (before, gap) in zip(mine, texts, strict=True)
-        ]
-        found, cut = log_likelihoods(model, tokenizer, pairs, job.batch_size, progress)
-        gathered: list[Any] = [(found, cut)]
-        if ranks > 1:
-            gathered = [None] * ranks
-            torch.distributed.all_gather_object(gathered, (found, cut))
-        if rank == 0:
-            values: list[list[float]] = [[] for _ in asked]
-            for number, (own, _) in enumerate(gathered):
-                values[number::ranks] = own
-            seconds = round(time.perf_counter() - start, 1)
-            how = {"settings": asdict(config), "limit": job.limit, "chat": job.chat}
-            _write(Path(job.outs[name]), how, asked, values, sum(cut for _, cut in gathered), seconds, job.seed)
-    if ranks > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+
+def _ask_by_template(tokenizer: Any, question: str) -> str:
+    chat = [{"role": "user", "content": question}]
+    return apply_template(chat, "the chat template", tokenizer, add_generation_prompt=True)
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    """A continuation to score after an input; all its tokens but the last are the end of the input."""
+
+    pair: int
+    place: int  # among the continuations of the pair
+    tokens: int
+    last_token: int
 
 
 def log_likelihoods(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[tuple[str, Sequence[str]]],
-    batch_size: int,
-    progress: Progress | None = None,
-) -> tuple[list[list[float]], int]:
-    """For each (text, continuations) the log-likelihood of each continuation after the text, in nats.
+    loaded: LoadedModel, pairs: Sequence[tuple[str, Sequence[str]]], batch_size: int, progress: Progress | None = None
+) -> list[tuple[list[float], int]]:
+    """The log-likelihood of each continuation after its prompt.
 
-    Continuations that differ in their last token alone, such as all of one token, share a forward pass. A row too long
-    for the model loses its start; the second value is how many did. `progress` counts
-    the rows.
+    Continuations that differ in their last token only, such as all of a single token, share a forward pass. A row that
+    is too long for the model loses its start.
+
+    Args:
+        pairs: (prompt, continuations).
+        batch_size: rows of a forward pass.
+
+    Returns:
+        For each pair the log-likelihoods of its continuations in nats, and how many of the rows lost their start.
     """
-    import torch
-
-    keeps = "logits_to_keep" in signature(model.forward).parameters
-    longest = max_positions(model.config.to_dict()) or DEFAULT_MAX_LENGTH
-    rows: dict[
-        tuple[int, ...], list[tuple[int, int, int, int]]
-    ] = {}  # input -> (pair, continuation, tokens, last token)
-    cut = 0
-    for number, (before, continuations) in enumerate(pairs):
-        special = not (tokenizer.bos_token and before.startswith(tokenizer.bos_token))
-        own = tokenizer(before, add_special_tokens=special)["input_ids"]
-        for place, continuation in enumerate(continuations):
-            whole = tokenizer(before + continuation, add_special_tokens=special)["input_ids"]
-            # A tokenizer may write the end of the text otherwise once it goes on; and one may append a token (EOS).
-            shared = next(
-                (i for i, (a, b) in enumerate(zip(own, whole, strict=False)) if a != b), min(len(own), len(whole))
-            )
-            shared = max(1, min(shared, len(whole) - 1))  # the first token of all has nothing before it
-            cut += len(whole) - 1 > longest
-            given = tuple(whole[:-1])[-longest:]
-            rows.setdefault(given, []).append((number, place, len(whole) - shared, whole[-1]))
-    found = [[0.0] * len(continuations) for _, continuations in pairs]
-    order = sorted(rows, key=len, reverse=True)
+    inputs, truncated = _encode(loaded, pairs)
+    values = [[0.0] * len(continuations) for _, continuations in pairs]
+    order = sorted(inputs, key=len, reverse=True)
     if progress is not None:
         progress.begin(len(order))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        width = len(batch[0])
+        for row, log_probabilities in zip(batch, _log_probabilities(loaded, batch, inputs), strict=True):
+            for continuation in inputs[row]:
+                labels = [*row[len(row) - continuation.tokens + 1 :], continuation.last_token]
+                values[continuation.pair][continuation.place] = _sum_at(log_probabilities, labels)
         if progress is not None:
             progress.advance(len(batch), sum(map(len, batch)))
-        # Right padding needs no mask under causal attention: no real token sees a later one.
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=model.device)
-        # Only what stands before a continuation's tokens is wanted: over a whole vocabulary the rest would be large.
-        first = min(len(row) - max(tokens for _, _, tokens, _ in rows[row]) for row in batch) if keeps else 0
-        with torch.inference_mode():
-            logits = model(ids, **({"logits_to_keep": width - first} if keeps else {})).logits
-        for row, of_row in zip(batch, logits, strict=True):
-            most = max(tokens for _, _, tokens, _ in rows[row])
-            scored = of_row[len(row) - most - first : len(row) - first].float().log_softmax(-1)
-            for number, place, tokens, last in rows[row]:
-                wanted = torch.tensor([*row[len(row) - tokens + 1 :], last], device=model.device)
-                picked = scored[most - tokens :].gather(1, wanted[:, None])
-                found[number][place] = float(picked.double().sum())
-    return found, cut
+    return list(zip(values, truncated, strict=True))
 
 
-def facts(asked: Sequence[Query], values: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """A record of each fact. Its `accuracy` is the share of its paraphrases in which the right answer is likeliest."""
-    found: dict[Fact, dict[str, Any]] = {}
-    for query, own in zip(asked, values, strict=True):
+def _encode(
+    loaded: LoadedModel, pairs: Sequence[tuple[str, Sequence[str]]]
+) -> tuple[dict[tuple[int, ...], list[_Continuation]], list[int]]:
+    """The distinct inputs with the continuations to score after them, and for each pair how many rows lost their start.
+
+    An input is a row of prompt and continuation without its last token.
+    """
+    tokenizer = loaded.tokenizer
+    inputs: dict[tuple[int, ...], list[_Continuation]] = {}
+    truncated = [0] * len(pairs)
+    for pair, (prompt, continuations) in enumerate(pairs):
+        special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
+        prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        for place, continuation in enumerate(continuations):
+            row = tokenizer(prompt + continuation, add_special_tokens=special)["input_ids"]
+            # The last tokens of a prompt may change when the text continues, and some tokenizers append an EOS token.
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(prompt_ids, row, strict=False)) if a != b),
+                min(len(prompt_ids), len(row)),
+            )
+            shared = max(1, min(shared, len(row) - 1))  # the very first token has no likelihood
+            truncated[pair] += len(row) - 1 > loaded.max_length
+            key = tuple(row[:-1])[-loaded.max_length :]
+            inputs.setdefault(key, []).append(_Continuation(pair, place, len(row) - shared, row[-1]))
+    return inputs, truncated
+
+
+def _log_probabilities(
+    loaded: LoadedModel, batch: Sequence[tuple[int, ...]], inputs: Mapping[tuple[int, ...], Sequence[_Continuation]]
+) -> Iterator[Any]:
+    """For each row the log-probabilities at the places of its longest continuation, float32 (tokens, vocabulary)."""
+    import torch
+
+    lengths = [max(continuation.tokens for continuation in inputs[row]) for row in batch]
+    first = 0
+    options = {}
+    if "logits_to_keep" in signature(loaded.model.forward).parameters:
+        # Only the logits of continuations are needed; those of all tokens would take much memory.
+        first = min(len(row) - length for row, length in zip(batch, lengths, strict=True))
+        options = {"logits_to_keep": max(map(len, batch)) - first}
+    # Right padding needs no attention mask under causal attention: no real token sees a later one.
+    with torch.inference_mode():
+        logits = loaded.model(pad_rows(batch, 0, loaded.device), **options).logits
+    for row, length, row_logits in zip(batch, lengths, logits, strict=True):
+        yield row_logits[len(row) - length - first : len(row) - first].float().log_softmax(-1)
+
+
+def _sum_at(log_probabilities: Any, labels: Sequence[int]) -> float:
+    """The sum of the log-probabilities of the labels at the last places."""
+    import torch
+
+    index = torch.tensor(labels, device=log_probabilities.device)[:, None]
+    return float(log_probabilities[-len(labels) :].gather(1, index).double().sum())
+
+
+def fact_records(queries: Sequence[Query], values: Sequence[Sequence[float]]) -> list[Item]:
+    """A record of each fact; its `accuracy` is the share of its paraphrases in which the correct answer ranks first.
+
+    Args:
+        values: the log-likelihoods of each query's answers, the correct one first.
+    """
+    records: dict[Fact, Item] = {}
+    for query, likelihoods in zip(queries, values, strict=True):
         fact = query.fact
-        record = found.setdefault(
+        record = records.setdefault(
             fact,
             {
                 "row": f"{fact.relation}/{fact.subject}/{fact.answer}",
@@ -148,68 +189,50 @@ def facts(asked: Sequence[Query], values: Sequence[Sequence[float]]) -> list[dic
                 "paraphrases": [],
             },
         )
-        right = own[0] > max(own[1:])  # a tie is not knowing
-        examples = [one.subject for one in query.examples]
         record["paraphrases"].append(
-            {"pattern": query.pattern, "examples": examples, "log_likelihoods": own, "right": right}
+            {
+                "pattern": query.pattern,
+                "examples": [example.subject for example in query.examples],
+                "log_likelihoods": likelihoods,
+                "right": likelihoods[0] > max(likelihoods[1:]),  # a tie counts as wrong
+            }
         )
-    for record in found.values():
+    for record in records.values():
         record["accuracy"] = sum(one["right"] for one in record["paraphrases"]) / len(record["paraphrases"])
-    return list(found.values())
+    return list(records.values())
 
 
-def _write(
-    out: Path,
-    how: dict[str, Any],
-    asked: Sequence[Query],
-    values: Sequence[Sequence[float]],
-    cut: int,
-    seconds: float,
-    seed: int,
-) -> None:
-    items = facts(asked, values)
-    write_text(out.with_suffix(".jsonl"), "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-    write_json(
-        out,
-        {
-            **measure(items, seed),
-            "prompts_cut": cut,
-            "seconds": seconds,
-            **how,
-        },
-    )
+def summarize(items: Sequence[Item], seed: int) -> dict[str, Any]:
+    """Accuracy of each relation with its 95% interval, and the mean over relations (`scores`).
 
-
-def measure(items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """Accuracy of each relation with its 95% interval, and the mean over relations (macro).
-
-    The intervals are percentiles over resampled facts, since the paraphrases of one fact stand or fall together.
+    The intervals are percentiles of a bootstrap over facts, not over paraphrases, because the paraphrases of one fact
+    are not independent.
     """
     import numpy as np
 
-    of_relation: dict[str, list[Mapping[str, Any]]] = {}
+    by_relation: dict[str, list[Item]] = {}
     for item in items:
-        of_relation.setdefault(item["relation"], []).append(item)
+        by_relation.setdefault(item["relation"], []).append(item)
     random = np.random.default_rng(seed)
     relations, resampled = {}, []
-    for relation, own in of_relation.items():
-        shares = np.array([item["accuracy"] for item in own])
-        means = shares[random.integers(len(shares), size=(RESAMPLES, len(shares)))].mean(axis=1)
+    for relation, facts in by_relation.items():
+        accuracies = np.array([item["accuracy"] for item in facts])
+        means = accuracies[random.integers(len(facts), size=(RESAMPLES, len(facts)))].mean(axis=1)
         resampled.append(means)
         relations[relation] = {
-            "accuracy": float(shares.mean()),
+            "accuracy": float(accuracies.mean()),
             **_interval(means),
-            "chance": sum(1 / len(item["answers"]) for item in own) / len(own),
-            "facts": len(own),
-            "paraphrases": max(len(item["paraphrases"]) for item in own),
+            "chance": sum(1 / len(item["answers"]) for item in facts) / len(facts),
+            "facts": len(facts),
+            "paraphrases": max(len(item["paraphrases"]) for item in facts),
         }
-    macro = np.mean(resampled, axis=0)
+    means = np.mean(resampled, axis=0)
     scores = {
-        "accuracy": sum(one["accuracy"] for one in relations.values()) / len(relations),
-        "accuracy_stderr": float(macro.std(ddof=1)),
-        **_interval(macro),
-        "chance": sum(one["chance"] for one in relations.values()) / len(relations),
-        "items": sum(one["facts"] for one in relations.values()),
+        "accuracy": sum(relation["accuracy"] for relation in relations.values()) / len(relations),
+        "accuracy_stderr": float(means.std(ddof=1)),
+        **_interval(means),
+        "chance": sum(relation["chance"] for relation in relations.values()) / len(relations),
+        "items": sum(relation["facts"] for relation in relations.values()),
     }
     return {"scores": scores, "relations": relations}
 

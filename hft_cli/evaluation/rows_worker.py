@@ -1,25 +1,30 @@
-"""Worker: one checkpoint -> scores. Started by the runner through hft_cli.launch.work.
+"""Worker: scores of one model on sets of rows.
 
-By `exact_match` a row counts when greedy decoding would give its answer, end of turn included, token for token. That
-needs no decoding: the answer comes out greedily exactly if, with the right tokens before it, each of its tokens is the
-likeliest one. So a set is scored in one forward pass. Every other metric is of an answer that is generated.
-
-What is known of each row is kept in eval/WHEN/SUITE/TASK.jsonl, and a task that was scored is not scored again.
+The metric `exact_match` counts a row if greedy decoding would give its answer token for token, including the end of the
+turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely
+one after the correct tokens before it. So a row needs one forward pass. All other metrics compare a generated answer.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
+from hft_cli.config.training import GenerationConfig
 from hft_cli.data.rows import Chat, read_chats
 from hft_cli.data.templates import chat_template
-from hft_cli.data.tokenization import prompts, tokenize
+from hft_cli.data.tokenization import Prompts, prompts, tokenize
+from hft_cli.evaluation.compat import use_generation_settings_only
 from hft_cli.evaluation.metrics import mean_and_error, score
-from hft_cli.files import write_json, write_text
+from hft_cli.evaluation.score_files import write_scores
+from hft_cli.evaluation.workers import (
+    LoadedModel,
+    batches_by_length,
+    device_of_rank,
+    load_model,
+    load_weights,
+    pad_rows,
+)
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -29,157 +34,140 @@ Scores = dict[str, float]
 Item = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model ready to be scored."""
+def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
+    """Score each task of the job and write its files; finished tasks are skipped.
 
-    model: Any
-    tokenizer: Any
-    device: str
-    longest: int  # positions
-
-
-def evaluate(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
-    """Write each task's scores: first its own in [0, 1], then its standard error and counts.
-
-    With exact_match there is `nll` too, the mean negative log-likelihood of an answer's token, in nats.
+    The first score of a task is its metric in [0, 1], followed by the standard error and counts. With exact_match,
+    `nll` is the mean negative log-likelihood of the answers' tokens, in nats.
     """
-    todo = {
-        (suite, name): (task, read_chats(resolve_path(task.path), format=task.format, split="test"))
-        for suite, tasks in job.tasks.items()
-        for name, task in tasks.items()
+    tasks = {
+        folder.score(suite, name): (task, read_chats(resolve_path(task.path), format=task.format, split="test"))
+        for suite, suite_tasks in job.tasks.items()
+        for name, task in suite_tasks.items()
         if not folder.score(suite, name).exists()
     }
+    if not tasks:
+        return
     progress.activity("loading the model")
-    loaded = _load(job) if todo else None
-    progress.begin(sum(len(chats) for _, chats in todo.values()))
-    for (suite, name), (task, chats) in todo.items():
-        assert loaded is not None
-        one = _teacher_forced if task.metric == "exact_match" else _generated
-        scores, items = one(loaded, chats, task, job, progress.advance)
-        kept = folder.score(suite, name)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        write_text(kept.with_suffix(".jsonl"), "".join(lines))
-        write_json(kept, scores)  # last: a task with it is done
+    loaded = _load(job)
+    progress.begin(sum(len(chats) for _, chats in tasks.values()))
+    for file, (task, chats) in tasks.items():
+        score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
+        scores, items = score_task(loaded, chats, task, job, progress)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_scores(file, scores, items)
 
 
-def _load(job: RowsJob) -> _Model:
+def _load(job: RowsJob) -> LoadedModel:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def load(path: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, job.model.dtype),
-            attn_implementation=job.model.attention,
-        )
-
-    tokenizer = AutoTokenizer.from_pretrained(job.path)
-    tokenizer.chat_template = chat_template(job.model.chat_template, tokenizer)
-    model = load(job.path)
+    loaded = load_model(job.path, job.model, device_of_rank())
+    chat_template(None, loaded.tokenizer)  # raises an error if there is none
     if job.base is not None:
-        own, base = dict(model.named_parameters()), dict(load(job.base).named_parameters())
+        parameters = dict(loaded.model.named_parameters())
+        base = dict(load_weights(job.base, job.model).named_parameters())
         with torch.no_grad():
             for name in job.reset:
-                own[name][: len(base[name])] = base[name]  # a longer vocabulary keeps its further rows
-    model.to(device).eval()
-    return _Model(model, tokenizer, device, max_positions(model.config.to_dict()) or DEFAULT_MAX_LENGTH)
+                parameters[name][: len(base[name])] = base[name]  # additional rows of a larger vocabulary are kept
+    return loaded
 
 
-def _teacher_forced(
-    loaded: _Model, chats: Sequence[Chat], task: RowsTask, job: RowsJob, tick: Callable[[int, int], None]
+def _score_exact_match(
+    loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
-    import torch
-
-    made = tokenize(chats, loaded.tokenizer, max_length=loaded.longest, where=task.path)
+    tokenized = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=task.path)
+    rows = list(tokenized.dataset)
     items: dict[int, Item] = {}
     nll, tokens = 0.0, 0
-    rows = list(made.dataset)
-    for batch in _batches([len(row["input_ids"]) for row in rows], job.batch_size):
-        width = max(len(rows[i]["input_ids"]) for i in batch)
-
-        def padded(key: str, filler: int, batch: Sequence[int] = batch, width: int = width) -> Any:
-            # Right padding needs no attention mask under causal attention: no real token sees a later one.
-            own = [rows[i][key] + [filler] * (width - len(rows[i][key])) for i in batch]
-            return torch.tensor(own, device=loaded.device)
-
-        labels = padded("labels", -100)
-        with torch.inference_mode():
-            logits = loaded.model(padded("input_ids", 0)).logits[:, :-1].float()
-        targets = labels[:, 1:]
-        counted = targets != -100
-        right = ((logits.argmax(-1) == targets) | ~counted).all(dim=1).tolist()
-        losses = torch.zeros(targets.shape, dtype=torch.float64, device=loaded.device)
-        of_token = torch.nn.functional.cross_entropy(logits[counted], targets[counted], reduction="none")
-        losses[counted] = of_token.double()
-        of_row = losses.sum(dim=1).tolist()
-        in_row = counted.sum(dim=1).tolist()
-        for place, index in enumerate(batch):
-            items[index] = {"exact_match": float(right[place]), "nll": of_row[place], "tokens": in_row[place]}
-        nll += sum(of_row)
-        tokens += sum(in_row)
-        tick(len(batch), sum(in_row))
-    tick(made.dropped, 0)
+    for batch in batches_by_length([len(row["input_ids"]) for row in rows], job.batch_size):
+        batch_items = _teacher_forced(loaded, [rows[index] for index in batch])
+        items |= zip(batch, batch_items, strict=True)
+        nll += sum(item["nll"] for item in batch_items)
+        batch_tokens = sum(item["tokens"] for item in batch_items)
+        tokens += batch_tokens
+        progress.advance(len(batch), batch_tokens)
+    progress.advance(tokenized.dropped, 0)
     ordered = [{"row": index, **items[index]} for index in sorted(items)]
-    share = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
-    return {**share, "nll": nll / tokens, "items": len(rows), "items_too_long": made.dropped}, ordered
+    scores = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
+    return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": tokenized.dropped}, ordered
 
 
-def _generated(
-    loaded: _Model, chats: Sequence[Chat], task: RowsTask, job: RowsJob, tick: Callable[[int, int], None]
-) -> tuple[Scores, list[Item]]:
+def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -> list[Item]:
+    """Whether each answer is the greedy one, its negative log-likelihood in nats, and its number of tokens."""
     import torch
-    from transformers import GenerationConfig, set_seed
+
+    # Right padding needs no attention mask under causal attention: no real token sees a later one.
+    input_ids = pad_rows([row["input_ids"] for row in rows], 0, loaded.device)
+    labels = pad_rows([row["labels"] for row in rows], -100, loaded.device)[:, 1:]
+    with torch.inference_mode():
+        logits = loaded.model(input_ids).logits[:, :-1].float()
+    in_answer = labels != -100
+    correct = ((logits.argmax(-1) == labels) | ~in_answer).all(dim=1).tolist()
+    nll = torch.zeros(labels.shape, dtype=torch.float64, device=loaded.device)
+    nll[in_answer] = torch.nn.functional.cross_entropy(logits[in_answer], labels[in_answer], reduction="none").double()
+    values = zip(correct, nll.sum(dim=1).tolist(), in_answer.sum(dim=1).tolist(), strict=True)
+    return [{"exact_match": float(exact), "nll": row_nll, "tokens": tokens} for exact, row_nll, tokens in values]
+
+
+def _score_answers(
+    loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
+) -> tuple[Scores, list[Item]]:
+    from transformers import set_seed
 
     set_seed(job.seed)
-    tokenizer, most = loaded.tokenizer, job.generation.max_new_tokens
-    room = min(loaded.longest - most, job.generation.max_prompt_length or loaded.longest)
-    made = prompts(chats, tokenizer, max_length=room, where=task.path)
-    filler = made.ends[0] if made.ends else 0  # its tokens are masked
-    settings = GenerationConfig(
-        max_new_tokens=most,
-        do_sample=job.generation.temperature > 0,
-        **({"temperature": job.generation.temperature, "top_k": 0} if job.generation.temperature > 0 else {}),
-        eos_token_id=list(made.ends) or None,
-        stop_strings=[made.stop] if made.stop else None,
-        pad_token_id=filler,
-    )
-    loaded.model.generation_config = settings  # a checkpoint's own would fill in what is not set here
+    room = min(loaded.max_length - job.generation.max_new_tokens, job.generation.max_prompt_length or loaded.max_length)
+    questions = prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
+    settings = _generation_settings(job.generation, questions)
+    use_generation_settings_only(loaded.model, settings)
     answers: dict[int, str] = {}
-    for batch in _batches([len(ids) for ids in made.ids], job.generation.batch_size):
-        width = max(len(made.ids[i]) for i in batch)
-        ids = [[filler] * (width - len(made.ids[i])) + made.ids[i] for i in batch]
-        mask = [[0] * (width - len(made.ids[i])) + [1] * len(made.ids[i]) for i in batch]
-        with torch.inference_mode():
-            out = loaded.model.generate(
-                torch.tensor(ids, device=loaded.device),
-                attention_mask=torch.tensor(mask, device=loaded.device),
-                generation_config=settings,
-                tokenizer=tokenizer if made.stop else None,
-            )[:, width:].tolist()
-        generated = 0
-        for index, tokens in zip(batch, out, strict=True):
-            end = next((place for place, token in enumerate(tokens) if token in made.ends), len(tokens))
-            generated += end
-            text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            answers[index] = text.split(made.stop)[0] if made.stop else text
-        tick(len(batch), generated)
+    for batch in batches_by_length([len(ids) for ids in questions.ids], job.generation.batch_size):
+        texts, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
+        answers |= zip(batch, texts, strict=True)
+        progress.advance(len(batch), tokens)
     predictions = [answers[index] for index in range(len(answers))]
-    values = score(task.metric, made.texts, predictions, made.answers)
+    values = score(task.metric, questions.texts, predictions, questions.answers)
     items = [
         {"row": index, "prompt": prompt, "prediction": prediction, "answer": answer, task.metric: value}
         for index, (prompt, prediction, answer, value) in enumerate(
-            zip(made.texts, predictions, made.answers, values, strict=True)
+            zip(questions.texts, predictions, questions.answers, values, strict=True)
         )
     ]
-    return {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": made.cut}, items
+    return {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": questions.cut}, items
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of rows of about the same length, the longest first: what does not fit fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def _generation_settings(generation: GenerationConfig, questions: Prompts) -> Any:
+    """The settings as a GenerationConfig of transformers."""
+    from transformers import GenerationConfig as TransformersGenerationConfig
+
+    sampling = {"temperature": generation.temperature, "top_k": 0} if generation.temperature > 0 else {}
+    return TransformersGenerationConfig(
+        max_new_tokens=generation.max_new_tokens,
+        do_sample=generation.temperature > 0,
+        **sampling,
+        eos_token_id=list(questions.ends) or None,
+        stop_strings=[questions.stop] if questions.stop else None,
+        pad_token_id=questions.ends[0] if questions.ends else 0,  # masked
+    )
+
+
+def _generate(
+    loaded: LoadedModel, rows: Sequence[Sequence[int]], questions: Prompts, settings: Any
+) -> tuple[list[str], int]:
+    """The answers to a batch of prompts, without what ends them; and the number of generated tokens."""
+    import torch
+
+    input_ids = pad_rows(rows, settings.pad_token_id, loaded.device, side="left")
+    with torch.inference_mode():
+        outputs = loaded.model.generate(
+            input_ids,
+            attention_mask=pad_rows([[1] * len(row) for row in rows], 0, loaded.device, side="left"),
+            generation_config=settings,
+            tokenizer=loaded.tokenizer if questions.stop else None,
+        )[:, input_ids.shape[1] :].tolist()
+    texts, count = [], 0
+    for tokens in outputs:
+        end = next((place for place, token in enumerate(tokens) if token in questions.ends), len(tokens))
+        count += end
+        text = loaded.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        texts.append(text.split(questions.stop)[0] if questions.stop else text)
+    return texts, count

@@ -1,11 +1,11 @@
-"""What a suite asks for, checked, and the scores of a model on it: for `hft train` (runner) and `hft eval` (below).
+"""Score a model on a suite, for `hft train` and `hft eval`.
 
-Below RUN/eval or OUTPUT_DIR/eval, where WHEN is before, after, round-NN, or model:
+Below RUN/eval or OUTPUT_DIR/eval, where WHEN is before, after, round-NN or model:
 
-    WHEN/SUITE/NAME.json        scores of a set of rows, a benchmark or a probe; of the last two how they were had, too
-    WHEN/SUITE/NAME.jsonl       its items, one a line: `row` is its name, and its score stands under the metric's name
-    WHEN/SUITE/NAME-KEY.json    the same of `hft eval`; KEY is the hash of all that the scores hang on
-    SUITE.json                  of `hft eval`: the scores of each model, and how they were had
+    WHEN/SUITE/NAME.json        scores of a set of rows, a benchmark or a probe
+    WHEN/SUITE/NAME.jsonl       its items, one in a line: `row` is the item's name; its score has the metric's name
+    WHEN/SUITE/NAME-KEY.json    the same for `hft eval`; KEY is a hash of everything that the scores depend on
+    SUITE.json                  `hft eval`: scores of each model, and how they were computed
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
 from hft_cli.config.schema import ModelConfig
-from hft_cli.config.suites import ProbeConfig
+from hft_cli.config.suites import BenchmarkConfig, ProbeConfig
 from hft_cli.config.training import GenerationConfig
-from hft_cli.evaluation import score_cache
-from hft_cli.evaluation.suite import Suite, _rows, uses_template
-from hft_cli.files import read_json
+from hft_cli.evaluation.score_files import add_to_cache, cache_folder, cache_key, copy_from_cache, read_scores
+from hft_cli.evaluation.suite import Suite, rows_hash, uses_chat_template
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of how benchmarks and probes are scored: a higher one scores anew
+VERSION = 2  # of how benchmarks and probes are scored; with a higher one, scores of earlier versions are not used
 
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """A model to score. `weights`: their hash, needed for `shared` (its scores are kept for other runs) and keys.
+    """A model to score.
 
-    With `reset` these parameters are put back to the model at `base`, in memory only.
+    Attributes:
+        weights: hash of its weights; required for `shared` and for keyed file names.
+        shared: whether its scores are cached for other runs.
+        base: folder of a model; in memory, the parameters in `reset` are set back to its values.
     """
 
     path: Path
@@ -51,111 +53,135 @@ class ScoredModel:
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """One thing to score, and what its scores hang on besides the model. A Todo's `out` is not set yet."""
+class HeldOutSets:
+    """Test sets of the training data (name -> rows and metric), and how answers to them are generated."""
+
+    tasks: Mapping[str, RowsTask] = field(default_factory=dict)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How workers are run: the ranks of benchmarks and probes, and a function that is called while a worker runs."""
+
+    ranks: int = 1
+    poll: Callable[[], None] = lambda: None
+
+
+Files = dict[str, dict[str, Path]]
+"""Suite -> name -> file of scores."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One thing to score, and what its scores depend on besides the model."""
 
     suite: str
     name: str
-    what: RowsTask | HarnessTask | ProbeConfig
-    hangs_on: tuple[Any, ...]
-
-
-Files = dict[str, dict[str, Path]]  # suite -> name -> file of scores
+    task: RowsTask | HarnessTask | ProbeConfig
+    dependencies: tuple[Any, ...]
 
 
 def score(
-    asked: Suite,
+    suite: Suite,
     model: ScoredModel,
     folder: RoundDir,
-    *,
-    tests: Mapping[str, RowsTask] | None = None,
-    generation: GenerationConfig | None = None,
-    seed: int = 0,
-    ranks: int = 1,
+    tests: HeldOutSets | None = None,
     keyed: bool = False,
-    meanwhile: Callable[[], None] = lambda: None,
+    workers: WorkerOptions | None = None,
 ) -> Files:
-    """Score a model on a suite and on test sets of its data; what is in `folder` already is not scored again.
+    """Score a model on a suite and on test sets. Tasks whose scores are in `folder` are skipped.
 
-    `generation` and `seed` are of answers to the test sets. With `keyed` the files' names tell what they hang on.
-    `meanwhile` is called all the time.
+    Args:
+        keyed: the names of the files contain a hash of what the scores depend on.
+
+    Raises:
+        UserError: for a mistake that only a worker could see.
+        subprocess.CalledProcessError: if a worker fails.
     """
-    cells = _cells(asked, model, tests or {}, [asdict(generation or GenerationConfig()), seed])
-    if not cells:
+    tests, workers = tests or HeldOutSets(), workers or WorkerOptions()
+    entries = _entries(suite, model, tests)
+    if not entries:
         return {}
-    identity = _identity(model)
-    files = {
-        (cell.suite, cell.name): folder.score(
-            cell.suite, f"{cell.name}-{_hash(identity, cell.hangs_on)[:12]}" if keyed else cell.name
-        )
-        for cell in cells
-    }
-    keys = {}
-    if model.shared:
-        # batch_size may tip a tie
-        keys = {files[c.suite, c.name]: score_cache.key(identity, c.hangs_on, asked.suite.batch_size) for c in cells}
-        if taken := score_cache.take(keys):
-            logger.info(
-                f"The start has been scored before: {taken} of {len(cells)} tasks taken from {score_cache.kept()}."
-            )
-    new = [(cell, files[cell.suite, cell.name]) for cell in cells if not files[cell.suite, cell.name].exists()]
-    for file in files.values():
+    identity = model_identity(model)
+    files: Files = {}
+    by_file: dict[Path, _Entry] = {}
+    for entry in entries:
+        stem = f"{entry.name}-{_hash(identity, entry.dependencies)[:12]}" if keyed else entry.name
+        file = folder.score(entry.suite, stem)
+        files.setdefault(entry.suite, {})[entry.name] = file
+        by_file[file] = entry
         file.parent.mkdir(parents=True, exist_ok=True)
-    _score_rows(new, asked, model, folder, generation or GenerationConfig(), seed, meanwhile)
-    _score_benchmarks(new, asked, model, folder, ranks, meanwhile)
-    _score_probes(new, asked, model, folder, ranks, meanwhile)
-    score_cache.add(keys)
-    found: Files = {}
-    for (suite_name, name), file in files.items():
-        found.setdefault(suite_name, {})[name] = file
-    return found
+    keys: dict[Path, str] = {}
+    if model.shared:
+        # The batch size changes the last bits of the logits, which may decide between two tokens.
+        batch_size = suite.config.batch_size
+        keys = {file: cache_key(identity, entry.dependencies, batch_size) for file, entry in by_file.items()}
+        if copied := copy_from_cache(keys):
+            logger.info("%d of %d scores of the initial model are taken from %s.", copied, len(keys), cache_folder())
+    pending = {file: entry for file, entry in by_file.items() if not file.exists()}
+    for run in _worker_runs(pending, suite, model, folder, tests, workers.ranks):
+        run_worker(run, workers.poll)
+    add_to_cache(keys)
+    return files
 
 
 def scores_of(files: Files) -> dict[str, dict[str, Any]]:
-    """Suite -> name -> metric -> value, its own metric first."""
-    return {suite: {name: read(file)[0] for name, file in own.items()} for suite, own in files.items()}
+    """Suite -> name -> metric -> value, the main metric first."""
+    return {
+        suite: {name: read_scores(file)[0] for name, file in suite_files.items()}
+        for suite, suite_files in files.items()
+    }
 
 
-def read(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """A file's scores, and how they were had; the latter is empty for a set of rows."""
-    one: dict[str, Any] = read_json(file)
-    return (one["scores"], {key: one[key] for key in one if key != "scores"}) if "scores" in one else (one, {})
+def _entries(suite: Suite, model: ScoredModel, tests: HeldOutSets) -> list[_Entry]:
+    config = suite.config
+    entries = [_rows_entry(config.name, name, task, suite.hashes[name], tests) for name, task in suite.tasks.items()]
+    entries += [_rows_entry("data", name, task, rows_hash(task), tests) for name, task in tests.tasks.items()]
+    if suite.benchmarks or suite.probes:
+        chat = uses_chat_template(config, model.config, model.path)
+        entries += [_benchmark_entry(suite, name, settings, chat) for name, settings in suite.benchmarks.items()]
+        entries += [_probe_entry(suite, name, settings, chat) for name, settings in suite.probes.items()]
+    return entries
 
 
-def _cells(asked: Suite, model: ScoredModel, tests: Mapping[str, RowsTask], generated: list[Any]) -> list[_Cell]:
-    suite = asked.suite
-    cells: list[_Cell] = []
-    for where, name, task in (
-        *((suite.name, name, task) for name, task in asked.tasks.items()),
-        *(("data", name, task) for name, task in tests.items()),
-    ):
-        rows = asked.rows[name] if where != "data" else _rows(task)
-        answers = generated if task.metric != "exact_match" else None
-        cells.append(_Cell(where, name, task, ("rows", task.metric, rows, answers)))
-    if not (asked.benchmarks or asked.probes):
-        return cells
-    template = uses_template(suite, model.config, model.path)
-    for name, own in asked.benchmarks.items():
-        limits = (suite.limit, None if own is None else own.limit)
-        limit = min((most for most in limits if most is not None), default=None)
-        chat = template and (own is None or own.chat or suite.chat.lower() == "true")
-        settings = None if own is None else asdict(own)
-        seed = suite.seed if own is None or own.temperature else None
-        harness = metadata.version("lm-eval")
-        todo = HarnessTask(name, settings, limit, chat, "")
-        how = {**asdict(todo), "settings": {**(settings or {}), "source": ""}}
-        cells.append(_Cell(suite.name, name, todo, ("benchmark", VERSION, how, asked.rows[name], seed, harness)))
-    for name, one in asked.probes.items():
-        without = replace(one, facts="", patterns=None)  # what is there counts, and not where
-        how = {**asdict(without), "limit": suite.limit, "chat": template, "seed": suite.seed}
-        cells.append(_Cell(suite.name, name, one, ("probe", VERSION, how, asked.rows[name])))
-    return cells
+def _rows_entry(suite: str, name: str, task: RowsTask, rows: str, tests: HeldOutSets) -> _Entry:
+    generation = None if task.metric == "exact_match" else [asdict(tests.generation), tests.seed]
+    return _Entry(suite, name, task, ("rows", task.metric, rows, generation))
 
 
-def _identity(model: ScoredModel) -> dict[str, Any]:
-    """What any score hangs on: the weights, and all beside them that says how they are used."""
+def _benchmark_entry(suite: Suite, name: str, settings: BenchmarkConfig | None, chat: bool) -> _Entry:
+    config = suite.config
+    limits = (config.limit, None if settings is None else settings.limit)
+    task = HarnessTask(
+        name=name,
+        settings=None if settings is None else asdict(settings),
+        limit=min((limit for limit in limits if limit is not None), default=None),
+        chat=chat and (settings is None or settings.chat or config.chat.lower() == "true"),
+        out="",  # set when the job is written
+    )
+    description = {**asdict(task), "settings": {**(task.settings or {}), "source": ""}}
+    seed = config.seed if settings is None or settings.temperature else None
+    harness = metadata.version("lm-eval")
+    return _Entry(config.name, name, task, ("benchmark", VERSION, description, suite.hashes[name], seed, harness))
+
+
+def _probe_entry(suite: Suite, name: str, settings: ProbeConfig, chat: bool) -> _Entry:
+    config = suite.config
+    description = {
+        **asdict(replace(settings, facts="", patterns=None)),  # the contents count, not the paths
+        "limit": config.limit,
+        "chat": chat,
+        "seed": config.seed,
+    }
+    return _Entry(config.name, name, settings, ("probe", VERSION, description, suite.hashes[name]))
+
+
+def model_identity(model: ScoredModel) -> dict[str, Any]:
+    """What every score depends on: the weights, and the files and settings that say how they are used."""
     template = model.config.chat_template
-    own = Path(template).expanduser() if template else None
+    template_file = Path(template).expanduser() if template else None
     return {
         "weights": model.weights,
         "files": {
@@ -163,88 +189,60 @@ def _identity(model: ScoredModel) -> dict[str, Any]:
             for path in sorted(model.path.iterdir())
             if path.is_file() and path.suffix in COMPANION_SUFFIXES
         },
-        "template": own.read_text() if own and own.is_file() else template,
+        "template": template_file.read_text() if template_file and template_file.is_file() else template,
         "model": [model.config.dtype, model.config.attention],
     }
 
 
-def _score_rows(
-    new: list[tuple[_Cell, Path]],
-    asked: Suite,
+def _worker_runs(
+    pending: Mapping[Path, _Entry],
+    suite: Suite,
     model: ScoredModel,
     folder: RoundDir,
-    generation: GenerationConfig,
-    seed: int,
-    meanwhile: Callable[[], None],
-) -> None:
-    tasks: dict[str, dict[str, RowsTask]] = {}
-    for cell, file in new:
-        if isinstance(cell.what, RowsTask):
-            tasks.setdefault(cell.suite, {})[file.stem] = cell.what
-    if not tasks:
-        return
-    job = RowsJob(
-        model=model.config,
-        path=str(model.path),
-        tasks=tasks,
-        batch_size=asked.suite.batch_size,
-        generation=generation,
-        seed=seed,
-        base=model.base,
-        reset=model.reset,
-    )
-    run_worker(WorkerRun(job, folder, f"Scoring {folder.folder.name}"), meanwhile)
-
-
-def _score_benchmarks(
-    new: list[tuple[_Cell, Path]],
-    asked: Suite,
-    model: ScoredModel,
-    folder: RoundDir,
+    tests: HeldOutSets,
     ranks: int,
-    meanwhile: Callable[[], None],
-) -> None:
-    todo = [replace(cell.what, out=str(file)) for cell, file in new if isinstance(cell.what, HarnessTask)]
-    if not todo:
-        return
-    data_dir = asked.suite.data_dir
-    job = HarnessJob(
-        model=model.config,
-        path=str(model.path),
-        todo=tuple(todo),
-        data_dir=None if data_dir is None else str(Path(data_dir).expanduser().resolve()),
-        batch_size=asked.suite.batch_size,
-        seed=asked.suite.seed,
-    )
-    label = f"Scoring {folder.folder.name}: {', '.join(one.name for one in todo)}"
-    run_worker(WorkerRun(job, folder, label, ranks if ranks > 1 else None), meanwhile)
+) -> Iterator[WorkerRun]:
+    """The workers to run one after the other: for sets of rows, for benchmarks and for probes."""
+    config, label = suite.config, f"Scoring {folder.folder.name}"
+    rows: dict[str, dict[str, RowsTask]] = {}
+    benchmarks: list[HarnessTask] = []
+    probes: dict[str, ProbeConfig] = {}
+    probe_files: dict[str, str] = {}
+    for file, entry in pending.items():
+        if isinstance(entry.task, RowsTask):
+            rows.setdefault(entry.suite, {})[file.stem] = entry.task
+        elif isinstance(entry.task, HarnessTask):
+            benchmarks.append(replace(entry.task, out=str(file)))
+        else:
+            probes[entry.name], probe_files[entry.name] = entry.task, str(file)
+    model_values: dict[str, Any] = {"model": model.config, "path": str(model.path), "batch_size": config.batch_size}
+    if rows:
+        rows_job = RowsJob(
+            **model_values,
+            tasks=rows,
+            generation=tests.generation,
+            seed=tests.seed,
+            base=model.base,
+            reset=model.reset,
+        )
+        yield WorkerRun(rows_job, folder, label)
+    if benchmarks:
+        data_dir = None if config.data_dir is None else str(Path(config.data_dir).expanduser().resolve())
+        names = ", ".join(task.name for task in benchmarks)
+        harness_job = HarnessJob(**model_values, todo=tuple(benchmarks), data_dir=data_dir, seed=config.seed)
+        yield WorkerRun(harness_job, folder, f"{label}: {names}", ranks if ranks > 1 else None)
+    if probes:
+        probe_job = ProbeJob(
+            **model_values,
+            probes=probes,
+            outs=probe_files,
+            limit=config.limit,
+            chat=uses_chat_template(config, model.config, model.path),
+            seed=config.seed,
+        )
+        yield WorkerRun(probe_job, folder, f"{label}: {', '.join(probes)}", ranks if ranks > 1 else None)
 
 
-def _score_probes(
-    new: list[tuple[_Cell, Path]],
-    asked: Suite,
-    model: ScoredModel,
-    folder: RoundDir,
-    ranks: int,
-    meanwhile: Callable[[], None],
-) -> None:
-    probes = {cell.name: (cell.what, file) for cell, file in new if isinstance(cell.what, ProbeConfig)}
-    if not probes:
-        return
-    job = ProbeJob(
-        model=model.config,
-        path=str(model.path),
-        probes={name: config for name, (config, _) in probes.items()},
-        outs={name: str(file) for name, (_, file) in probes.items()},
-        limit=asked.suite.limit,
-        chat=uses_template(asked.suite, model.config, model.path),
-        batch_size=asked.suite.batch_size,
-        seed=asked.suite.seed,
-    )
-    label = f"Scoring {folder.folder.name}: {', '.join(probes)}"
-    run_worker(WorkerRun(job, folder, label, ranks if ranks > 1 else None), meanwhile)
-
-
-def _hash(*parts: Any) -> str:
+def _hash(*values: Any) -> str:
     """A hash of plain values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

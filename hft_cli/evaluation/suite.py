@@ -1,4 +1,4 @@
-"""A suite, read and checked: which rows, benchmarks and probes it scores."""
+"""A suite, read and checked: which sets of rows, benchmarks and probes it scores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
 from hft_cli.data.rows import content_hash, read_chats
 from hft_cli.errors import UserError, choose
-from hft_cli.evaluation import benchmarks, probe
-from hft_cli.evaluation.benchmarks import BENCHMARKS
+from hft_cli.evaluation import local_files, probe
+from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import RowsTask
 from hft_cli.paths import resolve_path
@@ -20,85 +20,111 @@ from hft_cli.paths import resolve_path
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, checked: what it scores by name, and the hash of each one's rows ("hub" where they come from there)."""
+    """A checked suite.
 
-    suite: SuiteConfig
-    tasks: dict[str, RowsTask]  # sets of rows, by exact match
-    benchmarks: dict[str, BenchmarkConfig | None]  # None: a task by the harness's name
+    Attributes:
+        config: its settings.
+        tasks: name -> set of rows, scored by exact match.
+        benchmarks: name -> settings; None for a task of lm-evaluation-harness without settings of ours.
+        probes: name -> settings with resolved paths.
+        hashes: name -> hash of the rows; "hub" if the rows come from there.
+        left_out: what is not scored, and why.
+    """
+
+    config: SuiteConfig
+    tasks: dict[str, RowsTask]
+    benchmarks: dict[str, BenchmarkConfig | None]
     probes: dict[str, ProbeConfig]
-    rows: dict[str, str]
+    hashes: dict[str, str]
     left_out: tuple[str, ...]
 
 
-def read_suite(suite: SuiteConfig) -> Suite:
-    """A suite with its settings checked and its files found and read.
+def read_suite(config: SuiteConfig) -> Suite:
+    """Check the settings of a suite, and find and read its files.
 
     Raises:
-        UserError: for what is missing or cannot work, before anything is scored.
+        UserError: for a missing file or package, or a setting that cannot work.
     """
-    names = [*suite.tasks, *suite.benchmarks, *suite.probe, *suite.harness]
-    for name in suite.only:
-        choose(f"benchmark of suite={suite.name}", name, names)
-    if suite.data_dir is not None and suite.harness:
+    names = [*config.tasks, *config.benchmarks, *config.probe, *config.harness]
+    for name in config.only:
+        choose(f"benchmark of suite={config.name}", name, names)
+    if config.data_dir is not None and config.harness:
         raise UserError(
-            f"suite.harness={suite.harness} names tasks whose rows come from the hub: leave out suite.data_dir."
+            f"suite.harness={config.harness} names tasks whose rows come from the hub: leave out suite.data_dir."
         )
-    own = {name: benchmarks.settings(name, suite.benchmarks[name]) for name in _wanted(suite, suite.benchmarks)}
-    harness = _wanted(suite, suite.harness)
-    if (own or harness) and importlib.util.find_spec("lm_eval") is None:
+    benchmarks = {
+        name: benchmark_settings(name, config.benchmarks[name]) for name in _wanted(config, config.benchmarks)
+    }
+    harness = _wanted(config, config.harness)
+    if (benchmarks or harness) and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"suite={suite.name} needs lm-evaluation-harness, which is not installed: pip install 'hft-cli[eval]'"
+            f"suite={config.name} needs lm-evaluation-harness, which is not installed: pip install 'hft-cli[eval]'"
         )
-    runs_code = [name for name in own if BENCHMARKS[name].runs_code]
-    if runs_code and not suite.allow_code:
-        others = [name for name in _wanted(suite, names) if name not in runs_code]
-        raise UserError(
-            f"{runs_code[0]} runs programs that the model writes. Set suite.allow_code=true if you accept that (what "
-            f"it limits: hft_cli/sandbox.py), or leave it out: suite.only=[{','.join(others)}]"
-        )
-    data_dir = None if suite.data_dir is None else Path(suite.data_dir).expanduser()
-    probes, left_out = {}, []
-    for name in _wanted(suite, suite.probe):
-        found = probe.settings(name, suite.probe[name], data_dir)
-        if found is None:
-            left_out.append(f"{name}, whose files are looked for in suite.data_dir, which is not set")
-            continue
-        if not probe.read(found):
-            raise UserError(f"There is no fact in {found.facts} with a pattern that ends in its object.")
-        probes[f"{name}_ranking"] = found  # beside a set of rows of the same name
-    tasks = {name: RowsTask(suite.tasks[name]) for name in _wanted(suite, suite.tasks)}
+    _check_code(config, benchmarks, names)
+    data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
+    probes, left_out = _read_probes(config, data_dir)
+    tasks = {name: RowsTask(config.tasks[name]) for name in _wanted(config, config.tasks)}
     return Suite(
-        suite=suite,
+        config=config,
         tasks=tasks,
-        benchmarks={**own, **dict.fromkeys(harness)},
+        benchmarks={**benchmarks, **dict.fromkeys(harness)},
         probes=probes,
-        rows={
-            **{name: _rows(task) for name, task in tasks.items()},
-            **{name: "hub" if data_dir is None else benchmarks.data_hash(name, data_dir) for name in own},
+        hashes={
+            **{name: rows_hash(task) for name, task in tasks.items()},
+            **{name: "hub" if data_dir is None else local_files.files_hash(name, data_dir) for name in benchmarks},
             **dict.fromkeys(harness, "hub"),
-            **{name: probe.data_hash(config) for name, config in probes.items()},
+            **{name: probe.files_hash(settings) for name, settings in probes.items()},
         },
-        left_out=tuple(left_out),
+        left_out=left_out,
     )
 
 
-def _wanted(suite: SuiteConfig, names: Iterable[str]) -> list[str]:
-    return [name for name in names if not suite.only or name in suite.only]
+def _wanted(config: SuiteConfig, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not config.only or name in config.only]
 
 
-def _rows(task: RowsTask) -> str:
+def _check_code(config: SuiteConfig, benchmarks: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse a benchmark that runs programs of the model without the user's consent."""
+    runs_code = [name for name in benchmarks if BENCHMARKS[name].runs_code]
+    if runs_code and not config.allow_code:
+        others = [name for name in _wanted(config, names) if name not in runs_code]
+        raise UserError(
+            f"{runs_code[0]} runs programs that the model writes. Set suite.allow_code=true if you accept that (for "
+            f"the limits see hft_cli/evaluation/README.md), or leave it out: suite.only=[{','.join(others)}]"
+        )
+
+
+def _read_probes(config: SuiteConfig, data_dir: Path | None) -> tuple[dict[str, ProbeConfig], tuple[str, ...]]:
+    """The probes, and what is left out."""
+    probes, left_out = {}, []
+    for name in _wanted(config, config.probe):
+        settings = probe.probe_settings(name, config.probe[name], data_dir)
+        if settings is None:
+            left_out.append(f"{name}, whose files are looked for in suite.data_dir, which is not set")
+            continue
+        if not probe.read_relations(settings):
+            raise UserError(f"There is no fact in {settings.facts} with a pattern that ends in its object.")
+        probes[f"{name}_ranking"] = settings  # a set of rows may have the same name
+    return probes, tuple(left_out)
+
+
+def rows_hash(task: RowsTask) -> str:
+    """SHA-256 of the rows of a task."""
     return content_hash(read_chats(resolve_path(task.path), format=task.format, split="test"))
 
 
-def uses_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:
-    """Whether prompts of benchmarks go through the model's chat template, told without loading the tokenizer.
+def uses_chat_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:
+    """Whether prompts of benchmarks go through the model's chat template. Does not load the tokenizer.
 
     Raises:
-        UserError: if they should, and there is none.
+        UserError: for suite.chat=true and a model without a chat template.
     """
-    asked, settings = suite.chat.lower(), folder / "tokenizer_config.json"
-    has = model.chat_template is not None or (folder / "chat_template.jinja").exists()
-    has = has or (settings.exists() and bool(read_json(settings).get("chat_template")))
-    if asked == "true" and not has:
+    choice, tokenizer_config = suite.chat.lower(), folder / "tokenizer_config.json"
+    has_template = (
+        model.chat_template is not None
+        or (folder / "chat_template.jinja").exists()
+        or (tokenizer_config.exists() and bool(read_json(tokenizer_config).get("chat_template")))
+    )
+    if choice == "true" and not has_template:
         raise UserError(f"suite.chat=true, but {folder} has no chat template. Set model.chat_template=tulu|plain|PATH.")
-    return has and asked != "false"
+    return has_template and choice != "false"

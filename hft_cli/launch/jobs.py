@@ -147,9 +147,9 @@ class Worker:
 
 WORKERS = {
     "training": Worker(PhaseJob, "step.json", "hft_cli.training.worker:train"),
-    "rows": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:evaluate"),
-    "harness": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score"),
-    "probe": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score"),
+    "rows": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:score_rows"),
+    "harness": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score_benchmarks"),
+    "probe": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score_probes"),
 }
 
 

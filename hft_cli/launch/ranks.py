@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
 
 RANKS_TIMEOUT = timedelta(hours=2)  # the other ranks wait while the first one tokenizes, minutes for a large set
 
@@ -33,13 +36,13 @@ class Ranks:
 
             dist.barrier()
 
-    def gather(self, value: int) -> list[int]:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks, in the order of the ranks."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
 
-        values = [0] * self.count
+        values = [value] * self.count
         dist.all_gather_object(values, value)
         return values
 

@@ -11,8 +11,9 @@ from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
 from hft_cli.config.validate import check_eval
 from hft_cli.errors import UserError
-from hft_cli.evaluation.scorer import ScoredModel, read, score
-from hft_cli.evaluation.suite import Suite, read_suite, uses_template
+from hft_cli.evaluation.score_files import read_scores
+from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
+from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.worker import hold_lock
@@ -45,10 +46,11 @@ def run_eval(config: EvalConfig) -> Path:
     folder = Path(config.run or config.output_dir).expanduser() / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{config.suite.name}.json"
+    workers = WorkerOptions(config.engine.num_processes)
     with hold_lock(folder / ".lock"):
         records: dict[str, Record] = read_json(file)["models"] if file.exists() else {}
         for when, model in models.items():
-            paths = score(suite, model, RoundDir(folder / when), ranks=config.engine.num_processes, keyed=True)
+            paths = score(suite, model, RoundDir(folder / when), keyed=True, workers=workers)
             record = _record(config.suite.name, model, paths[config.suite.name], folder)
             records[when] = _merge(records.get(when, {}), record)
         write_json(file, {"suite": config.suite.name, "left_out": suite.left_out, "models": records})
@@ -66,7 +68,7 @@ def _read_suite(config: EvalConfig) -> Suite:
         UserError: if it has nothing to score.
     """
     suite = read_suite(config.suite)
-    if not suite.rows:
+    if not suite.hashes:
         reason = f": {'; '.join(suite.left_out)}" if suite.left_out else ""
         raise UserError(
             f"suite={config.suite.name} has nothing to score{reason}. Use suite=general, knowledge, quick, probe or "
@@ -87,7 +89,7 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     else:
         models = _models_of_run(config, config.run)
     for model in models.values():
-        uses_template(config.suite, model.config, model.path)  # raises if the template is needed and missing
+        uses_chat_template(config.suite, model.config, model.path)  # raises if the template is needed and missing
     return models
 
 
@@ -110,7 +112,7 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
     """The scores of a model on a suite. Files are named relative to `folder`."""
     scores, details = {}, {}
     for name, file in files.items():
-        scores[name], settings = read(file)
+        scores[name], settings = read_scores(file)
         items = file.with_suffix(".jsonl")
         details[name] = {**settings, "file": str(file.relative_to(folder)), "items": str(items.relative_to(folder))}
     return {"path": str(model.path), "weights_sha256": model.weights, "eval": {suite: scores}, "details": details}

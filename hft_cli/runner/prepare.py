@@ -17,7 +17,7 @@ from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
 from hft_cli.data.preferences import preferences_hash, read_preferences
 from hft_cli.data.rows import content_hash, count_repeats, read_chats, read_sources
 from hft_cli.errors import UserError
-from hft_cli.evaluation.suite import Suite, read_suite, uses_template
+from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import flatten, read_json
 from hft_cli.launch.environment import environment
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
@@ -89,14 +89,14 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     elif not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     suite = read_suite(config.suite)
-    uses_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
+    uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config) for phase in plan]
     row_counts = {phase.number: row["rows"] for phase, row in zip(plan, rounds, strict=True) if "rows" in row}
     local = replace(config, model=replace(config.model, path=str(base)))  # not the hub's name: nothing to fetch
     costs = make_plan(PlanConfig(**vars(local)), row_counts)
     preflight(config, costs, new=not run.config.exists())
     record = {
-        "suite_sha256": suite.rows,
+        "suite_sha256": suite.hashes,
         **base_record(config.model.path, base),
         "rounds": rounds,
         "costs": costs.expected(),

@@ -15,7 +15,7 @@ from hft_cli.config.data_sets import test_format
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
 from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.evaluation.scorer import ScoredModel, score, scores_of
+from hft_cli.evaluation.scorer import HeldOutSets, ScoredModel, WorkerOptions, score, scores_of
 from hft_cli.evaluation.suite import Suite
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.jobs import RowsTask
@@ -232,11 +232,8 @@ def _score(session: Session, when: str, model: ScoredModel, tasks: TasksToScore,
         tasks.suite,
         model,
         folder,
-        tests=tasks.tests,
-        generation=config.generation,
-        seed=config.seed,
-        ranks=config.engine.num_processes,
-        meanwhile=followers.check if followers else lambda: None,
+        HeldOutSets(tasks.tests, config.generation, config.seed),
+        workers=WorkerOptions(config.engine.num_processes, followers.check if followers else lambda: None),
     )
     scores = scores_of(files)
     if files:

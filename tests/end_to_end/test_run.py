@@ -36,10 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.deepspeed import FREE, FREE_OF_ZERO
-from hft_cli.config.schema import ModelConfig
-from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
-from hft_cli.evaluation import score_cache, scorer
 from hft_cli.paths import resolve_path
 from hft_cli.training import resume
 
@@ -645,21 +642,12 @@ ORDER = ("+method=hft", "data.test_path=pocket:skills/order/test.jsonl", "train.
 
 
 def test_the_start_is_scored_once_for_all_runs_that_share_it(tmp_path):
-    """By the weights and all else that the scores hang on: another dtype is scored anew."""
     own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     runs = []
     for name, more in (("one", ()), ("two", ("seed=7",))):
         arguments = ("train", *QUICK, *ORDER, f"output_dir={tmp_path / name}", *more)
         done = subprocess.run(command(*arguments), env=environment() | own, capture_output=True, text=True, check=True)
         runs.append((json.loads((tmp_path / name / "eval/before/scores.json").read_text()), done.stderr))
-    assert "scored before" not in runs[0][1]
-    assert "scored before: 1 of 1 task" in runs[1][1]
+    assert "scores of the initial model" not in runs[0][1]
+    assert "1 of 1 scores of the initial model are taken from" in runs[1][1]
     assert runs[1][0] == runs[0][0]
-    suite = SuiteConfig("none")
-    keys = {
-        score_cache.key(
-            scorer._identity(scorer.ScoredModel(BASE, ModelConfig("m", str(BASE), dtype=dtype))), suite.batch_size
-        )
-        for dtype in ("float32", "float32", "bfloat16")
-    }
-    assert len(keys) == 2

@@ -1,4 +1,4 @@
-"""Programs of a model run with limits, and pass@k is Chen et al.'s estimate."""
+"""Limits of programs that a model wrote, and pass@k (Chen et al. 2021)."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ import sys
 
 import pytest
 
-from hft_cli.evaluation.sandbox import CodeEval, network_is_cut, pass_at_k, run
+from hft_cli.evaluation.sandbox import CodeEval, is_network_blocked, run_program
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits need Linux")
 
 
-def test_a_program_passes_only_by_coming_to_its_end():
-    assert run("x = 1") == "passed"
-    assert run("assert False") == "failed: AssertionError"
-    assert run("import sys; sys.exit(0)") == "failed: SystemExit"
-    assert run("import os; os._exit(0)") == "failed: ended early"
-    assert run("print('passed')\n1 / 0") == "failed: ZeroDivisionError"
+def test_a_program_passes_only_if_it_runs_to_its_end():
+    assert run_program("x = 1") == "passed"
+    assert run_program("assert False") == "failed: AssertionError"
+    assert run_program("import sys; sys.exit(0)") == "failed: SystemExit"
+    assert run_program("import os; os._exit(0)") == "failed: ended early"
+    assert run_program("print('passed')\n1 / 0") == "failed: ZeroDivisionError"
 
 
 def test_time_memory_and_files_are_limited():
-    assert run("while True: pass", seconds=1) == "timed out"
-    assert run("x = bytearray(2**31)") == "failed: MemoryError"
-    assert run("open('a', 'wb').write(bytes(2**22))") == "failed: OSError"
+    assert run_program("while True: pass", seconds=1) == "timed out"
+    assert run_program("x = bytearray(2**31)") == "failed: MemoryError"
+    assert run_program("open('a', 'wb').write(bytes(2**22))") == "failed: OSError"
 
 
-def test_it_starts_in_an_empty_folder_that_goes_away_and_sees_nothing_of_the_environment(monkeypatch, tmp_path):
+def test_a_program_gets_an_empty_folder_and_no_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SOME_SECRET", "x")
     program = f"import os\nassert os.listdir() == []\nopen({str(tmp_path / 'where')!r}, 'w').write(os.getcwd())\n"
-    assert run(program + "assert 'SOME_SECRET' not in os.environ") == "passed"
+    assert run_program(program + "assert 'SOME_SECRET' not in os.environ") == "passed"
     assert not os.path.exists((tmp_path / "where").read_text())
 
 
-def test_there_is_no_network_where_the_kernel_lets_us_cut_it():
-    if not network_is_cut():
-        pytest.skip("the kernel refuses a network namespace here")
-    # With a network, nobody listening there would be a ConnectionRefusedError.
+def test_the_network_is_blocked_if_the_kernel_allows_it():
+    if not is_network_blocked():
+        pytest.skip("the kernel of this machine refuses a network namespace")
+    # With a network the error would be a ConnectionRefusedError, because nothing listens on this port.
     program = "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)"
-    assert run(program) == "failed: OSError"
+    assert run_program(program) == "failed: OSError"
 
 
-def test_pass_at_k_is_the_share_of_draws_of_k_programs_with_a_right_one():
-    right, wrong = "def f(): return 1", "def f(): return 2"
-    assert pass_at_k(["assert f() == 1"], [[right, wrong, wrong, wrong]], [1, 2, 4]) == {
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_program():
+    correct, wrong = "def f(): return 1", "def f(): return 2"
+    assert CodeEval().pass_at_k(["assert f() == 1"], [[correct, wrong, wrong, wrong]], [1, 2, 4]) == {
         "pass@1": pytest.approx(1 / 4),
         "pass@2": pytest.approx(1 / 2),
         "pass@4": 1.0,
     }
-    figures, found = CodeEval().compute(references=["assert f() == 1"], predictions=[[wrong]], k=[1, 10])
+    figures, results = CodeEval().compute(references=["assert f() == 1"], predictions=[[wrong]], k=[1, 10])
     assert figures == {"pass@1": 0.0}
-    assert found == {0: [(0, "failed: AssertionError")]}
+    assert results == {0: [(0, "failed: AssertionError")]}
 
 
-def test_the_program_file_itself_is_gone_before_it_runs():
-    assert run("import os\nassert not os.path.exists('program.py')") == "passed"
+def test_the_program_file_is_deleted_before_it_runs():
+    assert run_program("import os\nassert not os.path.exists('program.py')") == "passed"

@@ -1,0 +1,68 @@
+"""Files of scores: written by workers, read by the parent, and cached for all runs that start from the same model.
+
+NAME.json holds the scores of a task, for benchmarks and probes with details of how they were computed. NAME.jsonl
+beside it holds the items, one in a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hft_cli.files import read_json, write_json, write_text
+from hft_cli.launch.environment import environment
+
+
+def write_scores(file: Path, scores: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> None:
+    """Write the items, then the scores: a task whose scores exist is complete."""
+    lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+    write_text(file.with_suffix(".jsonl"), "".join(lines))
+    write_json(file, scores)
+
+
+def read_scores(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metric -> value, and the details of how the scores were computed; no details for a set of rows."""
+    values: dict[str, Any] = read_json(file)
+    if "scores" not in values:
+        return values, {}
+    return values["scores"], {key: value for key, value in values.items() if key != "scores"}
+
+
+def cache_folder() -> Path:
+    """The folder of the cached scores."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "scores"
+
+
+def cache_key(*dependencies: Any) -> str:
+    """The name of scores in the cache: a hash of plain values, and of versions and hardware of this machine."""
+    machine = {name: value for name, value in environment().items() if name in ("gpus", "packages", "hft")}
+    return hashlib.sha256(json.dumps([*dependencies, machine], sort_keys=True).encode()).hexdigest()
+
+
+def copy_from_cache(keys: Mapping[Path, str]) -> int:
+    """Copy cached scores to those files that do not exist, and return how many were copied."""
+    copied = 0
+    for file, key in keys.items():
+        cached = cache_folder() / f"{key}.json"
+        if cached.exists() and not file.exists():
+            _copy(cached, file)
+            copied += 1
+    return copied
+
+
+def add_to_cache(keys: Mapping[Path, str]) -> None:
+    """Copy files of scores to the cache, each under its key."""
+    for file, key in keys.items():
+        cached = cache_folder() / f"{key}.json"
+        if not cached.exists():
+            _copy(file, cached)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target.with_suffix(".jsonl"), source.with_suffix(".jsonl").read_text())
+    write_json(target, read_json(source))

@@ -1,0 +1,119 @@
+"""What the scoring workers share: the model, batches, and the division of items among ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
+from hft_cli.config.schema import ModelConfig
+from hft_cli.data.templates import chat_template
+from hft_cli.launch.ranks import Ranks
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+TIMEOUT = timedelta(weeks=1)  # the other ranks wait while the first one runs programs
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode.
+
+    Attributes:
+        model: a transformers model for causal language modelling, on `device`.
+        tokenizer: its tokenizer, with the chat template of the configuration.
+        max_length: tokens that the model reads at most.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: str
+    max_length: int
+
+
+def load_model(path: str, config: ModelConfig, device: str = "cpu") -> LoadedModel:
+    """Load the model in the folder `path` with the dtype, attention and chat template of `config`."""
+    tokenizer = load_tokenizer(path, config)
+    model = load_weights(path, config).to(device).eval()
+    return LoadedModel(model, tokenizer, device, max_positions(model.config.to_dict()) or DEFAULT_MAX_LENGTH)
+
+
+def load_weights(path: str, config: ModelConfig) -> Any:
+    """Load a transformers model on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+    )
+
+
+def load_tokenizer(path: str, config: ModelConfig) -> Any:
+    """Load a tokenizer; `model.chat_template` replaces its own chat template.
+
+    Raises:
+        UserError: for an unknown chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if config.chat_template is not None:
+        tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
+    return tokenizer
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar lengths, the longest first, so that a batch that is too large fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str, side: str = "right") -> Any:
+    """Rows of tokens as an int64 tensor of shape (rows, longest row) on `device`, padded with `value`."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)
+
+
+def current_ranks() -> Ranks:
+    """This process among the ranks that torchrun started; rank 0 of 1 without torchrun."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def device_of_rank() -> str:
+    """The GPU of this rank on its node, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def process_group(ranks: Ranks) -> Iterator[None]:
+    """Within this context the ranks can exchange objects, by gloo."""
+    if ranks.count == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.count, timeout=TIMEOUT)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def share_items(ranks: Ranks, function: Callable[..., Sequence[R]], items: Sequence[T], **options: Any) -> Sequence[R]:
+    """The results of `function(items, **options)`, of which each rank computes a share; every rank gets all results."""
+    own_items = items[ranks.rank :: ranks.count]
+    shares = ranks.gather(function(own_items, **options) if own_items else [])
+    results: list[Any] = [None] * len(items)
+    for rank, share in enumerate(shares):
+        results[rank :: ranks.count] = share
+    return results

@@ -1,0 +1,32 @@
+"""Files of scores, and the cache of the scores of initial models."""
+
+from __future__ import annotations
+
+import json
+
+from hft_cli.evaluation.score_files import add_to_cache, cache_key, copy_from_cache, read_scores, write_scores
+
+
+def test_scores_and_items_are_written_beside_each_other(tmp_path):
+    write_scores(tmp_path / "a.json", {"scores": {"acc": 0.5}, "limit": 3}, [{"row": "ü"}, {"row": 1}])
+    assert read_scores(tmp_path / "a.json") == ({"acc": 0.5}, {"limit": 3})
+    assert (tmp_path / "a.jsonl").read_text() == '{"row": "ü"}\n{"row": 1}\n'
+    write_scores(tmp_path / "rows.json", {"exact_match": 1.0}, [])
+    assert read_scores(tmp_path / "rows.json") == ({"exact_match": 1.0}, {})
+
+
+def test_cached_scores_are_copied_to_missing_files_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, second = tmp_path / "first" / "a.json", tmp_path / "second" / "a.json"
+    first.parent.mkdir()
+    write_scores(first, {"acc": 0.5}, [{"row": 1}])
+    assert copy_from_cache({second: "key"}) == 0
+    add_to_cache({first: "key"})
+    assert copy_from_cache({first: "key", second: "key"}) == 1
+    assert json.loads(second.read_text()) == {"acc": 0.5}
+    assert second.with_suffix(".jsonl").read_text() == '{"row": 1}\n'
+
+
+def test_a_cache_key_depends_on_every_value():
+    keys = {cache_key({"dtype": dtype}, seed) for dtype in ("float32", "bfloat16") for seed in (1, 2, 2)}
+    assert len(keys) == 4
