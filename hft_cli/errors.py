@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line saying what, where, the choices and the fix. Exit status 2."""
+    """A mistake of the user. The message is one line: what, where, the choices, the fix. Exit status 2."""
+
+
+class NodeError(Exception):
+    """Another node of the run failed, or the connection to it was lost. Exit status 1."""
 
 
 class Stopped(BaseException):
-    """A signal asked us to end."""
+    """This process received a signal that asks it to end. Exit status 128 + `number`."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
+@dataclass(frozen=True)
+class JobFailure:
+    """A job of a command that failed, one of several in a sweep.
+
+    Attributes:
+        number: position in the sweep, from 0.
+        job: the overrides of the job.
+        reason: one line.
+        status: the exit status that the command should have.
+    """
+
+    number: int
+    job: str
+    reason: str
+    status: int
+
+
+# Errors of the file system that are a user's mistake: a wrong path, or missing rights.
+FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def file_error_text(error: OSError) -> str:
+    """One line for one of FILE_ERRORS: "Permission denied: runs/first"."""
+    return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
-    """Return `value` if it is one of `choices`; otherwise raise a UserError with the nearest one.
+    """Return `value` if it is one of `choices`.
 
     Raises:
         UserError: "Unknown WHAT 'x'. Did you mean 'y'? Available: …".
@@ -26,10 +57,10 @@ def choose(what: str, value: str, choices: Iterable[str]) -> str:
     names = list(choices)
     if value in names:
         return value
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise UserError(f"Unknown {what} '{value}'.{hint} Available: {', '.join(names)}.")
+    raise UserError(f"Unknown {what} '{value}'.{nearest_hint(value, names)} Available: {', '.join(names)}.")
 
 
-class NodeError(Exception):
-    """Another node failed or went away. Exit status 1."""
+def nearest_hint(value: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """' Did you mean NAME?' with the name that is nearest to `value`; empty if none is near."""
+    nearest = difflib.get_close_matches(str(value), list(names), n=1, cutoff=cutoff)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""

@@ -11,6 +11,9 @@ from hft_cli.errors import UserError, choose
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FLAGS = {"-q": "WARNING", "--quiet": "WARNING", "-v": "DEBUG", "--verbose": "DEBUG"}
 VARIABLE = "HFT_LOG_LEVEL"
+LOG_HELP = """\
+Every command takes -q, --quiet (warnings and results only) and -v, --verbose (what is started, and where it logs).
+HFT_LOG_LEVEL=DEBUG|INFO|WARNING|ERROR sets the same for all commands."""
 
 
 def take_log_flags(argv: list[str]) -> list[str]:

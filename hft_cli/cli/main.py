@@ -1,4 +1,4 @@
-"""The `hft` command: sub-commands, composing a config with Hydra, and telling a user's mistake from a fault."""
+"""The entry point of `hft`: it calls the sub-command and turns errors and signals into an exit status."""
 
 from __future__ import annotations
 
@@ -10,62 +10,50 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType
 
-from hft_cli.cli.commands import COMMANDS
-from hft_cli.errors import Stopped, UserError, choose
+from hft_cli.cli.commands import COMMANDS, overview, run_command
+from hft_cli.errors import FILE_ERRORS, Stopped, UserError, choose, file_error_text
 from hft_cli.logs import set_up_logging, take_log_flags
 
 logger = logging.getLogger(__name__)
 
-USAGE = """\
-hft: fine-tune language models without making them forget (Half Fine-Tuning, ACL 2025)
-
-  hft train +method=hft [group=option …] [key=value …]   run a fine-tuning; -m sweeps over a,b,c
-  hft plan +method=hft [group=option …] [key=value …]    what that would train, need and cost; -m compares
-  hft eval run=RUN suite=knowledge                       score a run's model, or any: model.path=FOLDER suite=…
-  hft verify RUN                                         prove from the files that frozen matrices kept every bit
-  hft show draws RUN                                     what each round updated, as layers by matrices
-  hft materialize RUN round=K out=DIR                    the model after any round, from the base and the deltas
-  hft publish RUN out=DIR                                what a run changed, with a model card; materialize loads it
-  hft report RUN…                                        compare runs and sweeps: tables, figures, one page
-
-Try it, without a GPU or a download:  hft train +method=hft suite=pocket
-What there is to set:                 hft train --help"""
-
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 2 a user's mistake, 1 anything else, 128+n for signal n."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's, when time is up or the nodes are wanted
-        signal.signal(number, _interrupt)
+    """Run the command in sys.argv and exit.
+
+    Exit status: 0 done, 2 a user's mistake, 1 any other failure, 128 + n after signal n.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them before they take the node away
+        signal.signal(number, _raise_stopped)
     argv = sys.argv[1:]
     try:
         argv = take_log_flags(argv)
         set_up_logging()
-        status = _command(argv)
+        status = _dispatch(argv)
     except UserError as error:
         logger.error("hft: %s", error)
         status = 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        again = " with resume=true" if argv[:1] == ["train"] else ""
-        logger.error("hft: stopped. The same command%s continues.", again)
-        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        logger.error("hft: %s: %s", error.strerror, error.filename)
+    except FILE_ERRORS as error:
+        logger.error("hft: %s", file_error_text(error))
         status = 2
-    except BrokenPipeError:  # the reader of our output went away
+    except (Stopped, KeyboardInterrupt) as stop:
+        resume = " with resume=true" if argv[:1] == ["train"] else ""
+        logger.error("hft: stopped. The same command%s continues.", resume)
+        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+    except BrokenPipeError:  # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     sys.exit(status)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
-def _command(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(overview())
         return 0
     if argv[0] == "--version":
         print(f"hft {version('hft-cli')}")
         return 0
-    return COMMANDS[choose("command", argv[0], COMMANDS)](list(argv[1:]))
+    return run_command(choose("command", argv[0], COMMANDS), argv[1:])

@@ -10,10 +10,31 @@ from hft_cli.errors import UserError, choose
 from hft_cli.paths import conf_dir, group_options
 
 
+def is_sweep(argv: Sequence[str]) -> bool:
+    """Whether the words after a command ask for a sweep."""
+    return bool({"-m", "--multirun"} & set(argv))
+
+
+def eval_arguments(words: Sequence[str]) -> list[str]:
+    """What was typed after `hft eval`, in Hydra's grammar.
+
+    Raises:
+        UserError: if both a run and a model are given.
+    """
+    argv = [plain_override(word, sweep=is_sweep(words)) for word in words]
+    keys = {word.split("=")[0].lstrip("+") for word in argv}
+    if "run" in keys and keys & {"model", "model.path"}:
+        raise UserError("run=… scores the run's own models: leave out model and model.path, or leave out run.")
+    if "model.path" in keys and "model" not in keys:
+        argv.insert(0, "model=local")
+    argv.sort(key=lambda word: word not in ("-m", "--multirun"))
+    return [re.sub(OF_MAPS, r"++\1=", word) for word in argv]
+
+
 def hydra_arguments(name: str, argv: Sequence[str]) -> list[str]:
     """What was typed after `hft train` or `hft plan`, as Hydra's grammar has it."""
     # Hydra asks for a + before a group without a default and before a new key of a map; we do not.
-    argv = [plain_override(argument, sweep=bool({"-m", "--multirun"} & set(argv))) for argument in argv]
+    argv = [plain_override(argument, sweep=is_sweep(argv)) for argument in argv]
     keys = {argument.split("=")[0].lstrip("+") for argument in argv}
     # A path of the user's own goes with `local`, not with the embedded model's or data's settings.
     for group in ("model", "data"):
@@ -22,7 +43,7 @@ def hydra_arguments(name: str, argv: Sequence[str]) -> list[str]:
             argv.insert(place, f"{group}=local")
     # Hydra's parser takes overrides on one side of a flag only; -m may stand anywhere.
     argv.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-    if {"-m", "--multirun"} & set(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
+    if is_sweep(argv) and any(argument.startswith("--cfg") or argument == "-c" for argument in argv):
         raise UserError("--cfg shows one configuration: leave out -m and the lists of values.")
     argv = [re.sub(r"^method=", "+method=", re.sub(OF_MAPS, r"++\1=", argument)) for argument in argv]
     _sized(name, argv)

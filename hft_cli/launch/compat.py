@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-
-import deepspeed
-import torch.distributed
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def disable_shared_memory_op() -> None:
@@ -16,6 +17,8 @@ def disable_shared_memory_op() -> None:
     a lock behind if it is killed, and fails in a path with a space. Only inference uses the operator. There is no
     setting for it. This can go when DeepSpeed compiles the operator on first use.
     """
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -25,7 +28,61 @@ def exit_rank() -> None:
     UPSTREAM: torch 2.13.0 with deepspeed 0.19.8: a rank sometimes aborts in its exit handlers after all work is saved,
     and torchrun then reports a failure. This can go when ranks of gloo and NCCL exit cleanly.
     """
+    import torch.distributed
+
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+@contextmanager
+def submitit_hooks(results: Callable[[Any, Callable[[Any], list[Any]]], list[Any]], watcher: Any) -> Iterator[None]:
+    """Have submitit's jobs return `results(job, original method)`, and ask `watcher` for their states in SLURM.
+
+    UPSTREAM: submitit 1.5.4 with hydra-submitit-launcher 1.2.0: the launcher asks one job after the other for its
+    results, so that the first job that died ends the sweep. Jobs call register_job, is_done, get_state and get_info of
+    the class attribute `watcher`. This can go when the launcher returns the failures of all jobs, and submitit can ask
+    squeue.
+    """
+    from submitit.core.core import Job
+    from submitit.slurm.slurm import SlurmJob
+
+    original, original_watcher = Job.results, SlurmJob.watcher
+    Job.results, SlurmJob.watcher = lambda job: results(job, original), watcher
+    try:
+        yield
+    finally:
+        Job.results, SlurmJob.watcher = original, original_watcher
+
+
+def job_arguments(job: Any) -> tuple[list[str], int]:
+    """The overrides and the number of the sweep's job that a job of submitit runs.
+
+    UPSTREAM: hydra-submitit-launcher 1.2.0: it calls itself with (overrides, job_dir_key, number, id, state) in the
+    job. This can go when the launcher returns the failures of all jobs.
+    """
+    overrides, _, number, *_ = job.submission().args
+    return overrides, number
+
+
+def raised_in_job(error: Exception) -> str:
+    """The last line of the traceback in submitit's FailedJobError.
+
+    UPSTREAM: submitit 1.5.4: the error holds the traceback as text between two lines of 22 dashes. This can go when it
+    holds the exception.
+    """
+    return str(error).split("-" * 22)[1].strip().splitlines()[-1]
+
+
+def requeue_handler() -> Callable[..., Any]:
+    """In a job of submitit: the signal handler that puts the job back into the queue and ends the process.
+
+    UPSTREAM: submitit 1.5.4: before it calls the function of a job, submitit registers this handler for the signal
+    that JobEnvironment.USR_SIG names. This can go when submitit has a function that puts the job back.
+    """
+    from submitit.core.job_environment import JobEnvironment
+
+    handler = signal.getsignal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))
+    assert callable(handler)
+    return handler

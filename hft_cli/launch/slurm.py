@@ -1,4 +1,4 @@
-"""Sweeps by submitit, on SLURM or here: every job is waited for, also one that died; a checkpoint before a requeue."""
+"""Jobs of submitit, on SLURM or on this machine: wait for all of them, and put stopped ones back into the queue."""
 
 from __future__ import annotations
 
@@ -8,117 +8,145 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from submitit.core.core import Job
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.utils import FailedJobError, UncompletedJobError
-from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+from submitit.slurm.slurm import SlurmJob
 
-from hft_cli.errors import Stopped, UserError
+from hft_cli.errors import JobFailure, Stopped, UserError
+from hft_cli.launch import compat
 
 logger = logging.getLogger(__name__)
 
-# States of a job that does not go on. GONE is ours: squeue forgets a job some minutes after its end.
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+# States in which a job has ended. GONE is ours: squeue forgets a job some minutes after its end.
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
+}  # fmt: skip
 
-ENDED |= {"REVOKED", "TIMEOUT"}
+INTERVAL = 10.0  # seconds between calls of squeue
 
 
 @contextmanager
-def waited_for(failures: dict[int, dict[str, Any]]) -> Iterator[None]:
-    """While a sweep runs: wait for each of submitit's jobs, and note by its number one that failed or died.
+def wait_for_jobs(failures: list[JobFailure]) -> Iterator[None]:
+    """While a sweep runs, wait for every job of submitit, and add those that fail or die to `failures`.
 
-    By itself submitit ends the sweep at the first one that died, and without SLURM's accounting never learns of it.
+    Without this, submitit ends the sweep at the first job that died, and without SLURM's accounting it does not notice
+    that a job died.
 
     Raises:
-        UserError: if SLURM does not take the jobs.
+        UserError: if SLURM does not accept the jobs.
     """
-    results, watcher = Job.results, SlurmJob.watcher
 
-    def noted(job: Any) -> list[Any]:
+    def results(job: Any, original: Callable[[Any], list[Any]]) -> list[Any]:
         try:
-            returned, *_ = results(job)  # of several nodes, the first one's
+            result, *_ = original(job)  # a job on several nodes has several; the first is node 0's
         except UncompletedJobError as error:
-            overrides, _, number, *_ = job.submission().args
-            reason = f"{_why(job, error)} Its log: {job.paths.stderr}"
-            failures[number] = {"job": " ".join(filter_overrides(overrides)), "reason": reason, "status": 1}
-            returned = JobReturn()
-            returned.status, returned.return_value = JobStatus.COMPLETED, None
+            overrides, number = compat.job_arguments(job)
+            reason = f"{_reason(job, error)} Its log: {job.paths.stderr}"
+            failures.append(JobFailure(number, " ".join(filter_overrides(overrides)), reason, 1))
+            result = JobReturn(status=JobStatus.COMPLETED)
         except (Stopped, KeyboardInterrupt):
             if isinstance(job, SlurmJob):
-                logger.warning(f"The jobs stay with SLURM: `scancel {job.job_id.split('_')[0]}` ends them.")
+                array = job.job_id.split("_")[0]
+                logger.warning("The jobs continue in SLURM. To end them: scancel %s", array)
             raise
-        if returned.status == JobStatus.COMPLETED and returned.return_value is not None:
-            failure = dict(returned.return_value)
-            failures[failure.pop("number")] = failure
-        return [returned]
+        if result.status == JobStatus.COMPLETED and result.return_value is not None:
+            failures.append(result.return_value)
+        return [result]
 
-    Job.results, SlurmJob.watcher = noted, Watcher()
     try:
-        yield
-    except UncompletedJobError as error:  # sbatch's own words
+        with compat.submitit_hooks(results, SqueueWatcher()):
+            yield
+    except UncompletedJobError as error:  # with the message of sbatch
         raise UserError(f"SLURM did not take the jobs: {' '.join(str(error).split())}") from None
-    finally:
-        Job.results, SlurmJob.watcher = results, watcher
 
 
-def _why(job: Any, error: UncompletedJobError) -> str:
-    if isinstance(error, FailedJobError):  # something was raised outside of our own code, and its traceback kept
-        return str(error).split("-" * 22)[1].strip().splitlines()[-1]
+def _reason(job: Any, error: UncompletedJobError) -> str:
+    """Why a job has no result."""
+    if isinstance(error, FailedJobError):  # raised outside of the code that reports failures
+        return compat.raised_in_job(error)
     if not isinstance(job, SlurmJob):
         return "It ended without a result."
     return f"It ended without a result; SLURM says {job.state}."
 
 
-class Watcher(SlurmInfoWatcher):  # type: ignore[misc]
-    """Asks squeue, which every SLURM answers; sacct, which submitit asks, knows nothing without accounting."""
+class SqueueWatcher:
+    """The states of SLURM jobs, from squeue. It has the methods that submitit's jobs call on their `watcher`.
+
+    submitit's own watcher asks sacct, which knows no job where SLURM keeps no accounts.
+    """
 
     def __init__(self) -> None:
-        super().__init__(delay_s=10)
-        self._ended: set[str] = set()  # at the last look
+        self.states: dict[str, str] = {}
+        self.ended: set[str] = set()
+        self._jobs: set[str] = set()
+        self._seen_ended: set[str] = set()  # at the last call of squeue
+        self._last_update = float("-inf")
 
-    def update(self) -> None:
-        command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r"]
-        asked = subprocess.run(command, capture_output=True, text=True)
-        self._last_status_check = time.time()
-        if asked.returncode != 0:  # the controller is away for a while
-            logger.warning(f"squeue does not answer: {' '.join(asked.stderr.split())}. Asking again.")
-            return
-        states = dict(line.split("|", 1) for line in asked.stdout.splitlines())
-        ended = set()
-        for job in self._registered - self._finished:
-            state, _, reason = states.get(job, "GONE|").partition("|")
-            self._info_dict[job] = {"State": f"{state} ({reason})" if reason not in ("", "None") else state}
-            if state in ENDED:
-                ended.add(job)
-        # On its way back into the queue a job passes through such a state too; so it counts when seen twice.
-        self._finished |= ended & self._ended
-        self._ended = ended
+    def register_job(self, job_id: str) -> None:
+        """Watch a job."""
+        self._jobs.add(job_id)
+        self._last_update = float("-inf")
 
     def is_done(self, job_id: str, mode: str = "standard") -> bool:
-        self.get_info(job_id, mode)
-        return job_id in self._finished
+        """Whether a job has ended. `mode` is submitit's: "force", "standard" (at intervals) or "cache" (no call)."""
+        self._update_if_due(mode)
+        return job_id in self.ended
+
+    def get_state(self, job_id: str, mode: str = "standard") -> str:
+        """SLURM's state of a job, with its reason if there is one."""
+        self._update_if_due(mode)
+        return self.states.get(job_id, "UNKNOWN")
+
+    def get_info(self, job_id: str, mode: str = "standard") -> dict[str, str]:
+        """What is known of a job, by sacct's name of the column."""
+        return {"State": self.get_state(job_id, mode)}
+
+    def _update_if_due(self, mode: str) -> None:
+        due = time.monotonic() - self._last_update >= INTERVAL
+        if mode == "force" or (mode == "standard" and due):
+            self.update()
+
+    def update(self) -> None:
+        """Call squeue for all jobs that have not ended."""
+        command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        self._last_update = time.monotonic()
+        if answer.returncode != 0:  # the controller may be away for a while
+            logger.warning("squeue does not answer: %s. Trying again.", " ".join(answer.stderr.split()))
+            return
+        lines = dict(line.split("|", 1) for line in answer.stdout.splitlines())
+        seen = set()
+        for job in self._jobs - self.ended:
+            state, _, reason = lines.get(job, "GONE|").partition("|")
+            self.states[job] = f"{state} ({reason})" if reason not in ("", "None") else state
+            if state in ENDED:
+                seen.add(job)
+        # A job that is put back into the queue has such a state for a moment, so it must be seen twice.
+        self.ended |= seen & self._seen_ended
+        self._seen_ended = seen
 
 
 @contextmanager
-def requeued() -> Iterator[None]:
-    """In a job of submitit: when a signal comes, the run within keeps a checkpoint, and then the job is put back.
+def requeue_when_stopped() -> Iterator[None]:
+    """In a job of submitit: when a signal comes, let the run save a checkpoint, then put the job back into the queue.
 
-    submitit's own handler would put it back, and end the process, with the worker in the middle of a step. SLURM's
-    TERM alone is of scancel, which is the end, or of a preemption.
+    submitit's own handler would put it back and end the process at once, in the middle of a step. SIGTERM alone comes
+    from scancel, which ends the job, or from a preemption, after which it is put back.
     """
-    put_back: Any = signal.getsignal(JobEnvironment._usr_sig())
+    put_back = compat.requeue_handler()
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) == 1:  # schedulers send two in a row, and a second one would end the worker at once
+        received.append(number)
+        if len(received) == 1:  # schedulers send two in a row; a second Stopped would end the worker at once
             raise Stopped(number)
 
     for number in numbers:
@@ -126,17 +154,18 @@ def requeued() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        if {stopped.number, *came} - {signal.SIGTERM} or _preempted():
-            put_back(signal.SIGUSR1)  # ends the process; raises an error if it was put back too often
-        sys.exit(128 + stopped.number)  # without a result
+        if {stopped.number, *received} - {signal.SIGTERM} or _preempted():
+            put_back(signal.SIGUSR1, None)  # exits; raises an error if the job was put back too often
+        sys.exit(128 + stopped.number)  # leaves no result
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # what is left to do is short
 
 
 def _preempted() -> bool:
+    """Whether SLURM preempts this job and has not ended it yet."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
     command = ["scontrol", "show", "job", "--oneliner", JobEnvironment().job_id]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return "JobState=RUNNING" in shown and "PreemptTime=" in shown and "PreemptTime=None" not in shown
+    job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "JobState=RUNNING" in job and "PreemptTime=" in job and "PreemptTime=None" not in job

@@ -111,7 +111,7 @@ def test_help_comes_without_torch_or_hydra_and_at_once():
     code = "import sys, hft_cli.cli.main as c; sys.argv=['hft','--help']\ntry: c.main()\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch','hydra','transformers'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "hft train +method=hft" in said
+    assert "hft train method=METHOD" in said
     assert said.endswith("[]\n")
     times = []
     for _ in range(5):

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from helpers import QUICK, environment, hft, wait_for_step
 
-from hft_cli.cli import hydra_app
+from hft_cli.cli import launchers
+from hft_cli.cli.launchers import launcher_arguments
 from hft_cli.errors import UserError
 from hft_cli.launch.nodes import free
 from hft_cli.launch.slurm import (
-    Watcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
+    SqueueWatcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
 )
 
 ROOT = Path(__file__).parents[2]
@@ -46,19 +47,19 @@ def test_a_cluster_is_for_sweeps_and_must_be_there():
 
 
 def test_a_launcher_that_is_not_installed_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(hydra_app, "version", lambda name: importlib.metadata.version("not-" + name))
+    monkeypatch.setattr(launchers, "version", lambda name: importlib.metadata.version("not-" + name))
     with pytest.raises(UserError, match=re.escape("pip install 'hft-cli[cluster]'")):
-        hydra_app._launched(["-m", "hydra/launcher=submitit_slurm"])
+        launcher_arguments(["-m", "hydra/launcher=submitit_slurm"])
 
 
 def test_a_short_time_limit_leaves_most_of_it_to_the_run(monkeypatch):
     """SLURM warns at once of an end that is nearer than the warning, and the job would go round for ever."""
-    monkeypatch.setattr(hydra_app.shutil, "which", lambda name: name)
+    monkeypatch.setattr(launchers.shutil, "which", lambda name: name)
     launcher = ["-m", "hydra/launcher=submitit_slurm"]
-    assert "hydra.launcher.signal_delay_s=300" in hydra_app._launched(launcher)
-    assert "hydra.launcher.signal_delay_s=60" in hydra_app._launched([*launcher, "hydra.launcher.timeout_min=4"])
+    assert "hydra.launcher.signal_delay_s=300" in launcher_arguments(launcher)
+    assert "hydra.launcher.signal_delay_s=60" in launcher_arguments([*launcher, "hydra.launcher.timeout_min=4"])
     typed = [*launcher, "hydra.launcher.signal_delay_s=7"]
-    assert [word for word in hydra_app._launched(typed) if "signal_delay_s" in word] == typed[2:]
+    assert [word for word in launcher_arguments(typed) if "signal_delay_s" in word] == typed[2:]
 
 
 def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, caplog):
@@ -66,7 +67,7 @@ def test_a_job_is_over_when_squeue_has_twice_said_so(tmp_path, monkeypatch, capl
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/said && exit 0\necho away >&2\nexit 1\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    watcher = Watcher()
+    watcher = SqueueWatcher()
     watcher.register_job("7_1")
 
     def over(said: str | None) -> bool:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from hft_cli.launch import compat
 
@@ -30,3 +34,46 @@ def test_a_rank_ends_with_status_0_and_all_its_output():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("written")
+
+
+def test_the_launcher_asks_each_job_of_submitit_for_its_results():
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
+
+    assert "return [j.results()[0] for j in jobs]" in inspect.getsource(BaseSubmititLauncher.launch)
+    arguments = list(inspect.signature(BaseSubmititLauncher.__call__).parameters)
+    assert arguments[1:4] == ["sweep_overrides", "job_dir_key", "job_num"]
+
+
+def test_jobs_of_submitit_call_these_methods_of_their_watcher():
+    from submitit.core.core import Job
+    from submitit.slurm.slurm import SlurmJob
+
+    called = set(re.findall(r"watcher\.(\w+)\(", inspect.getsource(Job)))
+    assert called == {"register_job", "is_done", "get_state", "get_info"}
+    original = Job.results
+    with compat.submitit_hooks(lambda job, original: ["ours"], "watcher"):
+        assert SlurmJob.watcher == "watcher"
+        assert Job.results(None) == ["ours"]
+    assert Job.results is original
+
+
+def test_the_error_of_a_submitit_job_ends_with_what_it_raised(tmp_path):
+    from submitit import LocalExecutor
+    from submitit.core.utils import FailedJobError
+
+    job = LocalExecutor(tmp_path).submit(divmod, 1, 0)
+    with pytest.raises(FailedJobError) as failed:
+        job.results()
+    assert compat.raised_in_job(failed.value) == "ZeroDivisionError: integer division or modulo by zero"
+    assert job.submission().args == (1, 0)
+
+
+def test_submitit_registers_its_requeue_handler_for_the_signal(monkeypatch):
+    from submitit.core.job_environment import JobEnvironment
+
+    source = inspect.getsource(JobEnvironment._handle_signals)
+    assert "signal.signal(self._usr_sig(), handler.checkpoint_and_try_requeue)" in source
+    monkeypatch.setattr(JobEnvironment, "USR_SIG", "USR2")
+    before = signal.signal(signal.SIGUSR2, handler := lambda number, frame: None)
+    assert compat.requeue_handler() is handler
+    signal.signal(signal.SIGUSR2, before)

@@ -10,7 +10,7 @@ import pytest
 from helpers import hft
 from safetensors import safe_open
 
-from hft_cli.cli.main import _command
+from hft_cli.cli.commands import run_command
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
 from hft_cli.paths import PACKAGE
@@ -81,8 +81,8 @@ def test_another_base_is_refused_and_nothing_is_left(two_rounds, tmp_path):
         (("RUN", "round=3", "out=new"), r"round=3 is not one of the rounds of .*: 1 to 2"),
         (("RUN", "round=one", "out=new"), r"round=one is not a number"),
         (("RUN", "rond=1", "out=new"), r"Unknown key 'rond'\. Did you mean 'round'"),
-        (("RUN",), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
-        (("RUN", "out"), r"hft materialize RUN .*out=FOLDER: give one place, and out="),
+        (("RUN",), r"required: --out\. Usage: hft materialize RUN\|DELTA --out FOLDER"),
+        (("RUN", "again", "--out", "new"), r"One argument too many: 'again'"),
         (("RUN", "out=."), r"out=\. exists already"),
         ((".", "out=new"), r"\. is not the directory of a run\. If it is a published delta, give its base"),
         ((".", "base=x", "out=new"), r"\. is neither a run nor a published delta"),
@@ -91,14 +91,14 @@ def test_another_base_is_refused_and_nothing_is_left(two_rounds, tmp_path):
 def test_mistakes_are_one_line(words, said, two_rounds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said) as refused:
-        _command(["materialize", *(str(two_rounds) if word == "RUN" else word for word in words)])
+        run_command("materialize", [*(str(two_rounds) if word == "RUN" else word for word in words)])
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_a_sweep_is_found_by_its_name(two_rounds, tmp_path):
     run = shutil.copytree(two_rounds, tmp_path / "method=hft,seed=1")
-    assert _command(["materialize", str(run), "round=1", f"out={tmp_path / 'model'}"]) == 0
+    assert run_command("materialize", [str(run), "round=1", f"out={tmp_path / 'model'}"]) == 0
     assert model(tmp_path / "model") == model(BASE) | deltas(run)[0]
 
 

@@ -1,0 +1,120 @@
+"""The sub-commands that read the files of runs: verify, show, materialize, publish, report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from hft_cli.cli.arguments import Parser, path, round_number
+from hft_cli.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from hft_cli.runner.verify import RoundProof
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 5  # tensors that a line names
+
+
+def verify_run(parser: Parser, words: list[str]) -> int:
+    """`hft verify`: exit status 1 if a round is not proven."""
+    from tqdm import tqdm
+
+    from hft_cli.run_dir import finished
+    from hft_cli.runner.verify import verify
+
+    parser.add_argument("run", type=path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--base", metavar="BASE", help="the model that the run started from, if it has moved")
+    parser.add_argument("--model", type=path, metavar="FOLDER", help="check this final model instead of RUN/model")
+    options = parser.parse(words)
+    silent = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
+    with tqdm(desc="verify", unit=" tensors", leave=False, disable=silent) as bar:
+        proofs = verify(finished(options.run), options.model, options.base, tick=lambda name: bar.update() and None)
+    for proof in proofs:
+        print(_proof_text(proof))
+    failed = any(proof.faults for proof in proofs)
+    print("NOT VERIFIED" if failed else f"verified: {len(proofs)} round{'s' * (len(proofs) > 1)}")
+    return 1 if failed else 0
+
+
+def _proof_text(proof: RoundProof) -> str:
+    """What was checked of one round, with its faults below."""
+    verdict = "FAILED" if proof.faults else "frozen ones bit-identical"
+    counts = f"{proof.updated} tensors updated, {proof.frozen} frozen"
+    lines = [f"round {proof.round} {proof.name}: {counts}: {verdict}"]
+    if proof.unmoved:
+        rest = len(proof.unmoved) - MOST_NAMES
+        names = ", ".join(proof.unmoved[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+        lines.append(f"  updated, but with the same values as before: {names}")
+    return "\n".join([*lines, *(f"  {fault}" for fault in proof.faults)])
+
+
+def show_draws(parser: Parser, words: list[str]) -> int:
+    """`hft show draws`."""
+    from hft_cli.report.summary import draws_table
+    from hft_cli.run_dir import RunDir
+
+    parser.add_argument("what", metavar="draws", help="the ledger of draws")
+    parser.add_argument("run", type=path, metavar="RUN", help="directory of a run")
+    options = parser.parse(words)
+    choose("thing to show", options.what, ["draws"])
+    print(draws_table(RunDir(options.run)))
+    return 0
+
+
+def materialize_model(parser: Parser, words: list[str]) -> int:
+    """`hft materialize`, of a run or of a published delta."""
+    from hft_cli.run_dir import RunDir
+    from hft_cli.runner.deltas import apply, materialize
+
+    parser.add_argument("source", type=path, metavar="RUN|DELTA", help="directory of a run, or a published delta")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="new folder for the model")
+    parser.add_argument("--round", type=round_number, metavar="K", help="the model after round K (default: the last)")
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="folder or hub name of the model that the run started from: always for a delta, for a run if it has moved",
+    )
+    options = parser.parse(words)
+    source = options.source
+    if not source.exists():
+        raise UserError(f"There is no run or delta {source}.")
+    if (source / "config.yaml").exists():
+        materialize(RunDir(source), options.round, options.out, options.base)
+    elif options.round is not None:
+        raise UserError(f"{source} is not a run, and a published delta has no rounds: leave out --round.")
+    elif options.base is None:
+        raise UserError(
+            f"{source} is not the directory of a run. If it is a published delta, give its base: --base BASE."
+        )
+    else:
+        apply(source, options.base, options.out)
+    print(f"Model: {options.out}")
+    return 0
+
+
+def publish_delta(parser: Parser, words: list[str]) -> int:
+    """`hft publish`."""
+    from hft_cli.run_dir import RunDir
+    from hft_cli.runner.deltas import publish
+
+    parser.add_argument("run", type=path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="new folder for the delta")
+    parser.add_argument("--round", type=round_number, metavar="K", help="changes up to round K (default: the last)")
+    options = parser.parse(words)
+    publish(RunDir(options.run), options.round, options.out)
+    print(f"Delta with its model card: {options.out}")
+    return 0
+
+
+def report_runs(parser: Parser, words: list[str]) -> int:
+    """`hft report`."""
+    from hft_cli.report.write import report
+
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="directories of runs, or folders of such")
+    parser.add_argument("--out", type=path, default="report", metavar="FOLDER", help="where to write (default: report)")
+    parser.add_argument("--norms", action="store_true", help="measure how far each matrix moved (reads the weights)")
+    options = parser.parse(words)
+    print(report(options.runs, options.out, options.norms))
+    return 0

@@ -1,0 +1,62 @@
+"""Errors of Hydra and OmegaConf, which take several lines, as one line with the nearest name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hft_cli.cli.launchers import LAUNCHERS
+from hft_cli.config.help import config_keys
+from hft_cli.config.schema import SCHEMAS
+from hft_cli.errors import UserError, choose, nearest_hint
+from hft_cli.paths import conf_dir, group_options
+
+NOISE = r"reference_type|object_type|See https|Available options|Config search|full_key:|Error merging override"
+
+
+def one_line(error: BaseException, argv: Sequence[str], name: str) -> str:
+    """One line for an error that Hydra or OmegaConf raised while the command `name` composed its config."""
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
+    return _unknown_option(text) or _unknown_key(text, argv, name) or _missing_value(text) or _first_lines(text)
+
+
+def _unknown_option(text: str) -> str | None:
+    """`engine=zero4`: a group of conf/ has no such option."""
+    match = re.search(r"Could not find '(hydra/launcher|\w+)/([^']*)'", text)
+    if match is None:
+        return None
+    group, option = match.groups()
+    options = ["basic", *LAUNCHERS] if group == "hydra/launcher" else group_options(group)
+    try:
+        if options:
+            choose(group, option, options)
+    except UserError as unknown:
+        return str(unknown)
+    return None
+
+
+def _unknown_key(text: str, argv: Sequence[str], name: str) -> str | None:
+    """`train.learning_rat=1`: there is no such key."""
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text)
+    keys = [*config_keys(SCHEMAS[name]), *(path.name for path in conf_dir().iterdir() if path.is_dir())]
+    if match is None or match[1] in keys:
+        return None
+    typed = [word.split("=")[0] for word in argv]
+    key = next((word.lstrip("+~") for word in typed if word.endswith(match[1])), match[1])  # Hydra may cut it
+    if key.startswith("hydra."):
+        return None
+    return f"Unknown key '{key}'.{nearest_hint(key, keys, cutoff=0.5)} All keys: hft {name} --help"
+
+
+def _missing_value(text: str) -> str | None:
+    """A key without a default is not set."""
+    match = re.search(r"Missing mandatory value: (\S+)", text)
+    return f"{match[1]} is not set. Give it on the command line: {match[1]}=…" if match else None
+
+
+def _first_lines(text: str) -> str:
+    """The line after which OmegaConf names the key, as "KEY: line"; otherwise the first two lines."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    message = [line for line in lines if not re.match(NOISE, line)] or lines
+    key = re.search(r"full_key: (\S+)", text)
+    return f"{key[1]}: {message[0]}" if key else " ".join(message[:2])
