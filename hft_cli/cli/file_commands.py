@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,9 @@ def verify_run(parser: Parser, words: list[str]) -> int:
     from hft_cli.runner.verify import verify
 
     parser.add_argument("run", type=path, metavar="RUN", help="directory of a finished run")
-    parser.add_argument("--base", metavar="BASE", help="the model that the run started from, if it has moved")
+    parser.add_argument(
+        "--base", type=os.path.expanduser, metavar="BASE", help="the model that the run started from, if it has moved"
+    )
     parser.add_argument("--model", type=path, metavar="FOLDER", help="check this final model instead of RUN/model")
     options = parser.parse(words)
     silent = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
@@ -73,6 +76,7 @@ def materialize_model(parser: Parser, words: list[str]) -> int:
     parser.add_argument("--round", type=round_number, metavar="K", help="the model after round K (default: the last)")
     parser.add_argument(
         "--base",
+        type=os.path.expanduser,
         metavar="BASE",
         help="folder or hub name of the model that the run started from: always for a delta, for a run if it has moved",
     )
