@@ -55,7 +55,7 @@ def _proof_text(proof: RoundProof) -> str:
 
 def show_draws(parser: Parser, words: list[str]) -> int:
     """`hft show draws`."""
-    from hft_cli.report.summary import draws_table
+    from hft_cli.report.draws_table import draws_table
     from hft_cli.run_dir import RunDir
 
     parser.add_argument("what", metavar="draws", help="the ledger of draws")

@@ -1,204 +1,168 @@
-"""What all sections of a report share: the measures, runs on the same data, and a measure over the seeds of a group."""
+"""Runs of one setting as groups, and groups as families and comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TypeVar
 
-from hft_cli.report import stats
-from hft_cli.report.runs import Run, RunRow
-from hft_cli.report.stats import Estimate, estimate
-from hft_cli.report.tables import Value
+from hft_cli.report.runs import Run, RunRow, SettingKey
 
-if TYPE_CHECKING:
-    from hft_cli.report.figures import Dot, Series
-
-Measure = Callable[[RunRow], float | None]
-
-MEASURES: dict[str, tuple[str, Measure]] = {
-    "skill": ("Skill learned (%)", lambda row: row.skill),
-    "retained": ("Retained (%)", lambda row: row.retained),
-    "op": ("OP (%)", lambda row: row.op),
-    "bwt": ("BWT (points)", lambda row: row.bwt),
-}
-
-INTERVAL = (
-    "Intervals are at 95%, by Student's t over the runs' means for each pair of seeds; where every data seed meets "
-    "every draw seed, by the variances of the two (t with the smaller number less one), since such runs are not "
-    "independent. Those of two or three seeds are wide, and may leave the scale."
-)
-
-MOST_PANELS = 6  # of maps in one figure
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Runs on the same data. `name` tells it from the others in titles, `suffix` in the names of files."""
-
-    name: str
-    suffix: str
-    runs: Sequence[Run]
-
-    def title(self, text: str) -> str:
-        return f"{text}: {self.name}" if self.name else text
-
-    def stem(self, text: str) -> str:
-        safe = "".join(sign if sign.isalnum() else "_" for sign in self.suffix)
-        return f"{text}_{safe}" if safe else text
-
-
-def cells_of(group: Group, of: Measure) -> dict[tuple[int, int], float]:
-    """Data seed and draw seed -> the measure; a mean, if the same was run twice."""
-    cells: dict[tuple[int, int], list[float]] = {}
-    for run in group.runs:
-        value = of(run.row)
-        if value is not None:
-            cells.setdefault((run.row.seed or 0, run.draw_seed or 0), []).append(value)
-    return {key: fmean(values) for key, values in cells.items()}
-
-
-def over_seeds(group: Group, of: Measure) -> tuple[Estimate | None, str]:
-    """The measure's mean with its interval, and how that was made."""
-    cells = cells_of(group, of)
-    rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
-    if min(len(rows), len(columns)) > 1 and len(cells) == len(rows) * len(columns):
-        return stats.crossed([[cells[r, c] for c in columns] for r in rows]), "crossed"
-    found = estimate(list(cells.values()))
-    return found, "" if found is None else "t" if found.n > 1 else "none, n = 1"
-
-
-def _seeds(group: Group) -> dict[str, Value]:
-    return {
-        "runs": len(group.runs),
-        "data_seeds": len({run.row.seed for run in group.runs}),
-        "draw_seeds": len({run.draw_seed for run in group.runs}),
-    }
-
-
-def sample_note(found: Sequence[Group]) -> str:
-    """How many runs and seeds are behind a figure."""
-    runs = [run for group in found for run in group.runs]
-    seeds = sorted({run.row.seed for run in runs if run.row.seed is not None})
-    draws = sorted({run.draw_seed for run in runs if run.draw_seed is not None})
-    text = f"{count_of(len(runs), 'run')}, {count_of(len(seeds), 'data seed')} ({_few(seeds)})"
-    if draws != seeds:
-        text += f", {count_of(len(draws), 'draw seed')} ({_few(draws)})"
-    least = min(len(group.runs) for group in found)
-    return text + ("; one run a setting, so that there is no interval" if max(len(g.runs) for g in found) == 1 else
-                   "; some settings have one run and no interval" if least == 1 else "") + "."  # fmt: skip
-
-
-def count_of(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _few(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
-
-
-def setting_of(group: Group) -> dict[str, Value]:
-    row = group.first
-    return {
-        "setting": group.label,
-        "method": row.method,
-        "continual": row.continual or None,
-        "level": row.level,
-        "ratio": row.ratio,
-        "learning_rate": row.learning_rate,
-        **_seeds(group),
-    }
-
-
-def measured_in(found: Sequence[Group]) -> list[str]:
-    """The measures that any of the groups has; a sequence's skill is its OP, and is not shown twice."""
-    keys = [key for key, (_, of) in MEASURES.items() if any(of(run.row) is not None for g in found for run in g.runs)]
-    if "op" in keys and all(run.row.op is not None for group in found for run in group.runs):
-        keys = [key for key in keys if key != "skill"]
-    return keys
-
-
-def dot_of(group: Group, key: str, x: float) -> Dot | None:
-    """A measure over the seeds in percent or points, for a figure."""
-    from hft_cli.report.figures import Dot
-
-    of = MEASURES[key][1]
-    found, _ = over_seeds(group, of)
-    if found is None:
-        return None
-    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
-    return Dot(x, 100 * found.mean, low, high, tuple(100 * value for value in cells_of(group, of).values()))
-
-
-def series_of(
-    label: str, style: str, found: Iterable[tuple[float, Group]], keys: Iterable[str], joined: bool
-) -> Series:
-    from hft_cli.report.figures import Series
-
-    pairs = list(found)
-    panels = {key: tuple(dot for x, group in pairs if (dot := dot_of(group, key, x)) is not None) for key in keys}
-    return Series(label, style, panels, joined)
-
-
-def comparisons(found: Sequence[Group]) -> list[list[Group]]:
-    return [list(found[i : i + MOST_PANELS]) for i in range(0, len(found), MOST_PANELS)]
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+METHOD_ORDER = ("FFT", "HFT", "Half-Reset", "DPO", "HFT-DPO", "LoRA")
+# The keys that are tried first to label groups. Their values stand alone, other values follow the last part of the key.
+LABEL_KEYS = ("selection.level", "selection.ratio", "train.learning_rate", "model.name", "data.name", "continual.name",
+              "engine.name", "suite.name")  # fmt: skip
+LONGEST_LABEL_PART = 60  # characters
+MOST_MAPS = 6  # in one figure
 
 
 @dataclass(frozen=True)
 class Group:
-    """The counted runs of one setting, which differ in their seeds alone. `label` tells it from the other groups."""
+    """The counted runs of one setting, which differ in their seeds only. No two groups of a report share a label."""
 
     label: str
     runs: tuple[Run, ...]
 
     @property
-    def first(self) -> RunRow:
+    def row(self) -> RunRow:
+        """The row of the first run, for what all of its runs have in common."""
         return self.runs[0].row
 
+    @property
+    def label_without_rate(self) -> str:
+        return self.label.replace(f" lr {self.runs[0].setting.get('train.learning_rate')}", "")
 
-def groups(runs: Sequence[Run]) -> list[Group]:
-    """Counted runs by setting, in the order of label, selection and learning rate, with labels as short as can be."""
-    by: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        if run.counted:
-            by.setdefault(run.key, []).append(run)
-    made = list(by.values())
-    texts: list[list[str]] = [[own[0].row.label] for own in made]
+    def key_without(self, *prefixes: str) -> SettingKey:
+        return self.runs[0].key_without(*prefixes)
 
-    def told_apart(parts: Sequence[Sequence[str]]) -> int:
-        return len({tuple(part) for part in parts})
 
-    keys = ["selection.level", "selection.ratio", "train.learning_rate", "model.name", "data.name", "continual.name"]
-    every = {key for own in made for key in own[0].setting} - set(keys)
-    # what only some versions write comes last
-    common = {key for key in every if all(key in own[0].setting for own in made)}
-    keys += ["engine.name", "suite.name", *sorted(common), *sorted(every - common)]
-    shown = dict.fromkeys((key for key in keys if key.endswith(".name")), "{}")
-    shown |= {"selection.level": "{}", "selection.ratio": "{}", "train.learning_rate": "lr {}"}
-    for key in keys:
-        values = [own[0].setting.get(key, "") for own in made]
-        if key == "selection.level":  # FFT says it already
-            values = ["" if own[0].row.method in ("fft", "dpo") else own[0].row.level for own in made]
-        more = [
-            [*text, shown.get(key, key.rsplit(".", 1)[-1] + " {}").format(value) if value not in ("", "None") else ""]
-            for text, value in zip(texts, values, strict=True)
-        ]
-        if told_apart(more) > told_apart(texts):
-            texts = more
-    found = [
-        Group(" ".join(part if len(part) < 60 else part[:57] + "…" for part in text if part),
-              tuple(sorted(own, key=lambda run: (run.row.seed or 0, run.draw_seed or 0))))
-        for text, own in zip(texts, made, strict=True)
+@dataclass(frozen=True)
+class Comparison:
+    """Runs whose scores can be compared, because they have the same data.
+
+    Attributes:
+        name: tells the comparison from others in titles; empty if there is only one.
+        suffix: the same for file names; empty for the first.
+    """
+
+    runs: Sequence[Run]
+    name: str = ""
+    suffix: str = ""
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return group_runs(self.runs)
+
+    def title(self, text: str) -> str:
+        return f"{text}: {self.name}" if self.name else text
+
+    def stem(self, text: str) -> str:
+        """The stem of a file's name."""
+        safe = "".join(char if char.isalnum() else "_" for char in self.suffix)
+        return f"{text}_{safe}" if safe else text
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """The scored runs by their data, the largest comparison first."""
+    keys = ("data.name", "data.path", "data.test_path")
+    by_data = grouped((run for run in runs if run.row.scores), lambda run: tuple(run.setting.get(k, "") for k in keys))
+    if len(by_data) == 1:
+        return [Comparison(members) for members in by_data.values()]
+    names = Counter(name for name, _, _ in by_data)
+    numbers: Counter[str] = Counter()
+    comparisons: list[Comparison] = []
+    for (name, _, _), members in sorted(by_data.items(), key=lambda item: -len(item[1])):
+        numbers[name] += 1
+        title = name if names[name] == 1 else f"{name} {numbers[name]}"
+        comparisons.append(Comparison(members, title, title if comparisons else ""))
+    return comparisons
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by key, both in the order in which they come."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Counted runs by setting, in the order of method, selection and learning rate."""
+    by_setting = list(grouped((run for run in runs if run.counted), Run.key_without).values())
+    labels = _labels([members[0] for members in by_setting])
+    groups = [
+        Group(label, tuple(sorted(members, key=lambda run: (run.row.seed or 0, run.draw_seed or 0))))
+        for label, members in zip(labels, by_setting, strict=True)
+    ]
+    return sorted(groups, key=lambda g: (method_order(g.row.label), g.row.selection, g.row.learning_rate or 0, g.label))
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """A label for each setting: the method, and each further value only if it tells more settings apart."""
+    labels: list[tuple[str, ...]] = [(run.row.label,) for run in runs]
+    for key in _label_keys(runs):
+        longer = [(*label, _label_part(run, key)) for label, run in zip(labels, runs, strict=True)]
+        if len(set(longer)) > len(set(labels)):
+            labels = longer
+    return [
+        " ".join(part if len(part) < LONGEST_LABEL_PART else part[: LONGEST_LABEL_PART - 3] + "…"
+                 for part in label if part)
+        for label in labels
     ]  # fmt: skip
-    return sorted(found, key=lambda g: (order(g.first.label), g.first.selection, g.first.learning_rate or 0, g.label))
 
 
-def order(label: str) -> tuple[int, str]:
-    """FFT first, then HFT, then Half-Reset, then the rest."""
-    known = ("FFT", "HFT", "Half-Reset", "DPO", "HFT-DPO", "LoRA")
-    return known.index(label.split(" + ")[0]) if label.split(" + ")[0] in known else len(known), label
+def _label_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys of labels by priority. Keys that only some versions of the program write come last."""
+    others = {key for run in runs for key in run.setting}.difference(LABEL_KEYS)
+    return [*LABEL_KEYS, *sorted(others, key=lambda key: (not all(key in run.setting for run in runs), key))]
 
 
-def less_rate(group: Group) -> str:
-    return group.label.replace(f" lr {group.runs[0].setting.get('train.learning_rate')}", "")
+def _label_part(run: Run, key: str) -> str:
+    value = run.setting.get(key, "")
+    if value in ("", "None") or (key == "selection.level" and run.row.method in ("fft", "dpo")):  # implied
+        return ""
+    if key == "train.learning_rate":
+        return f"lr {value}"
+    return value if key in LABEL_KEYS or key.endswith(".name") else f"{key.rsplit('.', 1)[-1]} {value}"
+
+
+def method_order(label: str) -> tuple[int, str]:
+    """Sort key of method labels: FFT first, then HFT, then Half-Reset, then the rest."""
+    method = label.split(" + ")[0]
+    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER), label
+
+
+def families(groups: Iterable[Group], *prefixes: str) -> list[list[Group]]:
+    """Groups whose settings differ only in keys that begin with one of the prefixes."""
+    return list(grouped(groups, lambda group: group.key_without(*prefixes)).values())
+
+
+def with_full_counterparts(groups: Sequence[Group], key: str) -> list[list[Group]]:
+    """Families of partial fine-tuning that differ in a key of the setting, with two values of it or more.
+
+    Each has its counterpart that updates everything at the end, if there is one.
+    """
+    result = []
+    for family in families([group for group in groups if group.row.level not in ("all", "lora")], key):
+        if len({group.runs[0].setting.get(key) for group in family}) > 1:
+            full = full_counterpart(family[0], groups)
+            result.append([*family, full] if full else family)
+    return result
+
+
+def full_counterpart(group: Group, groups: Iterable[Group]) -> Group | None:
+    """The group that updates every matrix and is otherwise set as this one: FFT for HFT. None for Half-Reset."""
+    if group.row.method == "half_reset":
+        return None
+    key = group.key_without("method.name", "selection.")
+    return next((g for g in groups if g.row.level == "all" and g.key_without("method.name", "selection.") == key), None)
+
+
+def batches(stem: str, groups: Sequence[Group]) -> Iterator[tuple[str, Sequence[Group]]]:
+    """Groups in batches of one figure each, with the stem of the figure's file: STEM, STEM_2, STEM_3."""
+    for i in range(0, len(groups), MOST_MAPS):
+        yield f"{stem}_{i // MOST_MAPS + 1}" if i else stem, groups[i : i + MOST_MAPS]

@@ -1,26 +1,27 @@
-"""What the report calculates: intervals over seeds and items, shares of variance, effects, interpolation. Numbers only.
+"""The statistics of the report: intervals over seeds and over items, variance components, effects, interpolation.
 
-Scores are shares in [0, 1] or differences of such; every interval is at 95%.
+Values are scores or differences of scores, as shares. Every interval is at 95%. scipy is imported inside the functions,
+because `scipy.stats` takes about a second to load.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-
-REPEATS = 2000  # of a bootstrap; the ends of its interval then vary by a few hundredths of its width
+RESAMPLES = 2000  # of the bootstrap: the ends of an interval then vary by a few hundredths of its width
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of `n` values, their standard deviation (n-1), and the interval of the mean; None where n is 1."""
+    """The mean of `n` values, their standard deviation (n - 1), and the interval of the mean; None if n is 1."""
 
     mean: float
     n: int
@@ -30,15 +31,16 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """A crossed design of `rows` x `columns` runs without repetition, as variances of the two factors and the rest.
+class VarianceComponents:
+    """The variance of a table of runs, one a cell, split into its sources.
 
-    `rest` is their interaction and the noise, which one run a cell cannot tell apart. `floored` names the factors whose
-    estimate was negative and is set to 0. The p values are those of the F tests against the rest.
+    Attributes:
+        of_rows, of_columns: variance of the two factors.
+        rest: variance of their interaction and of the noise, which one run a cell cannot separate.
+        floored: the factors ("rows", "columns") whose estimate was negative and is set to 0.
+        p_rows, p_columns: p values of the F tests of each factor against the rest; None if the rest is 0.
     """
 
-    rows: int
-    columns: int
     of_rows: float
     of_columns: float
     rest: float
@@ -50,71 +52,60 @@ class Shares:
     def total(self) -> float:
         return self.of_rows + self.of_columns + self.rest
 
-    def share(self, part: float) -> float | None:
-        """A part of the total; None if nothing varied at all."""
-        return part / self.total if self.total > 0 else None
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A regression coefficient with its interval."""
-
-    value: float
-    low: float
-    high: float
+    def share(self, component: float) -> float | None:
+        """A component as a share of the total; None if nothing varies."""
+        return component / self.total if self.total > 0 else None
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and t interval of independent values (n-1 degrees of freedom); None if there are none."""
-    n = len(values)
-    if n == 0:
-        return None
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, 1)
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = t_quantile(n - 1) * sd / math.sqrt(n)
-    return Estimate(mean, n, sd, mean - half, mean + half)
+    """The mean and the t interval of independent values; None if there are no values."""
+    if len(values) < 2:
+        return Estimate(values[0], 1) if values else None
+    mean, sd = fmean(values), stdev(values)
+    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    return Estimate(mean, len(values), sd, mean - half, mean + half)
 
 
 def t_quantile(freedom: float) -> float:
-    """Student's t that leaves 2.5% above it, with so many degrees of freedom."""
-    from scipy.special import stdtrit  # a fraction of a second, which scipy.stats is not
+    """The quantile of Student's t for a two-sided interval."""
+    from scipy.stats import t
 
-    return float(stdtrit(freedom, 0.5 + LEVEL / 2))
+    return float(t.ppf(0.5 + LEVEL / 2, freedom))
 
 
 def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of after - before over the same items, with the percentile interval of drawing items with replacement.
+    """The mean of after - before over the same items, with the percentile interval of a bootstrap over the items.
 
     Raises:
-        ValueError: if the two are not of the same length, or empty.
+        ValueError: the two differ in length, or are empty.
     """
+    from scipy.stats import bootstrap
+
     if len(before) != len(after) or not before:
         raise ValueError("a paired difference needs the same items before and after")
     difference = np.asarray(after, float) - np.asarray(before, float)
-    n = len(difference)
+    mean, n = float(difference.mean()), len(difference)
     if n == 1:
-        return Estimate(float(difference[0]), 1)
-    rng = np.random.default_rng(seed)
-    kinds, counts = np.unique(difference, return_counts=True)
-    if len(kinds) <= 64:  # the same distribution, drawn by how often each difference comes up
-        means = rng.multinomial(n, counts / n, REPEATS) @ kinds / n
-    else:
-        means = np.array([difference[rng.integers(0, n, n)].mean() for _ in range(REPEATS)])
-    low, high = np.quantile(means, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    return Estimate(float(difference.mean()), n, float(difference.std(ddof=1)), float(low), float(high))
+        return Estimate(mean, 1)
+    low, high = bootstrap(
+        (difference,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=LEVEL, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(mean, n, float(difference.std(ddof=1)), float(low), float(high))
 
 
-def two_way(table: Sequence[Sequence[float]]) -> Shares:
-    """Random-effects analysis of variance of a full rows x columns table, by expected mean squares.
+def variance_components(table: Sequence[Sequence[float]]) -> VarianceComponents:
+    """Two-way random-effects analysis of variance of a full table, by expected mean squares.
 
-    With one value a cell E[MS_rows] = s2 + b s2_rows and E[MS_columns] = s2 + a s2_columns for a rows and b columns,
-    where s2 is the interaction and the noise together (Searle, Casella and McCulloch, Variance Components, 1992, 4.3).
+    With one value a cell, E[MS_rows] = s2 + b s2_rows and E[MS_columns] = s2 + a s2_columns for a rows and b columns,
+    where s2 is the variance of the interaction and the noise together (Searle, Casella and McCulloch, Variance
+    Components, 1992, section 4.3).
 
     Raises:
-        ValueError: if the table is ragged or has fewer than two rows or columns.
+        ValueError: the table is ragged, or has fewer than two rows or columns.
     """
+    from scipy.stats import f
+
     if len({len(row) for row in table}) != 1:
         raise ValueError("the table is not full")
     y = np.asarray(table, float)
@@ -123,104 +114,89 @@ def two_way(table: Sequence[Sequence[float]]) -> Shares:
         raise ValueError("two rows and two columns are needed")
     rows, columns, grand = y.mean(1), y.mean(0), y.mean()
     residual = y - rows[:, None] - columns[None, :] + grand
-    noise = float((residual**2).sum() / ((a - 1) * (b - 1)))
+    freedom = (a - 1) * (b - 1)
+    noise = float((residual**2).sum() / freedom)
     between_rows = float(b * ((rows - grand) ** 2).sum() / (a - 1))
     between_columns = float(a * ((columns - grand) ** 2).sum() / (b - 1))
-    if noise < 1e-24 * float((y**2).mean() + 1e-300):  # rounding of a table that is additive
+    if noise < 1e-24 * float((y**2).mean() + 1e-300):  # an additive table leaves rounding errors only
         noise = 0.0
     of_rows, of_columns = (between_rows - noise) / b, (between_columns - noise) / a
-    return Shares(
-        rows=a,
-        columns=b,
+    return VarianceComponents(
         of_rows=max(of_rows, 0.0),
         of_columns=max(of_columns, 0.0),
         rest=noise,
         floored=tuple(name for name, part in (("rows", of_rows), ("columns", of_columns)) if part < 0),
-        p_rows=_above(between_rows, noise, a - 1, (a - 1) * (b - 1)),
-        p_columns=_above(between_columns, noise, b - 1, (a - 1) * (b - 1)),
+        p_rows=float(f.sf(between_rows / noise, a - 1, freedom)) if noise else None,
+        p_columns=float(f.sf(between_columns / noise, b - 1, freedom)) if noise else None,
     )
 
 
-def _above(between: float, noise: float, first: int, second: int) -> float | None:
-    """The chance of an F as large, if the factor had no effect; None without noise to compare with."""
-    from scipy.special import fdtrc
+def crossed_estimate(table: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of a full table, with an interval that accounts for the shared seeds of a row or a column.
 
-    return float(fdtrc(first, second, between / noise)) if noise > 0 else None
-
-
-def crossed(table: Sequence[Sequence[float]]) -> Estimate:
-    """Mean over a full crossed table, with an interval that heeds that runs of a row or a column share what they share.
-
-    The variance of the mean is s2_rows/a + s2_columns/b + s2/(ab); t with min(a, b)-1 degrees of freedom is on the safe
-    side.
+    The variance of the mean is s2_rows / a + s2_columns / b + s2 / (a b). The interval uses t with min(a, b) - 1
+    degrees of freedom, which is conservative.
     """
-    parts = two_way(table)
+    parts = variance_components(table)
     y = np.asarray(table, float)
-    variance = parts.of_rows / parts.rows + parts.of_columns / parts.columns + parts.rest / y.size
+    variance = parts.of_rows / y.shape[0] + parts.of_columns / y.shape[1] + parts.rest / y.size
     half = t_quantile(min(y.shape) - 1) * math.sqrt(variance)
     mean = float(y.mean())
     return Estimate(mean, y.size, float(y.std(ddof=1)), mean - half, mean + half)
 
 
-def full_grid(cells: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Rows and columns of a full table within the cells that there are, dropping the emptiest row or column each time.
+def full_grid(cells: Collection[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Rows and columns of a full table within the (row, column) cells, found by dropping the emptiest line each time.
 
-    Ends with fewer than two of either if there is no such table.
+    The result has fewer than two rows or columns if there is no such table.
     """
-    there = set(cells)
-    rows, columns = sorted({r for r, _ in there}), sorted({c for _, c in there})
+    rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
     while rows and columns:
-        by_row = {r: sum((r, c) in there for c in columns) for r in rows}
-        by_column = {c: sum((r, c) in there for r in rows) for c in columns}
-        if all(count == len(columns) for count in by_row.values()):
+        row_sizes = {row: sum((row, column) in cells for column in columns) for row in rows}
+        column_sizes = {column: sum((row, column) in cells for row in rows) for column in columns}
+        if all(size == len(columns) for size in row_sizes.values()):
             break
-        row, column = min(rows, key=lambda r: by_row[r]), min(columns, key=lambda c: by_column[c])
-        if by_row[row] / len(columns) <= by_column[column] / len(rows):
+        row, column = min(rows, key=row_sizes.__getitem__), min(columns, key=column_sizes.__getitem__)
+        if row_sizes[row] / len(columns) <= column_sizes[column] / len(rows):
             rows.remove(row)
         else:
             columns.remove(column)
     return rows, columns
 
 
-def regress(features: NDArray[np.float64], values: Sequence[float]) -> list[Effect | None] | None:
+def regress(features: NDArray[np.float64], values: Sequence[float]) -> list[Estimate | None] | None:
     """Least squares of `values` on `features` (runs x features) and an intercept, with t intervals.
 
-    A feature that never varies has no effect that could be told: None. Where features are tied to each other (a draw
-    that updates one matrix more updates another one less) only contrasts can be told; the solution of least norm gives
-    each effect relative to the mean of those that it is tied to.
+    Where features are tied to each other (a draw that updates one matrix more updates another one less), only contrasts
+    are determined. The solution of least norm then gives each effect relative to the mean of the features that it is
+    tied to.
 
     Returns:
-        An effect for each feature, or None altogether if the runs are fewer than the varying features and two more.
+        An effect for each feature, None for a feature that never varies. None altogether if there are fewer runs than
+        varying features plus two.
     """
     x, y = np.asarray(features, float), np.asarray(values, float)
     varies = np.ptp(x, axis=0) > 0
-    n, count = len(y), int(varies.sum())
-    if n < count + 2 or count == 0:
+    if not varies.any() or len(y) < varies.sum() + 2:
         return None
     centred = x[:, varies] - x[:, varies].mean(0)
-    inverse = np.linalg.pinv(centred.T @ centred, rcond=1e-10, hermitian=True)
-    freedom = n - 1 - int(np.linalg.matrix_rank(centred))
-    slopes = inverse @ centred.T @ (y - y.mean())
+    inverse = np.linalg.pinv(centred, rcond=1e-5)
+    freedom = len(y) - 1 - int(np.linalg.matrix_rank(centred))
+    slopes = inverse @ (y - y.mean())
     residual = y - y.mean() - centred @ slopes
-    spread = t_quantile(freedom) * np.sqrt(np.diag(inverse).clip(0) * (residual @ residual) / freedom)
-    found = iter(zip(slopes, spread, strict=True))
-    effects: list[Effect | None] = []
-    for own in varies:
-        if not own:
-            effects.append(None)
-            continue
-        slope, half = (float(value) for value in next(found))
-        effects.append(Effect(slope, slope - half, slope + half))
-    return effects
+    halves = t_quantile(freedom) * np.sqrt((inverse**2).sum(1) * (residual @ residual) / freedom)
+    ends = zip(slopes.tolist(), (slopes - halves).tolist(), (slopes + halves).tolist(), strict=True)
+    effects = iter([Estimate(slope, len(y), None, low, high) for slope, low, high in ends])
+    return [next(effects) if varying else None for varying in varies]
 
 
-def along(path: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The y at which a path of (x, y) points, joined by straight lines in their order, passes x.
+def interpolate(path: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The y at which a path of (x, y) points, joined by straight lines in the given order, passes x.
 
-    The highest, if it passes more than once; None if it never does. Nothing is extrapolated.
+    If the path passes x more than once, the highest y; if it never does, None. Nothing is extrapolated.
     """
-    found = [y for at, y in path if at == x]
+    crossings = [y for point, y in path if point == x]
     for (x0, y0), (x1, y1) in pairwise(path):
         if min(x0, x1) < x < max(x0, x1):
-            found.append(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-    return max(found, default=None)
+            crossings.append(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+    return max(crossings, default=None)

@@ -1,12 +1,11 @@
-"""The parts of a report, before they are Markdown, CSV, JSON or HTML: tables of plain values, figures, sections."""
+"""The parts of a report, independent of the format they are written in: tables of plain values, plots, sections."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hft_cli.report.stats import Estimate
@@ -15,18 +14,24 @@ from hft_cli.text import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 Value = str | float | int | None
-
-Record = Mapping[str, Value]  # the raw values of a row, shares in [0, 1]; what CSV and JSON hold
-
-Column = tuple[str, Callable[[Record], str]]  # head, and a row's cell for people
+Record = Mapping[str, Value]  # one row of a table as CSV and JSON hold it: raw values, shares in [0, 1]
+Cell = Callable[[Record], str]  # the text of a cell, for people
+Column = tuple[str, Cell]  # heading and cells
+ESTIMATE_FIELDS = ("mean", "n", "sd", "low", "high")
 
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is its files' stem. `paper` marks figures that are the paper's and not of our runs; `data` a table that is
-    too long to read, of which a report has the CSV alone.
+    """A table of the report.
+
+    Attributes:
+        name: the stem of its files' names.
+        caption: what the table shows, and the runs and seeds behind it.
+        columns: what people see.
+        records: what CSV and JSON hold.
+        paper: the numbers are the paper's, not measured by the runs of this report.
+        csv_only: the table is too long to read; only its CSV and JSON are written.
     """
 
     name: str
@@ -34,42 +39,35 @@ class Table:
     columns: Sequence[Column]
     records: Sequence[Record]
     paper: bool = False
-    data: bool = False
+    csv_only: bool = False
 
     @property
-    def heads(self) -> list[str]:
-        return [head for head, _ in self.columns]
+    def headings(self) -> list[str]:
+        return [heading for heading, _ in self.columns]
 
     @property
     def body(self) -> list[list[str]]:
         return [[cell(record) for _, cell in self.columns] for record in self.records]
 
+    def head(self, rows: int) -> Table:
+        """The table's first rows, with a caption that says how many there are in all."""
+        if len(self.records) <= rows:
+            return self
+        note = (
+            f"{self.caption} Shown are the first {rows} of {len(self.records)} rows; {self.name}.csv has all of them."
+        )
+        return replace(self, caption=note, records=self.records[:rows])
+
     def markdown(self) -> str:
-        return markdown_table(self.heads, self.body)
+        return markdown_table(self.headings, self.body)
 
     def csv(self) -> str:
-        """Every raw value; a key that a record lacks is empty."""
-        keys = list(dict.fromkeys(key for record in self.records for key in record))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, keys, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(self.records)
-        return text.getvalue()
-
-    def html(self, most: int) -> str:
-        """The first `most` rows."""
-        heads = "".join(f"<th scope='col'>{html.escape(head)}</th>" for head in self.heads)
-        rows = "\n".join(
-            "<tr>" + "".join(f"<td{' class=n' if _numeric(cell) else ''}>{html.escape(cell)}</td>" for cell in line)
-            + "</tr>"
-            for line in self.body[:most]
-        )  # fmt: skip
-        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+        return csv_text(self.records)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, drawn only when asked for. `caption` says what is shown and the runs and seeds behind it."""
+    """A figure, drawn when it is written. `caption` says what it shows, and the runs and seeds behind it."""
 
     name: str
     caption: str
@@ -83,64 +81,59 @@ class Section:
     parts: Sequence[Table | Plot] = ()
 
 
-def _numeric(cell: str) -> bool:
-    return bool(cell) and (cell[0].isdigit() or cell[0] in "+-−")
+def csv_text(records: Iterable[Record]) -> str:
+    """Records as CSV with a heading. A key that a record lacks gives an empty field."""
+    records = list(records)
+    text = io.StringIO()
+    keys = dict.fromkeys(key for record in records for key in record)
+    writer = csv.DictWriter(text, list(keys), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
-def plain(key: str) -> Callable[[Record], str]:
+def columns(*keys: str) -> list[Column]:
+    """Columns that show values as they are, each under its key."""
+    return [(key.replace("_", " "), plain(key)) for key in keys]
+
+
+def plain(key: str) -> Cell:
     """The value as it is."""
     return lambda record: "" if record.get(key) is None else str(record[key])
 
 
-def short(key: str, form: str = "g") -> Callable[[Record], str]:
-    """A number in a format of Python's."""
+def formatted(key: str, form: str = "g", scale: float = 1) -> Cell:
+    """A number, multiplied by `scale`, in a format of Python's."""
 
     def cell(record: Record) -> str:
         value = record.get(key)
-        return "" if value is None else format(value, form)
+        return format(value * scale, form) if isinstance(value, int | float) else ""
 
     return cell
 
 
-def percent(key: str) -> Callable[[Record], str]:
+def percent(key: str) -> Cell:
     """A share, as 71.3."""
-    return lambda record: "" if not isinstance(value := record.get(key), int | float) else f"{100 * value:.1f}"
+    return formatted(key, ".1f", 100)
 
 
-def chance(key: str) -> Callable[[Record], str]:
-    """A p value."""
+def p_value(key: str) -> Cell:
     return lambda record: "" if not isinstance(p := record.get(key), float) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def spread(key: str, signed: bool = False, scale: float = 100) -> Callable[[Record], str]:
-    """An estimate put in by `estimated`: mean ± standard deviation [interval], in percent unless `scale` says."""
+def estimate_cell(key: str, signed: bool = False, scale: float = 100, deviation: bool = True) -> Cell:
+    """An estimate of `estimate_fields` as mean ± standard deviation [interval], multiplied by `scale`."""
+    form = "+.1f" if signed else ".1f"
 
     def cell(record: Record) -> str:
-        values = [record.get(f"{key}{end}") for end in ("", "_sd", "_low", "_high")]
-        mean, sd, low, high = (scale * value if isinstance(value, int | float) else None for value in values)
-        if mean is None:
-            return ""
-        sign = "+" if signed else ""
-        text = f"{mean:{sign}.1f}" if sd is None else f"{mean:{sign}.1f} ± {sd:.1f}"
-        return text if low is None or high is None else f"{text} [{low:{sign}.1f}, {high:{sign}.1f}]"
+        mean, low, high = (formatted(f"{key}{end}", form, scale)(record) for end in ("", "_low", "_high"))
+        sd = formatted(f"{key}_sd", ".1f", scale)(record) if deviation else ""
+        return mean + (f" ± {sd}" if sd else "") + (f" [{low}, {high}]" if low and high else "")
 
     return cell
 
 
-def interval(key: str, signed: bool = True, scale: float = 100) -> Callable[[Record], str]:
-    """An estimate as mean [interval], without the standard deviation."""
-    full = spread(key, signed, scale)
-    return lambda record: full({**record, f"{key}_sd": None})
-
-
-def estimated(key: str, found: Estimate | None) -> dict[str, Value]:
-    """An estimate as columns: KEY, KEY_n, KEY_sd, KEY_low, KEY_high."""
-    if found is None:
-        return dict.fromkeys((key, f"{key}_n", f"{key}_sd", f"{key}_low", f"{key}_high"))
-    return {
-        key: found.mean,
-        f"{key}_n": found.n,
-        f"{key}_sd": found.sd,
-        f"{key}_low": found.low,
-        f"{key}_high": found.high,
-    }
+def estimate_fields(key: str, estimate: Estimate | None) -> dict[str, Value]:
+    """An estimate as fields of a record: KEY, KEY_n, KEY_sd, KEY_low, KEY_high; all None without an estimate."""
+    names = (key, *(f"{key}_{field}" for field in ESTIMATE_FIELDS[1:]))
+    return {name: getattr(estimate, field, None) for name, field in zip(names, ESTIMATE_FIELDS, strict=True)}

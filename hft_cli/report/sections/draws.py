@@ -1,115 +1,97 @@
-"""The sections of a report on what was updated: shares of the variance, effects, draws, size of the change."""
+"""Section: which parameters each round updated, from draws.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
-from statistics import fmean
-from typing import TYPE_CHECKING
 
-from hft_cli.checkpoint.naming import category, layer_and_matrix, short_names
-from hft_cli.report.groups import count_of
-from hft_cli.report.runs import Matrix, Run
-from hft_cli.report.tables import Plot, Record, Section, Table, percent, plain, short
-from hft_cli.text import natural_order
+from hft_cli.checkpoint.naming import layer_and_matrix
+from hft_cli.report.figures.heatmaps import Heatmap, draw_maps, heatmaps, layer_map
+from hft_cli.report.groups import Comparison, grouped
+from hft_cli.report.runs import Draw, Run
+from hft_cli.report.tables import Plot, Record, Section, Table, columns, formatted, percent, plain
+from hft_cli.text import plural
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+MOST_SINGLE_ROUNDS, MOST_SEQUENCES = 8, 2  # with a map of their draws
 
 
-def ledger(run: Run) -> tuple[frozenset[str], ...]:
-    return tuple(drawn.updated for drawn in run.draws)
-
-
-def layers_by_matrices(values: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[str, ...], Matrix]:
-    """Layers, matrices by category and the values by parameter name as a matrix; None where there is no such one."""
-    at: dict[tuple[int, str], float] = {}
-    for name, value in values.items():
-        where = layer_and_matrix(name)
-        if where is not None and (where not in at or name.endswith("weight")):  # a bias goes with its matrix
-            at[where] = value
-    layers = sorted({layer for layer, _ in at})
-    names = short_names(sorted({matrix for _, matrix in at}, key=natural_order))
-    kinds, usual = ("attention", "feed-forward", "norm", "other"), ("q", "k", "v", "o", "gate", "up", "down")
-    matrices = sorted(
-        names, key=lambda m: (kinds.index(category(m)), usual.index(names[m]) if names[m] in usual else 9)
-    )
-    cells = tuple(tuple(at.get((layer, matrix)) for matrix in matrices) for layer in layers)
-    return tuple(map(str, layers)), tuple(names[matrix] for matrix in matrices), cells
-
-
-def draws(runs: Sequence[Run]) -> Section | None:
-    distinct: dict[tuple[frozenset[str], ...], list[Run]] = {}
-    for run in runs:
-        if run.draws and any(drawn.frozen for drawn in run.draws) and run.row.level not in ("all", "lora"):
-            distinct.setdefault(ledger(run), []).append(run)
-    if not distinct:
+def section(comparison: Comparison) -> Section | None:
+    runs = [run for run in comparison.runs if run.row.level not in ("all", "lora")]
+    runs = [run for run in runs if any(draw.frozen for draw in run.draws)]
+    by_draw = list(grouped(runs, lambda run: run.updated_by_round).values())
+    if not by_draw:
         return None
-    lots = list(distinct.values())
-    parts: list[Table | Plot] = []
-    records: list[Record] = []
-    for own in lots:
-        for drawn in own[0].draws:
-            inside = [name for name in drawn.updated | drawn.frozen if layer_and_matrix(name)]
-            records.append({
-                "run": own[0].row.run, "runs": len(own), "round": drawn.round, "name": drawn.name, "level": drawn.level,
-                "ratio": own[0].row.ratio, "draw_seed": own[0].draw_seed, "updated": len(drawn.updated),
-                "frozen": len(drawn.frozen), "share": sum(name in drawn.updated for name in inside) / len(inside),
-            })  # fmt: skip
-    columns = [("draw of run", plain("run")), ("runs with it", plain("runs")), ("draw seed", plain("draw_seed")),
-               ("level", plain("level")), ("ratio", short("ratio")), ("round", plain("round")), ("of", plain("name")),
-               ("tensors updated", plain("updated")), ("frozen", plain("frozen")),
-               ("of the layers' tensors (%)", percent("share"))]  # fmt: skip
-    parts.append(Table("draws", f"Every different draw, as in draws.json: {len(lots)}.", columns, records))
-    single = [own for own in lots if len(own[0].draws) == 1][:8]
-    if single:
-        runs_with = "; ".join(f"{own[0].row.run}, {count_of(len(own), 'run')}" for own in single)
-        caption = f"What single rounds updated (dark, dotted) and froze (light), as in {runs_with}."
-        parts.append(Plot("draws", caption, partial(_draw_maps, [own[0] for own in single])))
-    several = [own for own in lots if len(own[0].draws) > 1][:2]
-    for i, own in enumerate(several):
-        run = own[0]
-        caption = (
-            f"What each round updated (dark, dotted) and froze (light): {run.row.label}, {run.row.selection}, draw "
-            f"seed {run.draw_seed}, as in {run.row.run}; {count_of(len(own), 'run')} with this draw."
-        )
-        parts.append(Plot(f"draws_{i + 1}", caption, partial(_draw_maps, [run])))
-    if len(lots) > 1:
-        caption = f"How often each matrix was updated (% of rounds), over the {len(lots)} different draws."
-        parts.append(Plot("draws_often", caption, lambda: _often([own[0] for own in lots])))
+    shown = [
+        ("draw of run", plain("run")), ("runs with it", plain("runs")), *columns("draw_seed", "level"),
+        ("ratio", formatted("ratio")), *columns("round"), ("data", plain("name")),
+        ("tensors updated", plain("updated")), ("tensors frozen", plain("frozen")),
+        ("updated in the layers (%)", percent("share")),
+    ]  # fmt: skip
+    records = [_record(same, draw) for same in by_draw for draw in same[0].draws]
+    parts: list[Table | Plot] = [
+        Table("draws", f"The different draws, as recorded in draws.json: {len(by_draw)}.", shown, records),
+        *_map_plots(by_draw),
+    ]
+    if len(by_draw) > 1:
+        caption = f"How often each matrix was updated (% of rounds), over the {len(by_draw)} different draws."
+        maps = _frequency_maps([same[0] for same in by_draw])
+        parts.append(Plot("draws_often", caption, partial(heatmaps, maps, "Updated (% of rounds)", ".0f", 0, 100)))
     return Section("What was updated", (), parts)
 
 
-def _draw_maps(runs: Sequence[Run]) -> Figure:
-    from hft_cli.report import figures
-    from hft_cli.report.figures import Map
-
-    panels = []
-    for run in runs:
-        for drawn in run.draws:
-            values = {name: float(name in drawn.updated) for name in drawn.updated | drawn.frozen}
-            one = (
-                f"{run.row.selection}, draw {run.draw_seed}" if len(runs) > 1 else f"round {drawn.round}: {drawn.name}"
-            )
-            panels.append(Map(one, *layers_by_matrices(values)))
-    return figures.signs(panels)
+def _record(runs: Sequence[Run], draw: Draw) -> Record:
+    """A round of runs with the same draws."""
+    run = runs[0]
+    in_layers = [name in draw.updated for name in draw.updated | draw.frozen if layer_and_matrix(name)]
+    return {
+        "run": run.row.run, "runs": len(runs), "round": draw.round, "name": draw.name, "level": draw.level,
+        "ratio": run.row.ratio, "draw_seed": run.draw_seed, "updated": len(draw.updated), "frozen": len(draw.frozen),
+        "share": sum(in_layers) / len(in_layers),
+    }  # fmt: skip
 
 
-def _often(runs: Sequence[Run]) -> Figure:
-    from hft_cli.report import figures
-    from hft_cli.report.figures import Map
+def _map_plots(by_draw: Sequence[Sequence[Run]]) -> list[Plot]:
+    """One figure for runs of a single round, and one for each run of several rounds."""
+    plots = []
+    single = [same for same in by_draw if len(same[0].draws) == 1][:MOST_SINGLE_ROUNDS]
+    if single:
+        sources = "; ".join(f"{same[0].row.run} ({plural(len(same), 'run')})" for same in single)
+        caption = f"Matrices that were updated (dark, with a dot) and frozen (light) by runs of one round: {sources}."
+        titles = [f"{same[0].row.selection}, draw {same[0].draw_seed}" for same in single]
+        if len(single) == 1:
+            titles = [_round_title(single[0][0].draws[0])]
+        maps = [_draw_map(title, same[0].draws[0]) for title, same in zip(titles, single, strict=True)]
+        plots.append(Plot("draws", caption, partial(draw_maps, maps)))
+    for i, same in enumerate([same for same in by_draw if len(same[0].draws) > 1][:MOST_SEQUENCES]):
+        run = same[0]
+        caption = (
+            f"Matrices that each round updated (dark, with a dot) and froze (light) in {run.row.run}: {run.row.label}, "
+            f"{run.row.selection}, draw seed {run.draw_seed}; {plural(len(same), 'run')} with this draw."
+        )
+        maps = [_draw_map(_round_title(draw), draw) for draw in run.draws]
+        plots.append(Plot(f"draws_{i + 1}", caption, partial(draw_maps, maps)))
+    return plots
 
-    by: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        by.setdefault((run.row.level, f"{run.row.ratio:g}", run.setting.get("model.name", "")), []).append(run)
-    panels = []
-    for (level, ratio, model), own in by.items():
-        rounds = [drawn for run in own for drawn in run.draws]
-        values: dict[str, list[float]] = {}
-        for drawn in rounds:
-            for name in drawn.updated | drawn.frozen:
-                values.setdefault(name, []).append(100.0 * (name in drawn.updated))
-        title = f"{level} {ratio}, {count_of(len(rounds), 'round')}"
-        title = f"{model}: {title}" if len({key[2] for key in by}) > 1 else title
-        panels.append(Map(title, *layers_by_matrices({name: fmean(v) for name, v in values.items()})))
-    return figures.maps(panels, "Updated (% of rounds)", ".0f", 0, 100)
+
+def _round_title(draw: Draw) -> str:
+    return f"round {draw.round}: {draw.name}"
+
+
+def _draw_map(title: str, draw: Draw) -> Heatmap:
+    return layer_map(title, {name: float(name in draw.updated) for name in draw.updated | draw.frozen})
+
+
+def _frequency_maps(runs: Sequence[Run]) -> list[Heatmap]:
+    """How often each matrix was updated, a map for each level, ratio and model."""
+    by_kind = grouped(runs, lambda run: (run.row.level, f"{run.row.ratio:g}", run.setting.get("model.name", "")))
+    models = {model for _, _, model in by_kind}
+    maps = []
+    for (level, ratio, model), members in by_kind.items():
+        draws = [draw for run in members for draw in run.draws]
+        updated = Counter(name for draw in draws for name in draw.updated)
+        drawn = Counter(name for draw in draws for name in draw.updated | draw.frozen)
+        title = f"{model}: " if len(models) > 1 else ""
+        title += f"{level} {ratio}, {plural(len(draws), 'round')}"
+        maps.append(layer_map(title, {name: 100 * updated[name] / rounds for name, rounds in drawn.items()}))
+    return maps

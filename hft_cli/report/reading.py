@@ -1,0 +1,230 @@
+"""Folders -> runs for the report. Nothing is written.
+
+A run that is unfinished, broken, unverified or was never started is a run here too, with its status and a note.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hft_cli.errors import UserError
+from hft_cli.files import read_json
+from hft_cli.report.runs import Draw, Run, RunRow, Scores, TaskScores
+from hft_cli.report.setting import setting_of
+from hft_cli.run_dir import RunDir
+from hft_cli.runner.sweeps import jobs
+from hft_cli.text import natural_order
+
+
+def find_runs(places: Iterable[Path]) -> list[Run]:
+    """Every run in the places or below them, each once, and the runs that their sweeps should have but have not.
+
+    Raises:
+        UserError: a place has no run.
+    """
+    runs: dict[Path, Run] = {}
+    for place in places:
+        plans = sorted(place.glob("**/plan.json"), key=lambda path: natural_order(str(path)))
+        if not plans:
+            raise UserError(f"There is no run in {place}: no plan.json in it or below it.")
+        for plan in plans:
+            if plan.parent.resolve() not in runs:
+                runs[plan.parent.resolve()] = read_run(RunDir(plan.parent))
+        for sweep in sorted(place.glob("**/multirun.yaml")):
+            for folder, overrides in jobs(sweep):
+                if folder.resolve() not in runs:
+                    note = f"the sweep has not started this run: {' '.join(overrides)}"
+                    runs[folder.resolve()] = Run(RunRow(str(folder), "missing", note=note), folder)
+    return list(runs.values())
+
+
+def read_run(run: RunDir) -> Run:
+    """A run with its status, whatever state it is in."""
+    if not run.results.exists():
+        return Run(RunRow(str(run.folder), "unfinished", note=_progress(run)), run.folder)
+    try:
+        return _read_results(run, read_json(run.results))
+    # one run's broken file must not take the others' table away
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Run(RunRow(str(run.folder), "results.json is broken", note=reason), run.folder)
+
+
+def _progress(run: RunDir) -> str:
+    """How many rounds of an unfinished run are trained, and the last error in its newest log."""
+    try:
+        planned = len(read_json(run.plan)["rounds"])
+    except (UserError, KeyError, TypeError):
+        return "plan.json is broken"
+    note = f"{len(list(run.folder.glob('rounds/*/outcome.json')))} of {planned} rounds trained"
+    logs = sorted(run.folder.glob("rounds/*/worker.log")) + sorted(run.folder.glob("eval/*/worker.log"))
+    if logs:
+        newest = max(logs, key=lambda path: path.stat().st_mtime)
+        lines = newest.read_text(errors="replace")[-20_000:].splitlines()
+        errors = [line.strip() for line in lines if re.match(r"\s*(\[rank\d+\]:)?\s*[\w.]*(Error|Exception)\b", line)]
+        note += f"; {errors[-1][:200]}" if errors else ""
+    return note
+
+
+def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
+    scores, metrics = _trained_scores(results["eval"])
+    after = {task: finite(pair["after"]) for task, pair in scores.items()}
+    later_scores, records = _later_scores(run, scores, metrics)
+    rounds, selection = results["rounds"], results["selection"]
+    sequence = results.get("continual") or {}
+    tasks = _task_scores(sequence) if "R" in sequence else None
+    level, ratio = str(selection["level"]), finite(selection["ratio"])
+    status, note = _status(run, results["verification"])
+    draws, draws_note = _draws(run)
+    row = RunRow(
+        run=str(run.folder),
+        status=status,
+        method=str(results["method"]),
+        selection=level if level == "all" else f"{level} {ratio:g}",
+        learning_rate=_finite_or_none(results["learning_rate"]),
+        seed=results["seed"],
+        draw_seed=selection["seed"],
+        updated=_mean({entry["round"]: finite(entry["updated_fraction"]) for entry in rounds}.values()),
+        skill=_mean(score for task, score in after.items() if task.startswith("data/")),
+        retained=_mean(score for task, score in after.items() if not task.startswith("data/")),
+        train_seconds=sum(finite(entry["train_seconds"]) for entry in rounds),
+        peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
+        op=_finite_or_none(sequence.get("OP")),
+        bwt=_finite_or_none(sequence.get("BWT")),
+        continual=str(sequence.get("name", "seqft")) if tasks or sequence.get("name") == "lora" else "",
+        level=level,
+        ratio=1.0 if level == "all" else ratio,
+        tokens_per_second=_speed(rounds),
+        note="; ".join(filter(None, (note, draws_note))),
+        scores=scores | later_scores,
+    )
+    return Run(
+        row=row,
+        folder=run.folder,
+        stages=_stages(run, str(results["stage"])),
+        metrics=metrics,
+        records=records,
+        tasks=tasks,
+        draws=draws,
+        setting=setting_of(run.config, row, results),
+        hardware=_hardware(run),
+    )
+
+
+def finite(value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: the value is no number, or is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"a score or measure is {value}")
+    return value
+
+
+def _finite_or_none(value: Any) -> float | None:
+    return None if value is None else finite(value)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return fmean(numbers) if numbers else None
+
+
+def _status(run: RunDir, verification: Mapping[str, Any]) -> tuple[str, str]:
+    """Status and note of a run with results.json."""
+    if verification["passed"] is not False and not run.done.exists():
+        return "unfinished", "results.json is there, but not DONE"
+    status = {True: "verified", False: "failed", None: "no model written"}[verification["passed"]]
+    return status, "; ".join(str(fault) for fault in verification.get("faults", ()))[:300]
+
+
+def _speed(rounds: Iterable[Mapping[str, Any]]) -> float | None:
+    """Tokens a second over all rounds that were measured."""
+    timed = [(finite(entry["tokens_per_second"]), finite(entry["train_seconds"])) for entry in rounds
+             if "tokens_per_second" in entry and entry["train_seconds"] > 0]  # fmt: skip
+    return sum(speed * seconds for speed, seconds in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+
+def _trained_scores(evaluation: Mapping[str, Any]) -> tuple[Scores, dict[str, str]]:
+    """The scores that training took, and each task's metric. The suite `data` holds the test sets of what was trained.
+
+    A task's main metric is its first entry; its error and counts follow.
+    """
+    scores: Scores = {}
+    metrics: dict[str, str] = {}
+    for suite, tasks in evaluation.get("before", {}).items():
+        for task, before in tasks.items():
+            after = evaluation["after"][suite][task]
+            metric = next(iter(after))
+            scores[f"{suite}/{task}"] = {"before": finite(before[metric]), "after": finite(after[metric])}
+            metrics[f"{suite}/{task}"] = str(metric)
+    return scores, metrics
+
+
+def _later_scores(run: RunDir, trained: Scores, metrics: dict[str, str]) -> tuple[Scores, dict[str, dict[str, Path]]]:
+    """The scores of later `hft eval` commands, without tasks in `trained`, and their files of single items.
+
+    Adds their metrics to `metrics`. They are no part of `retained`, so that it is about the same tasks in every run of
+    a sweep.
+    """
+    scores: Scores = {}
+    records: dict[str, dict[str, Path]] = {}
+    for file in sorted(run.folder.glob("eval/*.json")):
+        evaluation = read_json(file)
+        suite, models = str(evaluation["suite"]), evaluation["models"]
+        for when in ("before", "after"):
+            model = models.get(when)
+            for name, measured in (model["eval"][suite] if model else {}).items():
+                task = f"{suite}/{name}"
+                if task in trained:
+                    continue
+                metric = next(iter(measured))
+                metrics[task] = str(metric)
+                scores.setdefault(task, {"before": None, "after": None})[when] = finite(measured[metric])
+                records.setdefault(task, {})[when] = run.folder / "eval" / model["details"][name]["items"]
+    return scores, records
+
+
+def _task_scores(sequence: Mapping[str, Any]) -> TaskScores:
+    names = tuple(str(name) for name in sequence["tasks"])
+    scores = tuple(tuple(_finite_or_none(value) for value in row) for row in sequence["R"])
+    if len(scores) != len(names) or any(len(row) != len(names) for row in scores):
+        raise ValueError("R does not have a row and a column for each task")
+    metrics = sequence.get("metrics") or [sequence.get("metric", "")] * len(names)
+    return TaskScores(names, tuple(str(metric) for metric in metrics), scores)
+
+
+def _draws(run: RunDir) -> tuple[tuple[Draw, ...], str]:
+    """The ledger's draw of each round (a replay shares that of its round), and a note if it cannot be read."""
+    try:
+        entries = TypeAdapter(list[Draw]).validate_python(read_json(run.draws)["rounds"])
+    except (UserError, KeyError, TypeError, ValidationError):
+        return (), "draws.json is missing or broken"
+    draws = {draw.round: draw for draw in reversed(entries)}
+    return tuple(draws[number] for number in sorted(draws)), ""
+
+
+def _stages(run: RunDir, first: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(entry["stage"]) for entry in read_json(run.plan)["rounds"])
+    except (UserError, KeyError, TypeError):
+        return (first,)
+
+
+def _hardware(run: RunDir) -> str:
+    try:
+        environment = read_json(run.environment)
+        gpus = [str(gpu).split(",")[0] for gpu in environment["gpus"]]
+        return ", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus)) or f"{environment['cpus']} CPUs"
+    except (UserError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,63 @@
+"""The setting of a run: its configuration without seeds and folders. Runs of one setting are repetitions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hft_cli.files import flatten
+from hft_cli.report.runs import RunRow
+
+# Keys of config.yaml in which the runs of one setting may differ.
+IGNORED_KEYS = (
+    "seed",
+    "selection.seed",
+    "output_dir",
+    "resume",
+    "train.save_every",
+    "train.save_minutes",
+    "train.save_limit",
+    "train.log_every",
+)
+
+
+def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[str, str]:
+    """The setting as text by flat key, without the keys that have no effect on this run.
+
+    What results.json says goes before config.yaml, and is enough if that file is missing or broken.
+    """
+    values = {key: str(value) for key, value in flatten(_read_yaml(config)).items()}
+    values |= {
+        "method.name": row.method, "selection.level": row.level, "selection.ratio": f"{row.ratio:g}",
+        "train.learning_rate": f"{row.learning_rate}", "model.name": str(results.get("model")),
+        "data.name": str(results.get("data")), "continual.name": row.continual,
+    }  # fmt: skip
+    unused = re.compile("|".join(_unused_keys(row, values.get("method.stages", ""))))
+    return {key: value for key, value in values.items() if key not in IGNORED_KEYS and not unused.match(key)}
+
+
+def _unused_keys(row: RunRow, stages: str) -> list[str]:
+    """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
+    patterns = [r"continual\.score_unseen$"]
+    patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name != row.continual]
+    if row.level == "all":
+        patterns.append(r"selection\.(ratio|balance|redraw)$")
+    if row.method == "half_reset":
+        patterns.append(r"train\.")
+    if "dpo" not in stages:
+        patterns.append(r"dpo\.")
+    return patterns
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a YAML file; empty if it is missing or broken."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is compiled in
+    try:
+        values = yaml.load(path.read_text(), loader)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
