@@ -19,4 +19,5 @@ found=$("$work/env/bin/python" -c 'import hft_cli; print(hft_cli.__file__)')
 case "$found" in "$work"/env/*) ;; *) echo "the wheel is not what runs: $found" >&2; exit 1 ;; esac
 "$work/env/bin/hft" train +method=hft train.max_steps=3 output_dir=run
 "$work/env/bin/hft" verify run
+"$work/env/bin/hft" report run
 echo "wheel test passed"

@@ -69,9 +69,7 @@ def _notes(rounds: Sequence[Entry]) -> list[str]:
         notes.append(f"{len(unmoved)} updated tensors did not move, such as {unmoved[0]}; see hft verify.")
     truncated, dropped = (sum(entry.get(key, 0) for entry in rounds) for key in ("rows_truncated", "rows_dropped"))
     if truncated or dropped:
-        notes.append(
-            f"Rows cut at train.max_length: {truncated}; left out: {dropped}, see results.json for the reasons."
-        )
+        notes.append(f"Rows cut at train.max_length: {truncated}; left out (see results.json): {dropped}.")
     return notes
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_cli.checkpoint.tensors import StoredTensor, read_header, stored_tensors, weights_hash
+from hft_cli.checkpoint.folders import stored_tensors, weights_hash
+from hft_cli.checkpoint.tensors import StoredTensor, read_bytes, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.base import find_base
 
-CHUNK = 1 << 20  # elements in memory at once
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors -> of numpy
 
 
@@ -49,9 +49,9 @@ def tensor_changes(run: RunDir, hash_of: Callable[[Path], str] = weights_hash) -
         deltas = [run.round(entry["number"], entry["name"]).delta for entry in read_json(run.plan)["rounds"]]
         base = find_base(run, hash_of=hash_of, fix="Restore it.")
     except (KeyError, TypeError):
-        raise UserError("plan.json is broken") from None
+        raise UserError(f"{run.plan} is broken.") from None
     if missing := [delta for delta in deltas if not delta.exists()]:
-        raise UserError(f"{missing[0].relative_to(run.folder)} is missing")
+        raise UserError(f"{missing[0]} is missing.")
     final = {name: tensor for delta in deltas for name, tensor in read_header(delta).items()}
     return [_change(name, start, final.get(name)) for name, start in stored_tensors(base).items()]
 
@@ -59,8 +59,8 @@ def tensor_changes(run: RunDir, hash_of: Callable[[Path], str] = weights_hash) -
 def _change(name: str, start: StoredTensor, end: StoredTensor | None) -> TensorChange:
     if end is None:
         return TensorChange(name, math.sqrt(sum(float(values @ values) for values in stored_values(start))), 0.0)
-    if start[1].shape != end[1].shape:
-        raise UserError(f"{name} has another shape in {end[0].name} than in the base model")
+    if start.layout != end.layout:
+        raise UserError(f"{name} has another dtype or shape in {end.file} than in the base model.")
     start_square = change_square = 0.0
     for old, new in zip(stored_values(start), stored_values(end), strict=True):
         start_square += float(old @ old)
@@ -72,17 +72,12 @@ def stored_values(tensor: StoredTensor) -> Iterator[NDArray[np.float64]]:
     """The values of a stored tensor in order, in chunks.
 
     Raises:
-        UserError: the tensor does not hold floating-point numbers.
+        UserError: the tensor does not hold floating-point numbers, or its file ends early.
     """
-    path, info = tensor
-    if info.dtype not in DTYPES:
-        raise UserError(f"{path.name} has tensors of type {info.dtype}, whose change cannot be measured")
-    dtype = np.dtype(DTYPES[info.dtype])
-    if info.stop == info.start:
-        return
-    values = np.memmap(path, dtype, "r", offset=info.start, shape=(info.stop - info.start) // dtype.itemsize)
-    for begin in range(0, len(values), CHUNK):
-        chunk = values[begin : begin + CHUNK]
-        if info.dtype == "BF16":  # the upper half of a float32
-            chunk = (chunk.astype(np.uint32) << 16).view(np.float32)
-        yield chunk.astype(np.float64)
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{tensor.file} has tensors of type {tensor.dtype}, whose change cannot be measured.")
+    for chunk in read_bytes(tensor):
+        values = np.frombuffer(chunk, DTYPES[tensor.dtype])
+        if tensor.dtype == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        yield values.astype(np.float64)

@@ -70,8 +70,6 @@ def build_sections(runs: Sequence[Run], norms: bool = False) -> list[Section]:
         builders = [build for build, _ in rows]
         for section in (build(comparison) for comparison in comparisons[scope] for build in builders):
             if section is not None:
-                shown = [
-                    part for earlier in sections for part in earlier.parts if isinstance(part, Table) and part.paper
-                ]
-                sections.append(replace(section, parts=[part for part in section.parts if part not in shown]))
+                sections.append(replace(section, parts=[part for part in section.parts if part not in papers_tables]))
+                papers_tables += [part for part in section.parts if isinstance(part, Table) and part.paper]
     return sections

@@ -54,12 +54,12 @@ def _measure(runs: Sequence[Run]) -> tuple[Changes, list[str]]:
     text = []
     for run in runs:
         if run.row.status == "no model written":
-            text.append(f"{run.row.run} is not measured: the run wrote no model.")
+            text.append(f"Not measured: the run in {run.row.run} wrote no model.")
             continue
         try:
             changes[run.folder] = tensor_changes(RunDir(run.folder), hash_of)
         except UserError as reason:
-            text.append(f"{run.row.run} is not measured: {str(reason).rstrip('.')}.")
+            text.append(f"Not measured: {reason}")
     return changes, text
 
 

@@ -1,0 +1,66 @@
+"""Runs by setting and by data."""
+
+from __future__ import annotations
+
+from report_runs import write_run
+
+from hft_cli.report.groups import batches, compare, full_counterpart, group_runs
+from hft_cli.report.reading import find_runs
+
+
+def test_runs_that_differ_in_their_seeds_are_one_group(tmp_path):
+    write_run(tmp_path / "a", seed=1)
+    write_run(tmp_path / "b", seed=2, draw_seed=7)
+    write_run(tmp_path / "c", config={"train": {"learning_rate": 1e-3, "max_steps": 99}})
+    groups = group_runs(find_runs([tmp_path]))
+    assert {group.label: len(group.runs) for group in groups} == {"HFT max_steps 10": 2, "HFT max_steps 99": 1}
+
+
+def test_keys_without_effect_do_not_separate_runs(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", config={"continual": {"name": "seqft", "gem_margin": 0.5}})  # GEM's key without GEM
+    write_run(tmp_path / "c", "fft")
+    write_run(tmp_path / "d", "fft", ratio=0.3)  # a ratio where everything is updated
+    assert {group.label: len(group.runs) for group in group_runs(find_runs([tmp_path]))} == {"FFT": 2, "HFT": 2}
+
+
+def test_only_counted_runs_are_grouped(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", passed=False, seed=2)
+    write_run(tmp_path / "c", done=False, seed=3)
+    write_run(tmp_path / "d", passed=None, seed=4)
+    (group,) = group_runs(find_runs([tmp_path]))
+    assert [run.row.seed for run in group.runs] == [1, 4]
+
+
+def test_groups_are_in_the_order_of_methods(tmp_path):
+    for method in ("hft_dpo", "half_reset", "dpo", "hft", "fft"):
+        write_run(tmp_path / method, method)
+    labels = [group.row.label for group in group_runs(find_runs([tmp_path]))]
+    assert labels == ["FFT", "HFT", "Half-Reset", "DPO", "HFT-DPO"]
+
+
+def test_the_counterpart_differs_in_the_selection_only(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "fft", rate=9.0)
+    groups = group_runs(find_runs([tmp_path]))
+    assert full_counterpart(groups[-1], groups) is None
+    write_run(tmp_path / "c", "fft")
+    groups = group_runs(find_runs([tmp_path]))
+    assert full_counterpart(groups[-1], groups).row.learning_rate == 1e-3
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path):
+    for name, data, path in (("a", "x", "1"), ("b", "y", "1"), ("c", "y", "2")):
+        write_run(tmp_path / name, data=data, config={"data": {"path": path}})
+    write_run(tmp_path / "d", seed=2, data="x", config={"data": {"path": "1"}})
+    comparisons = compare(find_runs([tmp_path]))
+    assert [(c.name, c.stem("methods"), len(c.runs)) for c in comparisons] == [
+        ("x", "methods", 2), ("y 1", "methods_y_1", 1), ("y 2", "methods_y_2", 1),
+    ]  # fmt: skip
+    (only,) = compare(find_runs([tmp_path / "a"]))
+    assert only.title("Methods") == "Methods"
+
+
+def test_batches_have_stems_of_their_own():
+    assert [(stem, len(batch)) for stem, batch in batches("r", list(range(14)))] == [("r", 6), ("r_2", 6), ("r_3", 2)]

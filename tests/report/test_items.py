@@ -1,0 +1,44 @@
+"""Scores item by item."""
+
+from __future__ import annotations
+
+from report_runs import write_eval, write_items, write_run
+
+from hft_cli.report.items import item_scores, score_changes
+from hft_cli.report.reading import find_runs
+
+
+def test_items_without_a_pair_are_left_out(tmp_path):
+    write_items(write_run(tmp_path / "run"), "pocket/facts", before=[1, 1, 1, 1, 0], after=[1, 0, 1, 0])
+    assert item_scores(find_runs([tmp_path])[0], "pocket/facts") == ([1, 1, 1, 1], [1, 0, 1, 0])
+
+
+def test_recorded_items_give_the_change_an_interval(tmp_path):
+    write_items(write_run(tmp_path / "run", retained=0.5), "pocket/facts", before=[1, 1, 1, 1], after=[1, 0, 1, 0])
+    changes = {record["task"]: record for record in score_changes(find_runs([tmp_path])[0])}
+    facts, capitals = changes["pocket/facts"], changes["data/capitals"]
+    assert (facts["change"], facts["change_n"], facts["change_low"], facts["change_high"]) == (-0.5, 4, -1, 0)
+    assert (capitals["change"], capitals["change_low"]) == (0.9, None)
+
+
+def test_later_evaluations_are_paired_too(tmp_path):
+    write_eval(write_run(tmp_path / "run"), "knowledge", {"nq": [1.0, 0.0, 1.0, 1.0]}, {"nq": [0.0, 0.0, 1.0, 0.0]})
+    (change,) = [c for c in score_changes(find_runs([tmp_path])[0]) if c["task"] == "knowledge/nq"]
+    assert (change["change"], change["change_n"]) == (-0.5, 4)
+
+
+def test_the_last_round_of_a_sequence_is_after(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_items(run, "pocket/facts", before=[1, 1], after=[0, 0])
+    (run / "eval/after").rename(run / "eval/round-01")
+    write_items(run, "pocket/facts", before=[1, 1], after=[1, 0])
+    (run / "eval/after").rename(run / "eval/round-02")
+    assert item_scores(find_runs([run])[0], "pocket/facts") == ([1, 1], [1, 0])
+
+
+def test_a_broken_line_makes_no_records(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_items(run, "pocket/facts", before=[1], after=[1])
+    with (run / "eval/after/pocket/facts.jsonl").open("a") as file:
+        file.write("{\n")
+    assert item_scores(find_runs([run])[0], "pocket/facts") is None

@@ -1,0 +1,106 @@
+"""Runs in any state, read for the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from report_runs import write_eval, write_run
+
+from hft_cli.errors import UserError
+from hft_cli.report.reading import find_runs
+
+
+def rows(folder: Path) -> dict:
+    return {Path(run.row.run).name: run.row for run in find_runs([folder])}
+
+
+def test_each_run_has_a_status(tmp_path):
+    write_run(tmp_path / "deep/er/good")
+    write_run(tmp_path / "failed", passed=False, done=False, seed=9)
+    write_run(tmp_path / "explored", "half_reset", passed=None)
+    write_run(tmp_path / "cut off", done=False)
+    (write_run(tmp_path / "half way", done=False) / "results.json").unlink()
+    (write_run(tmp_path / "broken") / "results.json").write_text('{"method": "hft"')
+    assert {name: row.status for name, row in rows(tmp_path).items()} == {
+        "good": "verified", "failed": "failed", "explored": "no model written", "cut off": "unfinished",
+        "half way": "unfinished", "broken": "results.json is broken",
+    }  # fmt: skip
+    assert "a frozen tensor" in rows(tmp_path)["failed"].note
+
+
+def test_an_unfinished_run_has_its_progress_and_last_error(tmp_path):
+    run = write_run(tmp_path / "run", done=False)
+    (run / "results.json").unlink()
+    log = run / "rounds/01-capitals/worker.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("Traceback\nValueError: early\n[rank1]: RuntimeError: out of memory\nbye\n")
+    assert rows(tmp_path)["run"].note == "0 of 1 rounds trained; [rank1]: RuntimeError: out of memory"
+    (run / "rounds/01-capitals/outcome.json").write_text("{}")
+    log.unlink()
+    assert rows(tmp_path)["run"].note == "1 of 1 rounds trained"
+    (run / "plan.json").write_text("[")
+    assert rows(tmp_path)["run"].note == "plan.json is broken"
+
+
+def test_a_score_that_is_not_finite_breaks_its_run_only(tmp_path):
+    results = write_run(tmp_path / "nan") / "results.json"
+    results.write_text(results.read_text().replace("0.7,", "NaN,"))
+    write_run(tmp_path / "good")
+    assert rows(tmp_path)["nan"].status == "results.json is broken"
+    assert "nan" in rows(tmp_path)["nan"].note
+    assert rows(tmp_path)["good"].status == "verified"
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"rounds": [{"round": 1}]}'])
+def test_a_broken_ledger_is_noted(tmp_path, text):
+    (write_run(tmp_path / "run") / "draws.json").write_text(text)
+    (run,) = find_runs([tmp_path])
+    assert (run.row.status, run.row.note, run.draws) == ("verified", "draws.json is missing or broken", ())
+
+
+def test_a_replay_shares_the_draw_of_its_round(tmp_path):
+    file = write_run(tmp_path / "run", r=[[0.5, None], [0.5, 0.5]]) / "draws.json"
+    rounds = json.loads(file.read_text())["rounds"]
+    file.write_text(json.dumps({"rounds": [*rounds, {**rounds[1], "name": "task1-replay"}]}))
+    (run,) = find_runs([tmp_path])
+    assert [(draw.round, draw.name) for draw in run.draws] == [(1, "task0"), (2, "task1")]
+
+
+def test_runs_that_a_sweep_did_not_start_are_missing(tmp_path):
+    write_run(tmp_path / "method=fft,seed=1")
+    write_run(tmp_path / "method=fft,seed=2")
+    hydra = {"sweeper": {"params": {"+method": "fft,hft", "x": "9"}},
+             "overrides": {"task": ["seed=1,2", "data.path=[a,b]"]}}  # fmt: skip
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    missing = {name: row.note for name, row in rows(tmp_path).items() if row.status == "missing"}
+    assert missing.keys() == {"method=hft,seed=1", "method=hft,seed=2"}
+    assert "+method=hft x=9 seed=1 data.path=[a,b]" in missing["method=hft,seed=1"]
+
+
+def test_a_run_that_is_given_twice_is_read_once(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert len(find_runs([tmp_path, run, tmp_path / "run/../run"])) == 1
+
+
+def test_a_place_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"There is no run in .*: no plan\.json in it or below it\."):
+        find_runs([tmp_path])
+
+
+def test_later_scores_are_no_part_of_retention(tmp_path):
+    run = write_run(tmp_path / "run", retained=0.7)
+    write_eval(run, "knowledge", {"nq_open": [1.0, 1.0]}, {"nq_open": [0.0, 1.0]})
+    (read,) = find_runs([tmp_path])
+    assert read.row.retained == 0.7
+    assert read.row.scores["knowledge/nq_open"] == {"before": 1.0, "after": 0.5}
+
+
+def test_gpus_are_counted_by_name(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "environment.json").write_text(
+        json.dumps({"cpus": 8, "gpus": ["H100, 80 GiB", "H100, 80 GiB", "L4, 24 GiB"]})
+    )
+    assert find_runs([run])[0].hardware == "2 x H100, 1 x L4"

@@ -1,0 +1,35 @@
+"""Cells, CSV and the estimates in a record."""
+
+from __future__ import annotations
+
+from hft_cli.report.stats import Estimate
+from hft_cli.report.tables import Table, columns, csv_text, estimate_cell, estimate_fields, formatted, p_value, percent
+
+
+def test_an_estimate_reads_as_mean_deviation_and_interval():
+    record = estimate_fields("x", Estimate(0.6, 3, 0.1, 0.352, 0.848))
+    assert record == {"x": 0.6, "x_n": 3, "x_sd": 0.1, "x_low": 0.352, "x_high": 0.848}
+    assert estimate_cell("x")(record) == "60.0 ± 10.0 [35.2, 84.8]"
+    assert estimate_cell("x", signed=True, deviation=False)(record) == "+60.0 [+35.2, +84.8]"
+    assert estimate_cell("x", scale=1)(estimate_fields("x", Estimate(2.0, 1))) == "2.0"
+
+
+def test_a_missing_estimate_is_an_empty_cell():
+    record = estimate_fields("x", None)
+    assert list(record) == ["x", "x_n", "x_sd", "x_low", "x_high"]
+    assert estimate_cell("x")(record) == percent("x")(record) == formatted("x")({}) == ""
+
+
+def test_small_p_values_are_bounded():
+    assert [p_value("p")({"p": p}) for p in (0.04, 0.0002, None)] == ["0.040", "< 0.001", ""]
+
+
+def test_csv_has_every_key_and_raw_values():
+    assert csv_text([{"a": 1, "b": None}, {"a": 0.1, "c": "x,y"}]) == 'a,b,c\n1,,\n0.1,,"x,y"\n'
+
+
+def test_the_head_of_a_long_table_says_what_is_left_out():
+    table = Table("t", "Numbers.", columns("n"), [{"n": i} for i in range(9)])
+    assert table.head(9) is table
+    assert table.head(2).body == [["0"], ["1"]]
+    assert table.head(2).caption == "Numbers. Shown are the first 2 of 9 rows; t.csv has all of them."
