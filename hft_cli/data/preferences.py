@@ -1,7 +1,7 @@
-"""Rows of preference data -> a prompt, the answer that was chosen and the one that was rejected.
+"""Rows of preference data -> a prompt, its chosen answer and its rejected answer.
 
-Reading needs the standard library only, as in `data`. Every mistake in the data is a `UserError` which names the file,
-the row and the reason; rows that teach nothing are left out, and counted in `Preferences.left_out`.
+Every mistake in the data is a UserError that names the file, the line or row, and the reason. Rows from which nothing
+can be learned are left out and counted in `Preferences.left_out`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hft_cli.data.rows import Chat, Row, check_chat, content_hash, json_type, read_rows, turns_or_text
+from hft_cli.data.files import json_type, read_rows
+from hft_cli.data.rows import Chat, Row, check_chat, content_hash, turns_or_text
 from hft_cli.errors import UserError, choose
 
-Preference = dict[str, Chat]  # {"prompt": turns, "chosen": the assistant's answer, "rejected": the other answer}
+Preference = dict[str, Chat]  # {"prompt": turns, "chosen": [one assistant turn], "rejected": [one assistant turn]}
 
 ANSWERS = ("chosen", "rejected")
 
@@ -25,11 +26,11 @@ TIES = ("keep", "drop")
 
 @dataclass(frozen=True)
 class Preferences:
-    """What was read: each answer is one turn, without the prompt; TRL calls this the conversational format.
+    """Preference pairs in what TRL calls the conversational format.
 
     Attributes:
-        rows: those to train on, in the order of the file.
-        left_out: reason -> rows left out for it ("empty answer", "equal answers", "tied scores").
+        rows: the pairs to train on, in the order of the file.
+        left_out: reason -> number of rows left out for it ("empty answer", "equal answers", "tied scores").
     """
 
     rows: list[Preference]
@@ -39,19 +40,22 @@ class Preferences:
 def read_preferences(
     path: str, *, split: str = "train", max_rows: int | None = None, ties: str = "keep"
 ) -> Preferences:
-    """Read rows with `chosen` and `rejected`, in any of these shapes, which may be mixed:
+    """Read rows with `chosen` and `rejected`. These shapes may be mixed:
 
-    - a `prompt`, as text or turns, and the two answers as text or as a list with one turn of the assistant's;
-    - two whole chats, equal but for their last turn, with or without a `prompt` that repeats their end (UltraFeedback).
+    - a `prompt`, as text or turns, and two answers, as text or as a list with one assistant turn;
+    - two whole chats that differ in the last turn only, with or without a `prompt` that repeats their end
+      (UltraFeedback).
 
     Args:
-        path, split, max_rows: as for `data.read_chats`; max_rows counts the rows read, those left out as well.
-        ties: "drop" leaves out rows whose two scores are equal (`score_chosen`, `score_rejected`), "keep" ignores them.
+        path, split: as for `rows.read_chats`.
+        max_rows: the largest number of rows to read, including those left out; None reads all.
+        ties: "drop" leaves out rows with equal `score_chosen` and `score_rejected`; "keep" ignores the scores.
 
     Raises:
-        UserError: nothing at `path`, no rows, a bad row, or all rows left out. Rows and lines are counted from 1.
+        UserError: if there is nothing at `path`, there are no rows, a row is bad, or all rows are left out. Rows and
+            lines count from 1.
     """
-    choose("ties", ties, TIES)
+    choose("dpo.ties", ties, TIES)
     rows: list[Preference] = []
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
     for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
@@ -59,7 +63,7 @@ def read_preferences(
             if not isinstance(row, dict):
                 raise UserError(f"not an object but {json_type(row)}.")
             preference = _preference(row)
-            reason = _reason(preference) or ("tied scores" if ties == "drop" and _tied(row) else None)
+            reason = _reason_to_leave_out(preference) or ("tied scores" if ties == "drop" and _is_tied(row) else None)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         if reason:
@@ -75,7 +79,7 @@ def read_preferences(
 
 
 def preferences_hash(rows: Iterable[Preference]) -> str:
-    """The sha256 (hex) of the rows in their order, as `data.content_hash` is of chats."""
+    """SHA-256 (hex) of the pairs in their order, like `rows.content_hash`."""
     return content_hash(row[key] for row in rows for key in ("prompt", *ANSWERS))
 
 
@@ -85,27 +89,26 @@ def _preference(row: Row) -> Preference:
             f"no '{missing[0]}': preferences are rows of 'chosen' and 'rejected', which are whole chats or the answers "
             f"to a 'prompt' (keys found: {', '.join(row) or 'none'})."
         )
-    given = turns_or_text(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
-    chosen, rejected = (_chat(row[key], key, given) for key in ANSWERS)
+    prompt = turns_or_text(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
+    chosen, rejected = (_whole_chat(row[key], key, prompt) for key in ANSWERS)
     if chosen[:-1] != rejected[:-1]:
         raise UserError("'chosen' and 'rejected' differ before their last turn: they must answer the same prompt.")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
-def _chat(value: Any, column: str, given: Chat) -> Chat:
-    """The prompt with the answer: an answer alone is one turn of the assistant's, anything else is the whole chat."""
-    turns = turns_or_text(value, column, "assistant")
-    if len(turns) == 1 and turns[0]["role"] == "assistant":
-        if not given:
+def _whole_chat(value: Any, column: str, prompt: Chat) -> Chat:
+    """The prompt with one answer. A single assistant turn is an answer; anything else is the whole chat."""
+    chat = turns_or_text(value, column, "assistant")
+    if len(chat) == 1 and chat[0]["role"] == "assistant":
+        if not prompt:
             raise UserError(f"no 'prompt', and '{column}' is only an answer.")
-        chat = [*given, *turns]
+        chat = [*prompt, *chat]
     else:
-        chat = turns
-        own = [_stripped(turn) for turn in chat[:-1]]
-        if given and own[-len(given) :] != [_stripped(turn) for turn in given]:
+        turns_before = [_stripped(turn) for turn in chat[:-1]]
+        if prompt and turns_before[-len(prompt) :] != [_stripped(turn) for turn in prompt]:
             raise UserError(f"'{column}' is a chat that does not hold the 'prompt' before its last turn.")
     try:
-        # An empty answer is no mistake here: such rows are counted and left out.
+        # An empty answer is not a mistake here: such rows are counted and left out.
         last = chat[-1] if chat[-1]["content"].strip() else {**chat[-1], "content": "-"}
         check_chat([*chat[:-1], last])
     except UserError as error:
@@ -117,15 +120,15 @@ def _stripped(turn: dict[str, str]) -> tuple[str, str]:
     return turn["role"], turn["content"].strip()
 
 
-def _reason(preference: Preference) -> str | None:
+def _reason_to_leave_out(preference: Preference) -> str | None:
     chosen, rejected = (preference[key][0]["content"].strip() for key in ANSWERS)
     if not (chosen and rejected):
         return "empty answer"
     return "equal answers" if chosen == rejected else None
 
 
-def _tied(row: Row) -> bool:
+def _is_tied(row: Row) -> bool:
     for key in SCORES:
         if not isinstance(row.get(key), int | float):
-            raise UserError(f"ties=drop needs a number as '{key}' in every row (keys found: {', '.join(row)}).")
+            raise UserError(f"dpo.ties=drop needs a number as '{key}' in every row (keys found: {', '.join(row)}).")
     return bool(row[SCORES[0]] == row[SCORES[1]])

@@ -13,7 +13,8 @@ from typing import Any
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.rows import Chat, read_chats
 from hft_cli.data.templates import chat_template
-from hft_cli.data.tokenization import Prompts, prompts, tokenize
+from hft_cli.data.prompts import Prompts, make_prompts
+from hft_cli.data.tokenization import tokenize
 from hft_cli.evaluation.compat import use_generation_settings_only
 from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.evaluation.score_files import write_scores
@@ -116,7 +117,7 @@ def _score_answers(
 
     set_seed(job.seed)
     room = min(loaded.max_length - job.generation.max_new_tokens, job.generation.max_prompt_length or loaded.max_length)
-    questions = prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
+    questions = make_prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
     settings = _generation_settings(job.generation, questions)
     use_generation_settings_only(loaded.model, settings)
     answers: dict[int, str] = {}

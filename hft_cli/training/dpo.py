@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hft_cli.data.encoding import BATCH
 from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash
-from hft_cli.data.rows import BATCH, Chat
+from hft_cli.data.rows import Chat
 from hft_cli.data.templates import apply_template, check_template
 from hft_cli.errors import UserError
 

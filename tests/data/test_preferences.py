@@ -1,4 +1,4 @@
-"""hft_cli.preferences: every layout gives the same rows, what is left out is counted, and mistakes name their row."""
+"""Preference data: every shape gives the same rows, what is left out is counted, and mistakes name their row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = {"prompt": [SYSTEM, user("Why?"), assistant("Because."), user("Why so?")]
 TEXT = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 CHATS = {key: ONE["prompt"] + ONE[key] for key in ("chosen", "rejected")}
 
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text": (TEXT, ONE),
     "turns": (ONE, ONE),
     "turns of a longer chat": (LONG, LONG),
@@ -49,15 +49,15 @@ def read(tmp_path: Path, *rows: Any, **options: Any) -> Preferences:
     return read_preferences(str(file), **options)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_is_known_from_the_row(name: str, tmp_path: Path) -> None:
-    row, expected = LAYOUTS[name]
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_known_from_the_row(name: str, tmp_path: Path) -> None:
+    row, expected = SHAPES[name]
     found = read(tmp_path, row)
     assert found.rows == [expected]
     assert sum(found.left_out.values()) == 0
 
 
-def test_layouts_may_be_mixed_and_all_layouts_of_the_same_rows_have_one_hash(tmp_path: Path) -> None:
+def test_shapes_may_be_mixed_and_have_one_hash(tmp_path: Path) -> None:
     assert read(tmp_path, TEXT, CHATS).rows == [ONE, ONE]
     assert preferences_hash(read(tmp_path, TEXT).rows) == preferences_hash(read(tmp_path, CHATS).rows)
 
@@ -125,7 +125,7 @@ def test_a_bad_row_is_one_line_with_file_line_and_reason(row: Any, reason: str, 
 
 @pytest.mark.parametrize("scores", [{}, {"score_chosen": 7}, {"score_chosen": 7, "score_rejected": None}])
 def test_ties_cannot_be_dropped_without_scores(scores: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1: ties=drop needs a number as 'score_"):
+    with pytest.raises(UserError, match=r"line 1: dpo\.ties=drop needs a number as 'score_"):
         read(tmp_path, {**TEXT, **scores}, ties="drop")
 
 

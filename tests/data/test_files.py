@@ -1,0 +1,169 @@
+"""Files, folders and hub names: which rows are read, and how a bad file is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chats import ONE, TWO
+
+from hft_cli.data.rows import content_hash, read_chats
+from hft_cli.errors import UserError
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    """Write the rows in the format which the suffix says."""
+    if path.name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return str(path)
+    lines = ".jsonl" in path.name
+    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"])
+def test_every_file_format_gives_the_same_chats_and_hash(suffix: str, tmp_path: Path) -> None:
+    read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE}, {"messages": TWO}]))
+    assert read == [ONE, TWO]
+    assert content_hash(read) == content_hash([ONE, TWO])
+
+
+def test_an_object_with_one_list_is_read_as_that_list(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"messages": ONE}]}))
+    assert read_chats(str(tmp_path / "a.json")) == [ONE]
+
+
+def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps({"messages": ONE}) + "\n\n", encoding="utf-8")
+    assert read_chats(str(tmp_path / "a.jsonl")) == [ONE]
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["train.jsonl", "test.jsonl"], "train"),
+        (["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"], "train"),
+        (["eval.json", "train.json", "test.json"], "eval"),
+        (["train_prefs.jsonl.gz", "test_prefs.jsonl.gz"], "train_prefs"),
+        (["mine.jsonl"], "train"),
+    ],
+)
+def test_a_folder_gives_the_files_of_its_split(names: list[str], split: str, tmp_path: Path) -> None:
+    for name in names:
+        wanted = name.startswith(split) or len(names) == 1
+        write(tmp_path / name, [{"messages": ONE if wanted else TWO}])
+    (tmp_path / "README.md").write_text("not data")
+    assert read_chats(str(tmp_path), split=split) == [ONE]
+
+
+def test_the_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:
+    for part in (1, 0):
+        write(tmp_path / f"train-0000{part}-of-00002.jsonl", [{"messages": [ONE, TWO][part]}])
+    assert read_chats(str(tmp_path)) == [ONE, TWO]
+
+
+def test_max_rows_leaves_later_rows_unread(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": ONE}) + "\nnot JSON\n")
+    assert read_chats(str(path), max_rows=1) == [ONE]
+
+
+def test_any_other_name_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load(name: str, **options: Any) -> Any:
+        calls.append((name, options))
+        return iter([{"messages": ONE}] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_chats("org/set", split="test", max_rows=2) == [ONE, ONE]
+    assert calls == [("org/set", {"split": "test", "streaming": True})]
+
+
+def test_an_error_of_the_hub_is_one_line_with_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, **options: Any) -> Any:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError) as caught:
+        read_chats("org/set")
+    assert str(caught.value) == (
+        "'org/set' is no local file or folder, and its split 'train' could not be loaded from the hub: no route"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_a_bad_row_of_a_list_or_table_is_named_by_its_number(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"a{suffix}", [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": None}])
+    with pytest.raises(UserError) as caught:
+        read_chats(path)
+    assert str(caught.value) == f"{path}, row 2: 'answer' is null, not a string."
+
+
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "not JSON": ("a.jsonl", b'{"a": 1}x\n', "a.jsonl, line 1: not JSON (Extra data at line 1 column 9)."),
+    "JSON lines in .json": (
+        "a.json",
+        b"{}\n{}",
+        "a.json: not JSON (Extra data at line 2 column 1). One object a line? ",
+    ),
+    "no list": ("a.json", b'{"a": 1}', "neither a list of objects nor an object with one list in it, but an object."),
+    "two lists": ("a.json", b'{"a": [], "b": []}', "neither a list of objects nor an object with one list in it"),
+    "no rows": ("a.jsonl", b"\n", "No rows in "),
+    "an empty list": ("a.json", b"[]", "No rows in "),
+    "not UTF-8": ("a.jsonl", b'{"a": "\xff"}', "a.jsonl cannot be read: 'utf-8' codec"),
+    "not gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read: Not a gzipped file"),
+    "gzip cut short": ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:15], "a.jsonl.gz cannot be read: "),
+    "not parquet": ("a.parquet", b"{}", "a.parquet cannot be read: "),
+    "another suffix": (
+        "a.csv",
+        b"",
+        "a.csv has an unknown format. Known: .json, .jsonl, .json.gz, .jsonl.gz, .parquet.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_named_with_its_fault(name: str, tmp_path: Path) -> None:
+    file, content, reason = FILES[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_chats(str(tmp_path / file))
+    assert reason in str(caught.value)
+    assert str(tmp_path / file) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["./nothing", "/nothing/here", "nothing.jsonl", "some/where/train.parquet"])
+def test_a_path_that_looks_local_is_not_looked_up_on_the_hub(path: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_chats(path)
+    assert str(caught.value) == f"No such file or folder: '{path}'."
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], "(it holds no file ending in .json, .jsonl, .json.gz, .jsonl.gz, .parquet)."),
+        (["eval.json", "test.json"], "No file for the split 'train' in the folder"),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], "(it holds test_prefs.jsonl, train_prefs.jsonl)."),
+        (["tiny_dev.jsonl"], "(it holds tiny_dev.jsonl)."),
+        (["train.json", "train.jsonl"], "More than one format for the split 'train'"),
+    ],
+)
+def test_a_folder_without_one_clear_split_is_refused(names: list[str], reason: str, tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / name, [{"messages": ONE}])
+    with pytest.raises(UserError) as caught:
+        read_chats(str(tmp_path))
+    assert reason in str(caught.value)

@@ -1,0 +1,171 @@
+"""Rows of every shape become chats, and a bad row is named with its fault."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chats import ONE, TWO, chat, turn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hft_cli.config.schema import DataConfig
+from hft_cli.data.rows import READERS, Chat, Source, content_hash, count_repeats, draw_rows, read_chats, read_sources
+from hft_cli.errors import UserError
+
+ROWS: dict[str, tuple[dict[str, Any], Chat]] = {
+    "messages": ({"dataset": "x", "id": "7", "messages": TWO}, TWO),
+    "messages, further keys in a turn": ({"messages": [{**turn, "weight": None} for turn in ONE]}, ONE),
+    "prompt_completion": ({"prompt": "Why?", "completion": "Because."}, ONE),
+    "prompt_completion, as lists": ({"prompt": ONE[:1], "completion": ONE[1:]}, ONE),
+    "alpaca": ({"instruction": "Why?", "input": "", "output": "Because."}, ONE),
+    "alpaca, no input": ({"instruction": "Why?", "input": None, "output": "Because."}, ONE),
+    "alpaca, input": ({"instruction": "Why", "input": "it?", "output": "Because."}, chat("Why\n\nit?", "Because.")),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}, ONE),
+    "sharegpt, other names": (
+        {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TWO]},
+        TWO,
+    ),
+    "trace": ({"prompt": "Why?", "answer": "Because."}, ONE),
+    "messages rather than trace": ({"prompt": "p", "answer": "a", "messages": ONE}, ONE),
+}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_shape_is_known_from_its_keys(name: str, tmp_path: Path) -> None:
+    row, expected = ROWS[name]
+    assert read_chats(write(tmp_path / "a.jsonl", [row, row])) == [expected, expected]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_shape_can_be_said(name: str, tmp_path: Path) -> None:
+    row, expected = ROWS[name]
+    assert read_chats(write(tmp_path / "a.jsonl", [row]), format=name.split()[0].strip(",")) == [expected]
+
+
+def test_every_shape_has_a_row_above() -> None:
+    assert {name.split(",")[0].split()[0] for name in ROWS} == set(READERS)
+
+
+def test_a_said_shape_wins_over_the_keys(tmp_path: Path) -> None:
+    row = {"prompt": "Why?", "answer": "Because.", "messages": TWO}
+    assert read_chats(write(tmp_path / "a.jsonl", [row]), format="trace") == [ONE]
+
+
+def test_the_hash_tells_order_roles_and_text_apart() -> None:
+    others = [[ONE, TWO], [TWO, ONE], [ONE], [ONE, ONE], [chat("Why?Because.", "")], [chat("é", "Because.")]]
+    assert len({content_hash(chats) for chats in others}) == len(others)
+
+
+def test_repeated_rows_and_rows_of_the_test_set_are_counted() -> None:
+    others = [[turn("user", "Why?"), turn("system", "x"), ONE[1]], chat("Why?", "Because. "), chat("Why?Because.", "x")]
+    assert count_repeats([ONE, *others], []) == (0, 0)
+    assert count_repeats([ONE, TWO, [dict(turn) for turn in ONE], ONE], [TWO]) == (2, 1)
+    assert count_repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
+    assert count_repeats([], [ONE]) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
+def test_repeats_are_what_a_search_finds(train: list[int], test: list[int]) -> None:
+    earlier = sum(number in train[:place] for place, number in enumerate(train))
+    both = sum(number in test for number in train)
+    rows = [[chat("q", str(number)) for number in numbers] for numbers in (train, test)]
+    assert count_repeats(*rows) == (earlier, both)
+
+
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "a string": ("Why?", "not an object but a string."),
+    "a list": ([1], "not an object but a list."),
+    "a key missing": ({"prompt": "p"}, "no 'messages', which the shape 'messages' needs (keys found: prompt)."),
+    "no list": ({"messages": None}, "'messages' is null, not a list of turns."),
+    "an empty list": ({"messages": []}, "'messages' is empty, not a list of turns."),
+    "a turn that is text": ({"messages": ["hi"]}, "turn 1 of 'messages' is a string, not an object."),
+    "a turn without content": (
+        {"messages": [{"role": "user"}]},
+        "turn 1 of 'messages' has no 'content' (keys found: role)",
+    ),
+    "content in parts": (
+        {"messages": [turn("user", [{"type": "text"}])]},
+        "'content' in turn 1 of 'messages' is a list, not a string.",
+    ),
+    "content a number": (
+        {"messages": [turn("user", 3)]},
+        "'content' in turn 1 of 'messages' is a number, not a string.",
+    ),
+    "a role unknown": (
+        {"messages": [ONE[0], turn("asistant", "x")]},
+        "Unknown role in turn 2 of 'messages': 'asistant'. Did you mean 'assistant'?",
+    ),
+    "a tool": ({"messages": [turn("tool", "x")]}, "Unknown role in turn 1 of 'messages': 'tool'."),
+    "no assistant": ({"messages": ONE[:1]}, "no assistant turn, so nothing to learn."),
+    "an empty answer": ({"messages": chat("q", " \n")}, "turn 2: the assistant's answer is empty."),
+    "a user at the end": ({"messages": chat("q", "a", "q")}, "the last turn is the user's, not the assistant's."),
+    "an answer at the start": ({"messages": [turn("assistant", "a")]}, "the first turn is the assistant's"),
+    "half a surrogate": ({"messages": chat("q", "a\ud83d")}, "turn 2: half a surrogate pair at character 1."),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_by_its_line_and_its_fault(name: str, tmp_path: Path) -> None:
+    row, reason = BAD_ROWS[name]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": ONE}) + "\n\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_chats(str(path))
+    assert str(caught.value).startswith(f"{path}, line 3: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_shape_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_chats(write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}]))
+    assert "line 1: unknown shape (keys found: question, answer). Known: messages (messages), " in str(caught.value)
+    assert all(shape in str(caught.value) for shape in READERS)
+
+
+def test_a_misspelt_format_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"Unknown data\.format 'alpca'\. Did you mean 'alpaca'\?"):
+        read_chats("x.jsonl", format="alpca")
+
+
+def test_importing_the_package_imports_no_heavy_module() -> None:
+    heavy = ("torch", "transformers", "datasets", "pyarrow", "trl", "jinja2", "numpy")
+    code = f"import sys, hft_cli.data.tokenization; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_rows_are_drawn_by_seed_in_the_order_of_the_file(tmp_path: Path) -> None:
+    for rows, count in ((10, 3), (10, 10), (3, 10)):
+        kept = draw_rows(rows, count, "42\0x")
+        assert kept == sorted(set(kept)) == draw_rows(rows, count, "42\0x")
+        assert len(kept) == min(rows, count)
+        assert all(0 <= index < rows for index in kept)
+    drawn = [tuple(draw_rows(100, 10, f"{seed}\0x")) for seed in range(50)]
+    assert len(set(drawn)) == 50
+    path = write(tmp_path / "a.jsonl", [{"prompt": str(number), "answer": "a"} for number in range(40)])
+    data = DataConfig(name="d", path="p")
+    some = read_sources([Source(path, share=0.5), Source(path, rows=3)], data, 1)
+    whole = read_sources([Source(path)], data, 1)
+    assert len(some) == 23
+    assert all(chat in whole for chat in some)
+
+
+def test_a_general_set_is_read_whole_in_its_own_shape(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]} for i in range(5)
+    ]
+    general = write(tmp_path / "general.jsonl", chats)
+    task = write(tmp_path / "task.jsonl", [{"prompt": str(number), "answer": "a"} for number in range(40)])
+    sources = [Source(task, share=0.1), Source(general, general=True)]
+    read = read_sources(sources, DataConfig(name="d", path="p", format="trace", max_rows=20), 1)
+    assert len(read) == 2 + 5
