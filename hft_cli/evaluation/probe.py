@@ -10,7 +10,6 @@ not see the text after the object.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 from hft_cli.config.settings import check_settings
 from hft_cli.config.suites import ProbeConfig
+from hft_cli.data.files import read_rows
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict
 from hft_cli.paths import resolve_path
@@ -103,14 +103,14 @@ def read_relations(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]
         UserError: for a line without the required keys.
     """
     facts: dict[str, dict[Fact, None]] = {}
-    for place, row in _read_lines(config.facts):
+    for place, row in _read_objects(config.facts):
         fact = _fact(row, place)
         facts.setdefault(fact.relation, {})[fact] = None
     patterns: dict[str, list[str]] = {}
     if config.patterns is None:
         patterns = {relation: [QUESTION] for relation in facts}
     else:
-        for place, row in _read_lines(config.patterns):
+        for place, row in _read_objects(config.patterns):
             if not all(isinstance(row.get(key), str) for key in ("relation", "pattern")):
                 raise UserError(f"{place}: a pattern has relation and pattern, each a text.")
             if ENDS_IN_OBJECT.match(row["pattern"]):
@@ -122,6 +122,13 @@ def read_relations(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]
     }
 
 
+def _read_objects(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, row in read_rows(file, "train", stream=False):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not an object.")
+        yield place, row
+
+
 def _fact(row: Mapping[str, Any], place: str) -> Fact:
     """A fact from ParaRel's keys, or from a chat with a relation: question and answer."""
     values = [row.get(key) for key in ("relation", "sub", "obj")]
@@ -130,19 +137,6 @@ def _fact(row: Mapping[str, Any], place: str) -> Fact:
     if not all(isinstance(value, str) and value.strip() for value in values):
         raise UserError(f"{place}: a fact has relation, sub and obj, each a text.")
     return Fact(*(str(value).strip() for value in values))
-
-
-def _read_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not an object.")
-        yield f"{path}, line {number}", row
 
 
 def build_queries(config: ProbeConfig, seed: int, limit: int | None = None) -> list[Query]:

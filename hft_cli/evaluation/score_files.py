@@ -37,10 +37,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "scores"
 
 
+def hash_values(*values: Any) -> str:
+    """SHA-256 (hex) of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def cache_key(*dependencies: Any) -> str:
     """The name of scores in the cache: a hash of plain values, and of versions and hardware of this machine."""
     machine = {name: value for name, value in environment().items() if name in ("gpus", "packages", "hft")}
-    return hashlib.sha256(json.dumps([*dependencies, machine], sort_keys=True).encode()).hexdigest()
+    return hash_values(*dependencies, machine)
 
 
 def copy_from_cache(keys: Mapping[Path, str]) -> int:

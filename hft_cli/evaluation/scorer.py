@@ -11,7 +11,6 @@ Below RUN/eval or OUTPUT_DIR/eval, where WHEN is before, after, round-NN or mode
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,14 @@ from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig
 from hft_cli.config.training import GenerationConfig
-from hft_cli.evaluation.score_files import add_to_cache, cache_folder, cache_key, copy_from_cache, read_scores
+from hft_cli.evaluation.score_files import (
+    add_to_cache,
+    cache_folder,
+    cache_key,
+    copy_from_cache,
+    hash_values,
+    read_scores,
+)
 from hft_cli.evaluation.suite import Suite, rows_hash, uses_chat_template
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import WorkerRun, run_worker
@@ -108,7 +114,7 @@ def score(
     files: Files = {}
     by_file: dict[Path, _Entry] = {}
     for entry in entries:
-        stem = f"{entry.name}-{_hash(identity, entry.dependencies)[:12]}" if keyed else entry.name
+        stem = f"{entry.name}-{hash_values(identity, entry.dependencies)[:12]}" if keyed else entry.name
         file = folder.score(entry.suite, stem)
         files.setdefault(entry.suite, {})[entry.name] = file
         by_file[file] = entry
@@ -215,34 +221,18 @@ def _worker_runs(
             benchmarks.append(replace(entry.task, out=str(file)))
         else:
             probes[entry.name], probe_files[entry.name] = entry.task, str(file)
-    model_values: dict[str, Any] = {"model": model.config, "path": str(model.path), "batch_size": config.batch_size}
+    values: dict[str, Any] = {"model": model.config, "path": str(model.path), "batch_size": config.batch_size}
+    several = ranks if ranks > 1 else None  # None: one process without torchrun
     if rows:
-        rows_job = RowsJob(
-            **model_values,
-            tasks=rows,
-            generation=tests.generation,
-            seed=tests.seed,
-            base=model.base,
-            reset=model.reset,
-        )
-        yield WorkerRun(rows_job, folder, label)
+        answers: dict[str, Any] = {"generation": tests.generation, "seed": tests.seed}
+        yield WorkerRun(RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset), folder, label)
     if benchmarks:
         data_dir = None if config.data_dir is None else str(Path(config.data_dir).expanduser().resolve())
         names = ", ".join(task.name for task in benchmarks)
-        harness_job = HarnessJob(**model_values, todo=tuple(benchmarks), data_dir=data_dir, seed=config.seed)
-        yield WorkerRun(harness_job, folder, f"{label}: {names}", ranks if ranks > 1 else None)
+        harness_job = HarnessJob(**values, todo=tuple(benchmarks), data_dir=data_dir, seed=config.seed)
+        yield WorkerRun(harness_job, folder, f"{label}: {names}", several)
     if probes:
-        probe_job = ProbeJob(
-            **model_values,
-            probes=probes,
-            outs=probe_files,
-            limit=config.limit,
-            chat=uses_chat_template(config, model.config, model.path),
-            seed=config.seed,
-        )
-        yield WorkerRun(probe_job, folder, f"{label}: {', '.join(probes)}", ranks if ranks > 1 else None)
-
-
-def _hash(*values: Any) -> str:
-    """A hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        chat = uses_chat_template(config, model.config, model.path)
+        options: dict[str, Any] = {"limit": config.limit, "chat": chat, "seed": config.seed}
+        probe_job = ProbeJob(**values, **options, probes=probes, outs=probe_files)
+        yield WorkerRun(probe_job, folder, f"{label}: {', '.join(probes)}", several)
