@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 from helpers import SCORED, TWO_ROUNDS, train
+
+from hft_cli.launch.nodes import is_free
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,14 @@ def hft_run(runs) -> Path:
 def two_rounds(runs) -> Path:
     """A finished HFT run of two rounds with complementary draws."""
     return train(runs / "two", *TWO_ROUNDS)
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free, as is the next one."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("", 0))
+            number = sock.getsockname()[1]
+        if number < 65000 and is_free(number) and is_free(number + 1):
+            return number

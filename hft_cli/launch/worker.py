@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.launch.jobs import WORKERS, Job, kind_of, write_job
-from hft_cli.launch.nodes import Followers, Node, Peer, is_goodbye
+from hft_cli.launch.nodes import Node
+from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def _recorded_signals() -> Iterator[list[tuple[float, int]]]:
 
 def _command(kind: str, job_file: Path, ranks: int | None, node: Node | None) -> list[str]:
     """The command that starts a worker on this node: one process, or torchrun with this node's ranks."""
-    rendezvous = ["--standalone"] if node is None else node.torchrun()
+    rendezvous = ["--standalone"] if node is None else node.torchrun_options()
     torchrun = ["torch.distributed.run", *rendezvous, "--nproc_per_node", str(ranks), "-m"] if ranks is not None else []
     return [sys.executable, "-m", *torchrun, "hft_cli.launch.work", kind, str(job_file)]
 

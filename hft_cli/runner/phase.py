@@ -12,7 +12,7 @@ from pathlib import Path
 from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.launch.nodes import Followers
+from hft_cli.launch.rendezvous import Followers
 from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.method.rounds import Phase, phase_config
 from hft_cli.method.selection import Draw

@@ -19,7 +19,8 @@ from hft_cli.evaluation.scorer import HeldOutSets, ScoredModel, WorkerOptions, s
 from hft_cli.evaluation.suite import Suite
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.jobs import RowsTask
-from hft_cli.launch.nodes import LATE, WAIT, Followers, Node, Peer, connect, introduce, listen, this_node
+from hft_cli.launch.nodes import Node, this_node
+from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, Peer, connect, introduce, listen
 from hft_cli.launch.worker import follow_leader, hold_lock
 from hft_cli.method.rounds import Phase
 from hft_cli.paths import resolve_path
@@ -134,7 +135,7 @@ def _follow(config: RunConfig, node: Node) -> None:
         prepared = prepare(config, base, run)
         if leader is None:
             logger.info(f"Waiting for node 0 at {node.host}:{node.port}.")
-            leader = connect(node, WAIT)
+            leader = connect(node, START_TIMEOUT)
         if leader is None:
             raise NodeError(f"Node 0 does not answer at {node.host}:{node.port}. Start the same command there too.")
         introduce(leader, node_facts(prepared), run.nodes)

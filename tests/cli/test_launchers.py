@@ -16,7 +16,7 @@ from helpers import QUICK, environment, hft, wait_for_step
 from hft_cli.cli import launchers
 from hft_cli.cli.launchers import launcher_arguments
 from hft_cli.errors import UserError
-from hft_cli.launch.nodes import free
+from hft_cli.launch.nodes import is_free
 from hft_cli.launch.slurm import (
     SqueueWatcher,  # here: submitit sets up logging anew, which closes streams that capsys has put aside
 )
@@ -101,7 +101,7 @@ def test_a_job_that_could_not_find_its_run_again_is_refused(tmp_path, script):
     assert re.fullmatch("hft: give .*output_dir=….*\n", ended.stderr)
 
 
-def test_hosts_are_started_together_and_stopped_together_with_a_checkpoint(tmp_path):
+def test_hosts_start_together_and_stop_with_a_checkpoint(tmp_path):
     """`ssh` is a shell here, and both hosts are this machine."""
     for name, line in {
         "ssh": 'shift; exec bash -c "$*"',
@@ -110,7 +110,7 @@ def test_hosts_are_started_together_and_stopped_together_with_a_checkpoint(tmp_p
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     settings = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    settings["HFT_PORT"] = str(next(port for port in range(29400, 30000, 2) if free(port) and free(port + 1)))
+    settings["HFT_PORT"] = str(next(port for port in range(29400, 30000, 2) if is_free(port) and is_free(port + 1)))
     two = (*QUICK, "+method=hft", "engine=zero2", "train.micro_batch_size=2", "train.max_steps=60")
     run = tmp_path / "run"
     words = [str(ROOT / "scripts/hosts.sh"), "127.0.0.1", "127.0.0.1", "--", *two, f"output_dir={run}"]

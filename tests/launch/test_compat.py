@@ -14,7 +14,7 @@ import pytest
 from hft_cli.launch import compat
 
 
-def test_deepspeed_asks_its_table_before_it_compiles_the_shared_memory_op():
+def test_deepspeed_looks_the_shared_memory_op_up_in_its_table():
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

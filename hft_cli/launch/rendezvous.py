@@ -1,0 +1,361 @@
+"""How the nodes of a run meet, start together and end together. Standard library only.
+
+Node 0 leads. Every other node is a follower: it keeps one TCP connection to node 0, over which both send lines of JSON.
+
+    follower to node 0    rank, host     who it is
+                          facts          its versions, its config, and the hashes of its files
+                          ready          it sees the run's directory
+                          ended, log     exit status and log of its ranks of a worker
+                          stop           it received this signal
+                          mistake        it ends with a user's mistake; `failed` with another error
+    node 0 to follower    go             a random number, which node 0 has written into the run's directory
+                          start, end     start its ranks of a worker, or end them
+                          bye            the run has ended: reason and exit status
+
+The run's files are on a file system that all nodes share. When a process ends, its connection closes, and the run ends
+on all nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import select
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft_cli.errors import NodeError, Stopped, UserError
+from hft_cli.launch.nodes import Node, is_free
+
+START_TIMEOUT = 600.0  # seconds that nodes wait for each other at the start
+LATE = 5.0  # seconds within which nodes that are started together connect
+FILE_LAG = 60.0  # seconds that a shared file system may take to show a new file
+
+
+class Peer:
+    """The connection to another node. It stays open until the run has ended.
+
+    Attributes:
+        name: the other node in messages.
+        rank: number of the other node.
+    """
+
+    def __init__(self, sock: socket.socket, name: str, rank: int = 0) -> None:
+        self.sock, self.name, self.rank = sock, name, rank
+        self._received = b""
+        # A machine without power closes no connection: after a minute of silence, ask it every ten seconds.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def send(self, **message: Any) -> None:
+        """Send a message.
+
+        Raises:
+            NodeError: if the connection is lost.
+        """
+        try:
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            raise NodeError(f"{self.name} is gone ({error.strerror}).") from None
+
+    def receive(self, seconds: float = 0.0) -> dict[str, Any] | None:
+        """The next message; None if none comes within `seconds`.
+
+        Raises:
+            NodeError: if the connection is lost, or what comes is not a message.
+        """
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._received:
+            readable, _, _ = select.select([self.sock], [], [], max(deadline - time.monotonic(), 0))
+            if not readable:
+                return None
+            try:
+                data = self.sock.recv(1 << 16)
+            except OSError as error:
+                raise NodeError(f"{self.name} is gone ({error.strerror}).") from None
+            if not data:
+                raise NodeError(f"{self.name} is gone: it closed its connection.")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise NodeError(f"{self.name} does not send messages of hft.")
+        return message
+
+
+@dataclass
+class Followers:
+    """The other nodes, as node 0 sees them.
+
+    Attributes:
+        running: number of nodes whose ranks of the current worker have not ended.
+    """
+
+    node: Node
+    listener: socket.socket
+    peers: list[Peer] = field(default_factory=list)
+    running: int = 0
+
+    def meet(self, facts: Mapping[str, Any], shared: Path) -> None:
+        """Wait until all nodes are ready, and refuse a node that differs from this one.
+
+        Args:
+            facts: "versions", "config" and "files", each a mapping; see `_compare`.
+            shared: file in the run's directory that this node writes for a moment and the others must see.
+
+        Raises:
+            UserError: if a node differs, has made a mistake, or does not see the file.
+            Stopped: if a node received a signal.
+            NodeError: if a node does not connect, fails, or is lost.
+        """
+        deadline = time.monotonic() + START_TIMEOUT
+        ready: set[int] = set()
+        while len(ready) < self.node.count - 1:
+            self.accept()
+            for peer in self.peers:
+                message = _message_of_running(peer)
+                if "facts" in message:
+                    _compare(peer.name, message["facts"], facts)
+                    ready.add(peer.rank)
+            if time.monotonic() > deadline:
+                raise NodeError(self._missing_text())
+            time.sleep(0.05)
+        self._prove_shared_folder(shared)
+
+    def _missing_text(self) -> str:
+        connected = {peer.rank for peer in self.peers}
+        missing = [str(rank) for rank in range(1, self.node.count) if rank not in connected]
+        problem = f"Node {', '.join(missing)} did not come" if missing else "Not all nodes were ready"
+        return (
+            f"{problem} to {self.node.host}:{self.node.port} within {START_TIMEOUT:.0f} seconds. Start the same "
+            "command on every node."
+        )
+
+    def _prove_shared_folder(self, shared: Path) -> None:
+        """Write a random number into a file, and wait until every node has read it there."""
+        number = secrets.token_hex(16)
+        shared.write_text(number)
+        try:
+            for peer in self.peers:
+                peer.send(go=number)
+            for peer in self.peers:
+                if "ready" not in _message_of_running(peer, FILE_LAG + 30):
+                    raise NodeError(f"{peer.name} does not answer.")
+        finally:
+            shared.unlink(missing_ok=True)
+
+    def accept(self) -> None:
+        """Accept the nodes that have connected. Connections that do not say which node they are from are closed.
+
+        Raises:
+            UserError: if two nodes have the same number.
+        """
+        self.listener.setblocking(False)
+        while True:
+            try:
+                sock, (host, *_) = self.listener.accept()
+            except BlockingIOError:
+                return
+            sock.setblocking(True)
+            peer = Peer(sock, f"the node at {host}")
+            try:
+                hello = peer.receive(2) or {}
+            except NodeError:
+                hello = {}
+            if not isinstance(hello.get("rank"), int):
+                sock.close()
+                continue
+            peer.rank, peer.name = hello["rank"], f"Node {hello['rank']} ({hello.get('host')})"
+            self.peers.append(peer)
+            if [other.rank for other in self.peers].count(peer.rank) > 1:
+                raise UserError(f"Two nodes are both engine.node_rank={peer.rank}. Number them 0, 1, ….")
+
+    def start(self, worker: str, job: str, log: str) -> None:
+        """Have the other nodes start their ranks of a worker. `job` and `log` are relative to the run's directory."""
+        for peer in self.peers:
+            peer.send(start={"worker": worker, "job": job, "log": log})
+        self.running = len(self.peers)
+
+    def check(self, stopping: bool = False) -> None:
+        """Read the messages of the other nodes.
+
+        Raises:
+            Stopped: if a node received a signal, unless this node is `stopping` already.
+            NodeError: if the ranks of a node failed, or the node is lost.
+        """
+        for peer in self.peers:
+            while (message := peer.receive()) is not None:
+                if "stop" in message and not stopping:
+                    raise Stopped(int(message["stop"]))
+                if "ended" in message:
+                    self.running -= 1
+                    if message["ended"] != 0:
+                        raise NodeError(
+                            f"{peer.name}: its ranks ended with exit status {message['ended']}. Its log: "
+                            f"{message.get('log')}"
+                        )
+
+    def end(self) -> None:
+        """Have the other nodes end their ranks, as far as they can be reached."""
+        for peer in self.peers:
+            with suppress(NodeError):
+                peer.send(end=True)
+        self.running = 0
+
+    def dismiss(self, reason: str, status: int) -> None:
+        """Tell all nodes that the run has ended with exit status `status`, also those that connect at this moment."""
+        deadline = time.monotonic() + (LATE if status else 0)
+        with suppress(UserError):
+            self.accept()
+            while len(self.peers) < self.node.count - 1 and time.monotonic() < deadline:
+                time.sleep(0.1)
+                self.accept()
+        for peer in self.peers:
+            with suppress(NodeError):
+                peer.send(bye={"reason": reason, "status": status})
+            peer.sock.close()
+
+
+def _message_of_running(peer: Peer, seconds: float = 0.0) -> dict[str, Any]:
+    """The next message of a node that has not ended; empty if none comes within `seconds`.
+
+    Raises:
+        UserError, Stopped, NodeError: if the message says that the node ends.
+    """
+    message = peer.receive(seconds) or {}
+    if "mistake" in message:
+        raise UserError(f"{peer.name}: {message['mistake']}")
+    if "failed" in message:
+        raise NodeError(f"{peer.name} failed: {message['failed']}")
+    if "stop" in message:
+        raise Stopped(int(message["stop"]))
+    return message
+
+
+def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse the node `name` if one of its facts differs from this node's.
+
+    Raises:
+        UserError: with the first difference of the first kind that differs.
+    """
+    for kind, fix in (
+        ("versions", "Install the same versions on every node."),
+        ("config", "Start the same command on every node."),
+        ("files", "Give every node the same model and data."),
+    ):
+        here, there = ours[kind], theirs[kind]
+        different = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+        if different:
+            key = different[0]
+            more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+            raise UserError(
+                f"{name} has {key} {_short(there.get(key))}, node 0 has {_short(here.get(key))}{more}. {fix}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+@contextmanager
+def listen(node: Node) -> Iterator[Followers]:
+    """On node 0: accept connections while entered, and tell all nodes how the run ended.
+
+    Raises:
+        UserError: if the port, or the next one, is in use.
+    """
+    for port in (node.port, node.port + 1):
+        if not is_free(port):
+            raise UserError(
+                f"Port {port} is in use on this machine. Choose another for engine.rendezvous={node.host}:{node.port} "
+                "(that port and the next one), or stop the program that listens on it."
+            )
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("", node.port))
+        listener.listen(128)
+        followers = Followers(node, listener)
+        try:
+            yield followers
+        except UserError as error:
+            followers.dismiss(str(error), 2)
+            raise
+        except Stopped as stop:
+            followers.dismiss("stopped", 128 + stop.number)
+            raise
+        except BaseException as error:
+            followers.dismiss(f"node 0 failed: {error}", 1)
+            raise
+        followers.dismiss("", 0)
+
+
+def connect(node: Node, seconds: float) -> Peer | None:
+    """On a follower: connect to node 0 and say which node this is; None if node 0 does not answer within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            sock = socket.create_connection((node.host, node.port), timeout=10)
+        except OSError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.2)
+        else:
+            sock.settimeout(None)
+            leader = Peer(sock, f"Node 0 ({node.host})")
+            leader.send(rank=node.rank, host=socket.gethostname())
+            return leader
+
+
+def introduce(leader: Peer, facts: Mapping[str, Any], shared: Path) -> None:
+    """On a follower: send this node's facts to node 0, and prove that this node sees the run's directory.
+
+    Raises:
+        UserError: if node 0 refuses this node, or this node does not see the directory.
+        NodeError: if the connection to node 0 is lost.
+    """
+    leader.send(facts=facts)
+    answer = leader.receive(2 * START_TIMEOUT)
+    if answer is None:
+        raise NodeError(f"{leader.name} does not answer.")
+    mistake = (
+        f"output_dir={shared.parent} is not the folder that node 0 writes to. It must be on a file system that all "
+        "nodes share."
+    )
+    if is_goodbye(answer):
+        raise UserError(f"Node 0 says that the run is finished, and here it is not: {mistake}")
+    deadline = time.monotonic() + FILE_LAG
+    while not (shared.exists() and shared.read_text() == answer["go"]):
+        if time.monotonic() > deadline:
+            leader.send(mistake=mistake)
+            raise UserError(mistake)
+        time.sleep(0.5)
+    leader.send(ready=True)
+
+
+def is_goodbye(message: Mapping[str, Any]) -> bool:
+    """Whether a message of node 0 says that the run is done.
+
+    Raises:
+        UserError, Stopped, NodeError: if the run ended in another way, so that this node ends with the same status.
+    """
+    if "bye" not in message:
+        return False
+    reason, status = message["bye"]["reason"], message["bye"]["status"]
+    if status == 2:
+        raise UserError(f"node 0: {reason}")
+    if status > 128:
+        raise Stopped(status - 128)
+    if status:
+        raise NodeError(reason)
+    return True
