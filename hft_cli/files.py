@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and plain values as dataclasses."""
+"""JSON and text files that are written completely or not at all, and dataclasses from plain values."""
 
 from __future__ import annotations
 
@@ -12,8 +12,40 @@ from typing import Any
 from hft_cli.errors import UserError, choose
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: a reader sees the old file or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same cache
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: if the file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
+    return value
+
+
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
-    """Build a config dataclass, nested ones too, from plain values such as a sealed config.yaml holds.
+    """Build a config dataclass, with the dataclasses in it, from the plain values of a user's config.
 
     Raises:
         UserError: for a key that the dataclass does not have, with the nearest one.
@@ -29,39 +61,8 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text under a temporary name, then rename."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may write the same cache at once
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        UserError: if the file is missing, cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
-
-
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys. An empty dict is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -1,149 +1,78 @@
-"""The files of a run's directory: names, what is sealed for the workers, and writing whole or not at all."""
+"""The files of a run's directory, by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hft_cli.errors import UserError
 
 
+class Child:
+    """An attribute that is a path in the `folder` of its object."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type[Any]) -> Path:
+        path: Path = instance.folder / self.name
+        return path
+
+
 @dataclass(frozen=True)
 class RoundDir:
-    """One round: rounds/NN-NAME. `folder.name` counts from 01."""
+    """The directory of a phase of training, rounds/NN-NAME (NN counts from 01), or of an evaluation, eval/WHEN."""
 
     folder: Path
 
-    @property
-    def delta(self) -> Path:
-        """Only what the round trained, under the names and dtypes of the base's files."""
-        return self.folder / "delta.safetensors"
-
-    @property
-    def outcome(self) -> Path:
-        """What the worker says of the round, written after the delta: a round without it is not finished."""
-        return self.folder / "outcome.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def tokens(self) -> Path:
-        """The tokenized training set, made once and read by all ranks."""
-        return self.folder / "tokens"
-
-    @property
-    def progress(self) -> Path:
-        return self.folder / "progress.json"
-
-    @property
-    def template(self) -> Path:
-        """The chat template of the round's training, as text."""
-        return self.folder / "chat_template.jinja"
-
-    @property
-    def adapter(self) -> Path:
-        """LoRA: the adapters after the round, in PEFT's layout."""
-        return self.folder / "adapter"
+    delta = Child("delta.safetensors")  # only what the phase trained, with the names and dtypes of the base's files
+    outcome = Child("outcome.json")  # seconds, losses, counts; written last: without it the phase is not finished
+    checkpoints = Child("checkpoints")
+    tokens = Child("tokens")  # the tokenized training set, which rank 0 writes and all ranks read
+    template = Child("chat_template.jinja")  # with which the phase was trained
+    adapter = Child("adapter")  # LoRA adapters after the phase, in PEFT's layout
+    model = Child("model")  # the model after the phase, as long as a later phase needs it
+    log = Child("worker.log")  # what the ranks print
+    progress = Child("progress.json")  # its keys: launch/jobs.py, Progress
+    stop = Child("stop")  # if it exists, a training worker saves a checkpoint after its step and ends
+    mistake = Child("mistake.txt")  # a user's mistake that only a worker could see; the parent reports it
 
     def score(self, suite: str, task: str) -> Path:
-        """Of an evaluation: a task's scores; beside them, as .jsonl, what is known of each row."""
+        """The scores of a task in an evaluation. The scores of its items go beside it, as .jsonl."""
         return self.folder / suite / f"{task.replace('/', '_')}.json"
-
-    @property
-    def log(self) -> Path:
-        """All that the ranks print."""
-        return self.folder / "worker.log"
-
-    @property
-    def stop(self) -> Path:
-        """Its being there asks a training worker to keep a checkpoint of the step that it is at, and end."""
-        return self.folder / "stop"
-
-    @property
-    def mistake(self) -> Path:
-        """A user's mistake that only the worker could see, for the parent to report."""
-        return self.folder / "mistake.txt"
-
-    @property
-    def model(self) -> Path:
-        """The model after the round, while a later round needs it."""
-        return self.folder / "model"
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """The directory of a run, as DESIGN's contract has it."""
+    """The directory of a run."""
 
     folder: Path
 
+    config = Child("config.yaml")
+    overrides = Child("overrides.yaml")
+    plan = Child("plan.json")
+    deepspeed = Child("deepspeed.json")  # only with DeepSpeed
+    environment = Child("environment.json")
+    draws = Child("draws.json")
+    metrics = Child("metrics.jsonl")
+    model = Child("model")
+    results = Child("results.json")
+    tracking = Child("tracking.json")  # what has been sent to the tracker
+    done = Child("DONE")  # written last
+    lock = Child(".lock")  # locked by the process that works on the run
+    nodes = Child(".nodes")  # node 0 writes it at the start; the other nodes must see it
+
     def round(self, number: int, name: str) -> RoundDir:
-        """The directory of round `number` (from 1)."""
+        """The directory of the phase `number`, counted from 1."""
         return RoundDir(self.folder / "rounds" / f"{number:02d}-{name}")
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def overrides(self) -> Path:
-        return self.folder / "overrides.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.folder / "plan.json"
-
-    @property
-    def deepspeed(self) -> Path:
-        """DeepSpeed's settings; not there without it."""
-        return self.folder / "deepspeed.json"
-
-    @property
-    def environment(self) -> Path:
-        return self.folder / "environment.json"
-
-    @property
-    def draws(self) -> Path:
-        return self.folder / "draws.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results.json"
-
-    @property
-    def done(self) -> Path:
-        return self.folder / "DONE"
-
-    @property
-    def tracking(self) -> Path:
-        """What of the run its trackers were sent."""
-        return self.folder / "tracking.json"
-
-    @property
-    def nodes(self) -> Path:
-        """A number that node 0 writes while it waits for the others, to see that they read the same folder."""
-        return self.folder / ".nodes"
-
-    @property
-    def lock(self) -> Path:
-        """Held by whoever works on the run."""
-        return self.folder / ".lock"
 
 
 def finished(path: str | Path) -> RunDir:
-    """The run at `path`.
+    """The run in the folder `path`.
 
     Raises:
-        UserError: if there is none, or it is not finished (no DONE).
+        UserError: if there is no run, or it is not finished (no DONE).
     """
     run = RunDir(Path(path))
     if not run.folder.is_dir():

@@ -1,4 +1,4 @@
-"""Text for people: tables, numbers with units."""
+"""Numbers with units, and tables, as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def format_bytes(value: float) -> str:
-    """Bytes for people, in powers of 1,024."""
+    """Bytes with a unit, in powers of 1,024: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
@@ -16,12 +16,12 @@ def format_bytes(value: float) -> str:
 
 
 def plural(number: int, what: str, ending: str = "s") -> str:
-    """1 GPU, 64 GPUs."""
+    """A number with its noun: 1 GPU, 64 GPUs."""
     return f"{number:,} {what}{ending * (number != 1)}"
 
 
 def format_count(elements: float) -> str:
-    """Elements for people: 68.98B, 0.54M, 4,096."""
+    """A number of elements: 68.98B, 0.54M, 4,096."""
     for width, unit in ((1e9, "B"), (1e6, "M")):
         if elements >= width / 10:
             return f"{elements / width:,.2f}{unit}"
@@ -29,40 +29,41 @@ def format_count(elements: float) -> str:
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges: 0-3, 7, 9-11."""
-    found: list[list[int]] = []
+    """Integers as ranges: 0-3, 7, 9-11."""
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
-
-
-def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads as text too."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in [heads, *body]]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
-
-
-def natural_order(text: str) -> list[tuple[int, str]]:
-    """Sort key that puts 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [heads, *rows]
-    )
+    """A table in columns of spaces."""
+    lines = _aligned([heads, *rows])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def percent_text(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned in the source too."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [heads, *rows]]
+    lines = _aligned(escaped, width=3)
+    lines.insert(1, ["-" * len(cell) for cell in lines[0]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]], width: int = 0) -> list[list[str]]:
+    """The cells padded to the width of their column, at least `width`."""
+    widths = [max(width, *map(len, column)) for column in zip(*rows, strict=True)]
+    return [[cell.ljust(size) for cell, size in zip(row, widths, strict=True)] for row in rows]
+
+
+def natural_order(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def mebibytes(size: int) -> str:
+    """Bytes in MiB."""
     return f"{size / 2**20:,.0f} MiB"

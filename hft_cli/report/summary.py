@@ -11,7 +11,7 @@ from hft_cli.report.items import score_changes
 from hft_cli.report.reading import read_run
 from hft_cli.report.tables import Column, estimate_cell, formatted, plain
 from hft_cli.run_dir import RunDir
-from hft_cli.text import mebibytes, percent_text, text_table
+from hft_cli.text import mebibytes, text_table
 
 Entry = Mapping[str, Any]  # one of the rounds in results.json
 
@@ -76,6 +76,9 @@ def _notes(rounds: Sequence[Entry]) -> list[str]:
 def _task_matrix(sequence: Mapping[str, Any]) -> str:
     """R in percent: a row after each round, a column for each task. A cell is empty if the task was not scored."""
     tasks = sequence["tasks"]
-    rows = [[f"after {task}", *map(percent_text, row)] for task, row in zip(tasks, sequence["R"], strict=True)]
+    rows = [
+        [f"after {task}", *("" if value is None else f"{value:.1%}" for value in row)]
+        for task, row in zip(tasks, sequence["R"], strict=True)
+    ]
     measures = f"OP {100 * sequence['OP']:.1f}   BWT {100 * sequence['BWT']:+.1f} (absolute points)"
     return f"{text_table(['R', *tasks], rows)}\n{measures}"
