@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hft_cli.cli import file_commands, hydra_commands
 from hft_cli.cli.arguments import Parser
+from hft_cli.config.help import help_text
+from hft_cli.config.schema import SCHEMAS
 from hft_cli.logs import LOG_HELP
 
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command.
+    """A sub-command: its function, the words after it in the usage, and what it does.
 
-    Attributes:
-        run: called with a parser that has no arguments yet, and the words after the command. Returns the exit status.
-        usage: the words after the command, for the help.
-        summary: what it does, for the help.
+    The function gets a parser without arguments and the words that were typed, and returns the exit status.
     """
 
     run: Callable[[Parser, list[str]], int]
@@ -26,11 +25,13 @@ class Command:
     summary: str
 
 
-def run_command(name: str, words: Sequence[str]) -> int:
+def run_command(name: str, words: list[str]) -> int:
     """Run a sub-command and return its exit status."""
+    if name in SCHEMAS and {"-h", "--help"} & set(words):  # Hydra has a help of its own
+        print(help_text(name))
+        return 0
     command = COMMANDS[name]
-    parser = Parser(f"hft {name}", command.usage, command.summary)
-    return command.run(parser, list(words))
+    return command.run(Parser(f"hft {name}", command.usage, command.summary), words)
 
 
 def overview() -> str:
@@ -46,32 +47,17 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+TRAIN, EVAL = "method=METHOD [GROUP=OPTION …] [KEY=VALUE …]", "run=RUN|model.path=FOLDER suite=SUITE [KEY=VALUE …]"
 COMMANDS = {
-    "train": Command(
-        hydra_commands.train,
-        "method=METHOD [GROUP=OPTION …] [KEY=VALUE …]",
-        "Fine-tune a model. With -m, KEY=a,b,c is a sweep.",
-    ),
-    "plan": Command(
-        hydra_commands.plan,
-        "method=METHOD [GROUP=OPTION …] [KEY=VALUE …]",
-        "Print what that training would do, need and cost, without weights or a GPU. With -m, compare.",
-    ),
-    "eval": Command(
-        hydra_commands.evaluate,
-        "run=RUN|model.path=FOLDER suite=SUITE [KEY=VALUE …]",
-        "Score the models of a run, or any model, on benchmarks and probes.",
-    ),
+    "train": Command(hydra_commands.train, TRAIN, "Fine-tune a model. With -m, KEY=a,b,c is a sweep."),
+    "plan": Command(hydra_commands.plan, TRAIN, "Print what that would do, need and cost. With -m, compare."),
+    "eval": Command(hydra_commands.evaluate, EVAL, "Score a run's models, or any model, on benchmarks and probes."),
     "verify": Command(
         file_commands.verify_run,
         "RUN [--base BASE] [--model FOLDER]",
         "Prove from the files of a run that every round kept its frozen matrices bit-identical.",
     ),
-    "show": Command(
-        file_commands.show_draws,
-        "draws RUN",
-        "Print which matrices each round updated, layer by layer.",
-    ),
+    "show": Command(file_commands.show_draws, "draws RUN", "Print which matrices each round updated, layer by layer."),
     "materialize": Command(
         file_commands.materialize_model,
         "RUN|DELTA --out FOLDER [--round K] [--base BASE]",
@@ -80,7 +66,7 @@ COMMANDS = {
     "publish": Command(
         file_commands.publish_delta,
         "RUN --out FOLDER [--round K]",
-        "Write what a run changed as one delta with a model card; `hft materialize` loads it.",
+        "Write what a run changed as one delta with a model card. `hft materialize` loads it.",
     ),
     "report": Command(
         file_commands.report_runs,

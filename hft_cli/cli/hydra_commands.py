@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from hft_cli.cli.arguments import Parser
 from hft_cli.cli.hydra_app import composed_values, run_hydra
 from hft_cli.cli.overrides import eval_arguments, hydra_arguments, is_sweep
-from hft_cli.config.help import help_text
 from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
 from hft_cli.errors import JobFailure, UserError
 from hft_cli.files import from_dict
@@ -26,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 def train(parser: Parser, words: list[str]) -> int:
     """`hft train`."""
-    if _asks_for_help("train", words):
-        return 0
     argv = hydra_arguments("train", words)
     if is_sweep(argv):
         _refuse_sweep_of_several_nodes(argv)
@@ -63,8 +60,6 @@ def plan(parser: Parser, words: list[str]) -> int:
     """`hft plan`: one plan, or with -m a table that compares several."""
     from hft_cli.plan.text import comparison, text
 
-    if _asks_for_help("plan", words):
-        return 0
     argv = hydra_arguments("plan", words)
     plans: list[tuple[str, Plan]] = []  # the values that are swept, and the plan
     if not is_sweep(argv):
@@ -90,8 +85,6 @@ def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> 
 
 def evaluate(parser: Parser, words: list[str]) -> int:
     """`hft eval`."""
-    if _asks_for_help("eval", words):
-        return 0
     argv = eval_arguments(words)
     return _exit_status(run_hydra("eval", argv, _evaluate), argv)
 
@@ -119,14 +112,6 @@ def _keep_settings_of_run(config: EvalConfig, overrides: Sequence[str]) -> None:
     for key in ("dtype", "attention", "chat_template"):
         if f"model.{key}" not in typed:
             setattr(config.model, key, getattr(of_run, key))
-
-
-def _asks_for_help(name: str, words: Sequence[str]) -> bool:
-    """Print the groups and keys of a command if the words ask for help."""
-    if not set(words) & {"-h", "--help"}:
-        return False
-    print(help_text(name))
-    return True
 
 
 def _exit_status(failures: Sequence[JobFailure], argv: Sequence[str]) -> int:

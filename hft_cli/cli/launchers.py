@@ -8,63 +8,38 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from hft_cli.cli.overrides import is_sweep
 from hft_cli.errors import JobFailure, UserError
 
 WEEK = 7 * 24 * 60  # minutes
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """A launcher.
-
-    Attributes:
-        package: the package on PyPI that has it.
-        settings: keys below hydra.launcher that are set unless the user typed them, from what the user typed.
-        only_sweeps: whether a single run cannot use it.
-    """
-
-    package: str
-    settings: Callable[[Mapping[str, str]], dict[str, str]]
-    only_sweeps: bool
+PREFIX = "hydra.launcher."
 
 
 def launcher_arguments(argv: list[str]) -> list[str]:
-    """`argv` with hft's settings for the launcher that it names.
+    """`argv` with hft's settings for the launcher that it names, except those that were typed.
 
     Raises:
         UserError: if what the launcher needs is missing.
     """
-    name = next((word.partition("=")[2] for word in argv if re.match(r"\+*hydra/launcher=", word)), None)
+    name = next((word.partition("=")[2] for word in argv if re.match(r"\+*hydra/launcher=", word)), "basic")
     if name not in LAUNCHERS:
         return argv
-    launcher = LAUNCHERS[name]
+    package = f"hydra-{name.partition('_')[0]}-launcher"
     try:
-        version(launcher.package)
+        version(package)
     except PackageNotFoundError:
         raise UserError(
-            f"hydra/launcher={name} needs a package that is missing: pip install 'hft-cli[cluster]', or "
-            f"{launcher.package}."
+            f"hydra/launcher={name} needs a package that is missing: pip install 'hft-cli[cluster]', or {package}."
         ) from None
-    if launcher.only_sweeps and not is_sweep(argv):
+    if name != "joblib" and not is_sweep(argv):
         raise UserError(
             f"hydra/launcher={name} starts the jobs of a sweep: add -m. For one run there is scripts/slurm."
         )
-    prefix = "hydra.launcher."
-    typed = dict(word.lstrip("+").removeprefix(prefix).partition("=")[::2] for word in argv if prefix in word)
-    settings = {key: value for key, value in launcher.settings(typed).items() if key not in typed}
-    return [*argv, *(f"{prefix}{key}={value}" for key, value in settings.items())]
-
-
-def _joblib_settings(typed: Mapping[str, str]) -> dict[str, str]:
-    return {}
-
-
-def _local_settings(typed: Mapping[str, str]) -> dict[str, str]:
-    return {"timeout_min": str(WEEK)}  # submitit's default is an hour
+    typed = dict(word.lstrip("+").removeprefix(PREFIX).partition("=")[::2] for word in argv if PREFIX in word)
+    settings = LAUNCHERS[name](typed)
+    return [*argv, *(f"{PREFIX}{key}={value}" for key, value in settings.items() if key not in typed)]
 
 
 def _slurm_settings(typed: Mapping[str, str]) -> dict[str, str]:
@@ -80,10 +55,7 @@ def _slurm_settings(typed: Mapping[str, str]) -> dict[str, str]:
 
 
 def follow_jobs(argv: Sequence[str], failures: list[JobFailure]) -> AbstractContextManager[None]:
-    """While it is entered, submitit's jobs are waited for and those that fail are added to `failures`.
-
-    Without a sweep, or without submitit, it does nothing.
-    """
+    """While it is entered, submitit's jobs of a sweep are waited for, and those that fail are added to `failures`."""
     if not is_sweep(argv) or importlib.util.find_spec("submitit") is None:
         return nullcontext()
     # Must be set before submitit is imported. Its default, USR2, would end a worker on clusters that signal all
@@ -94,8 +66,9 @@ def follow_jobs(argv: Sequence[str], failures: list[JobFailure]) -> AbstractCont
     return wait_for_jobs(failures)
 
 
-LAUNCHERS = {
-    "joblib": Launcher("hydra-joblib-launcher", _joblib_settings, only_sweeps=False),
-    "submitit_local": Launcher("hydra-submitit-launcher", _local_settings, only_sweeps=True),
-    "submitit_slurm": Launcher("hydra-submitit-launcher", _slurm_settings, only_sweeps=True),
+# Launcher -> its settings below hydra.launcher, from those that were typed. Its package: hydra-NAME-launcher.
+LAUNCHERS: dict[str, Callable[[Mapping[str, str]], dict[str, str]]] = {
+    "joblib": lambda typed: {},
+    "submitit_local": lambda typed: {"timeout_min": str(WEEK)},  # submitit's default is an hour
+    "submitit_slurm": _slurm_settings,
 }

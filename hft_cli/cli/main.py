@@ -56,4 +56,4 @@ def _dispatch(argv: Sequence[str]) -> int:
     if argv[0] == "--version":
         print(f"hft {version('hft-cli')}")
         return 0
-    return run_command(choose("command", argv[0], COMMANDS), argv[1:])
+    return run_command(choose("command", argv[0], COMMANDS), list(argv[1:]))

@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hft_cli.config.schema import ModelConfig, RunConfig
 from hft_cli.config.suites import ProbeConfig
@@ -21,13 +21,12 @@ from hft_cli.method.rounds import Phase
 
 @dataclass(frozen=True)
 class PhaseJob:
-    """One phase of training.
+    """Train one phase.
 
     Attributes:
-        config: the run's configuration, with the phase's own learning rate, epochs and so on.
         model: folder of the weights that the phase starts from.
         metrics: the run's metrics.jsonl.
-        updated, frozen: names of the parameters to train and to keep.
+        updated, frozen: names of parameters.
         adapter: folder of the LoRA adapters to continue with.
         base_sha256: hash of the weights that the run started from.
         deepspeed: DeepSpeed's settings; empty without DeepSpeed.
@@ -46,7 +45,7 @@ class PhaseJob:
 
 @dataclass(frozen=True)
 class RowsTask:
-    """A set of rows to score a model on: its file or hub name, the metric, and the format of the rows."""
+    """A set of rows to score a model on: a file or hub name, the metric, and the format of the rows."""
 
     path: str
     metric: str = "exact_match"
@@ -55,12 +54,10 @@ class RowsTask:
 
 @dataclass(frozen=True)
 class RowsJob:
-    """Score the model in folder `path` on sets of rows.
+    """Score the model in the folder `path` on sets of rows; `tasks` is suite -> task -> rows.
 
-    Attributes:
-        tasks: suite -> task -> rows and metric.
-        base, reset: before scoring, the parameters named in `reset` are set back to those of the model in folder
-            `base`, in memory only (a Half-Reset that writes no model).
+    The parameters named in `reset` are set back to those of the model in the folder `base` first, in memory only: a
+    Half-Reset that writes no model.
     """
 
     model: ModelConfig
@@ -75,12 +72,9 @@ class RowsJob:
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Score the model in folder `path` on probes.
+    """Score the model in the folder `path` on probes; `outs` is probe -> file of its scores.
 
-    Attributes:
-        outs: probe -> file of its scores. The scores of single items go beside it, as .jsonl.
-        limit: facts of each relation.
-        chat: whether questions go through the chat template.
+    The scores of single items go beside that file, as .jsonl. `limit` is the number of facts of each relation.
     """
 
     model: ModelConfig
@@ -95,12 +89,9 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One benchmark of lm-evaluation-harness.
+    """A benchmark of lm-evaluation-harness, and the file `out` of its scores, with those of its items beside it.
 
-    Attributes:
-        settings: a BenchmarkConfig as plain values; None for a task that has only the harness's name.
-        limit: items of each task of the benchmark.
-        out: file of its scores. The scores of single items go beside it, as .jsonl.
+    `settings` is a BenchmarkConfig as plain values, or None for a task that is known to the harness only.
     """
 
     name: str
@@ -112,11 +103,7 @@ class HarnessTask:
 
 @dataclass(frozen=True)
 class HarnessJob:
-    """Score the model in folder `path` on benchmarks of lm-evaluation-harness.
-
-    Attributes:
-        data_dir: folder of the benchmarks' files; None reads them from the hub.
-    """
+    """Score the model in the folder `path` on benchmarks, from the files in `data_dir` or else from the hub."""
 
     model: ModelConfig
     path: str
@@ -127,17 +114,13 @@ class HarnessJob:
 
 
 Job = PhaseJob | RowsJob | HarnessJob | ProbeJob
-J = TypeVar("J", PhaseJob, RowsJob, HarnessJob, ProbeJob)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A kind of worker.
+    """How a kind of job is done: the name of its job file, and the MODULE:FUNCTION that does it.
 
-    Attributes:
-        job: class of its jobs.
-        file: name of the job file, in the folder of the round or of the evaluation.
-        function: MODULE:FUNCTION, imported by the worker's process only and called with (job, folder, progress).
+    Only the worker's process imports the function. It is called with (job, folder, progress).
     """
 
     job: type[Any]
@@ -145,29 +128,27 @@ class Worker:
     function: str
 
 
+# By the name of the job's class, which is the first argument of launch/work.py.
 WORKERS = {
-    "training": Worker(PhaseJob, "step.json", "hft_cli.training.worker:train"),
-    "rows": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:score_rows"),
-    "harness": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score_benchmarks"),
-    "probe": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score_probes"),
+    "PhaseJob": Worker(PhaseJob, "step.json", "hft_cli.training.worker:train"),
+    "RowsJob": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:score_rows"),
+    "HarnessJob": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score_benchmarks"),
+    "ProbeJob": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score_probes"),
 }
 
 
-def kind_of(job: Job) -> str:
-    """The key in WORKERS of the worker that does `job`."""
-    return next(kind for kind, worker in WORKERS.items() if worker.job is type(job))
-
-
-def write_job(job: Job, path: Path) -> None:
-    """Write a job file, a JSON object with the fields of the job."""
+def write_job(job: Job, folder: Path) -> Path:
+    """Write the job file, a JSON object with the fields of the job, into a folder and return its path."""
+    path = folder / WORKERS[type(job).__name__].file
     write_json(path, asdict(job))
+    return path
 
 
-def read_job(job: type[J], path: Path) -> J:
-    """Read a job file."""
+def read_job(kind: str, path: Path) -> Any:
+    """Read the job file of a key of WORKERS."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(job).validate_json(path.read_bytes())
+    return TypeAdapter(WORKERS[kind].job).validate_json(path.read_bytes())
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """Entry point of every worker process: `python -m hft_cli.launch.work KIND JOB.json`, also under torchrun.
 
-KIND is a key of `jobs.WORKERS`. The parent (launch/worker.py) reads the progress and the mistake that are written here.
+KIND is a key of `jobs.WORKERS`. Progress and a user's mistake go into files beside the job file, for the parent
+(launch/worker.py).
 """
 
 from __future__ import annotations
@@ -19,18 +20,15 @@ from hft_cli.run_dir import RoundDir
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do the job in the file argv[1] with the worker of kind argv[0], and return the exit status.
-
-    A user's mistake goes into mistake.txt beside the job file: the parent reports it.
-    """
-    worker, path = WORKERS[argv[0]], Path(argv[1])
+    """Do the job of kind argv[0] in the file argv[1], and return the exit status."""
+    kind, path = argv[0], Path(argv[1])
     folder = RoundDir(path.parent)
     progress = Progress(folder.progress, rank=int(os.environ.get("RANK", "0")))
     progress.activity("loading torch")
     import_module("torch")
-    module, _, function = worker.function.partition(":")
+    module, _, function = WORKERS[kind].function.partition(":")
     try:
-        getattr(import_module(module), function)(read_job(worker.job, path), folder, progress)
+        getattr(import_module(module), function)(read_job(kind, path), folder, progress)
     except UserError as error:
         write_text(folder.mistake, str(error))
         return 2

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.launch.jobs import WORKERS, Job, kind_of, write_job
+from hft_cli.launch.jobs import Job, write_job
 from hft_cli.launch.nodes import Node
 from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir
@@ -62,8 +62,7 @@ class WorkerRun:
     """One run of a worker.
 
     Attributes:
-        job: what it does; its class decides which worker is started (jobs.WORKERS).
-        folder: where the job file, the log, the progress and a mistake go.
+        folder: for the job file, the log, the progress and a mistake.
         label: text beside the progress bar.
         ranks: processes on each node, started by torchrun; None for one plain process.
         checkpoints: whether the worker saves a checkpoint when it is asked to stop.
@@ -79,10 +78,9 @@ class WorkerRun:
 def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, followers: Followers | None = None) -> None:
     """Start a worker, show its progress, and wait for its end. When this process is stopped, so are all ranks.
 
-    A worker that `checkpoints` is first asked to save a checkpoint; a second signal ends it at once.
+    A worker that `checkpoints` saves a checkpoint first; a second signal ends it at once.
 
     Args:
-        run: the worker and its job.
         poll: called about ten times a second while the worker runs.
         followers: the other nodes; each starts as many ranks of the worker.
 
@@ -91,11 +89,10 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
         subprocess.CalledProcessError: if the worker fails; its log is named on stderr.
         NodeError: if the worker fails on another node, or the connection to that node is lost.
     """
-    folder, kind = run.folder, kind_of(run.job)
+    folder, kind = run.folder, type(run.job).__name__
     for path in (folder.mistake, folder.progress, folder.stop):
         path.unlink(missing_ok=True)
-    job_file = folder.folder / WORKERS[kind].file
-    write_job(run.job, job_file)
+    job_file = write_job(run.job, folder.folder)
     command = _command(kind, job_file, run.ranks, followers.node if followers else None)
     process = _start(command, folder.log, run.ranks)
     logger.debug("%s: %s\nLog: %s", run.label, shlex.join(command), folder.log)
@@ -159,13 +156,8 @@ def _wait(
 def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
     """On a node other than node 0: start ranks of the workers that node 0 starts, until node 0 ends the run.
 
-    A signal is passed on to node 0, which lets all ranks save a checkpoint. A second one ends this node at once.
-
-    Args:
-        leader: the connection to node 0.
-        node: this node.
-        run: the run's directory, as this node sees it.
-        ranks: processes on this node.
+    A signal is passed on to node 0, which lets all ranks save a checkpoint. A second one ends this node at once. `run`
+    is the run's directory, and `ranks` the number of processes on this node.
 
     Raises:
         UserError, Stopped, NodeError: as node 0 ended, or if the connection to it is lost.

@@ -20,7 +20,7 @@ from hft_cli.evaluation import scorer
 from hft_cli.evaluation.scorer import HeldOutSets, ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
 from hft_cli.launch import work
-from hft_cli.launch.jobs import WORKERS, kind_of, write_job
+from hft_cli.launch.jobs import write_job
 from hft_cli.launch.worker import WorkerRun
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -39,11 +39,9 @@ def here(monkeypatch, tmp_path_factory) -> list[str]:
     started = []
 
     def in_this_process(run: WorkerRun, poll=None) -> None:
-        kind = kind_of(run.job)
-        file = run.folder.folder / WORKERS[kind].file
+        file = write_job(run.job, run.folder.folder)
         started.append(f"{run.folder.folder.name}/{file.stem}")
-        write_job(run.job, file)
-        assert work.main([kind, str(file)]) == 0, run.folder.mistake.read_text()
+        assert work.main([type(run.job).__name__, str(file)]) == 0, run.folder.mistake.read_text()
 
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
