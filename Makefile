@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test test-slurm check lint types wheel-test clean
+.PHONY: help demo demo-continual test test-slurm check lint types wheel-test versions clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slurm  the tests of scripts/slurm and of sweeps by submitit, on a SLURM set up for them (root, Debian)"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
+	@echo "make versions    quick tests with the lowest and with the newest versions that pyproject.toml admits (about 12 GB)"
 	@echo "make clean       remove the environment and what was built"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -46,6 +47,10 @@ check: lint types test
 
 wheel-test: .venv/installed
 	scripts/wheel_test.sh $(BIN)/python
+
+versions:
+	scripts/versions_test.sh lowest $(PYTHON)
+	scripts/versions_test.sh newest $(PYTHON)
 
 clean:
 	rm -rf .venv build dist *.egg-info
