@@ -58,21 +58,21 @@ def _train(composed: Any, argv: Sequence[str]) -> None:
 
 def plan(parser: Parser, words: list[str]) -> int:
     """`hft plan`: one plan, or with -m a table that compares several."""
-    from hft_cli.plan.text import comparison, text
+    from hft_cli.plan.text import comparison_text, plan_text
 
     argv = hydra_arguments("plan", words)
     plans: list[tuple[str, Plan]] = []  # the values that are swept, and the plan
     if not is_sweep(argv):
         failures = run_hydra("plan", argv, partial(_plan, plans))
         for _, result in plans:  # empty after --cfg
-            print(text(result))
+            print(plan_text(result))
         return _exit_status(failures, argv)
     argv = [word for word in argv if not re.match(r"hydra[/.]launcher", word)]  # all plans in this process
     with tempfile.TemporaryDirectory(prefix="hft-") as folder:  # Hydra writes multirun.yaml into it
         argv = [*argv, f"hydra.sweep.dir={folder}", "hydra/hydra_logging=none"]
         failures = run_hydra("plan", argv, partial(_plan, plans))
     if plans:
-        print(comparison(plans))
+        print(comparison_text(plans))
     return _exit_status(failures, argv)
 
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import config_from_hub, stored_tensors
-from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_fields, parameters_from_folder
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig
 from hft_cli.config.validate import check
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import Source, read_sources
-from hft_cli.errors import UserError, choose
-from hft_cli.files import read_json
+from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import Draw, heaviest_draw
-from hft_cli.paths import ARCHITECTURES, resolve_path
-from hft_cli.plan import costs
-from hft_cli.plan.costs import Disk, Flops, Memory, Network, Setup, Shape
+from hft_cli.paths import resolve_path
+from hft_cli.plan.flops import Flops, flops, hours
+from hft_cli.plan.memory import Memory, activations, host_memory, memory
+from hft_cli.plan.model import Model, read_model
+from hft_cli.plan.traffic import Disk, Network, checkpoint_bytes, network
+from hft_cli.plan.workload import (
+    MAX_LIVE,
+    PERSISTENT,
+    REDUCE_BUCKET,
+    SUB_GROUP,
+    Setup,
+    Workload,
+    lora_adapters,
+)
 
 # What the engines are: their ZeRO stage, and whether the optimizer and the weights lie in the host's memory.
 ENGINES: dict[str, tuple[int | None, bool, bool]] = {
@@ -34,55 +41,44 @@ ENGINES: dict[str, tuple[int | None, bool, bool]] = {
     "zero3_offload": (3, True, True),
 }
 
-WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
-
 
 @dataclass(frozen=True)
-class Model:
-    """What is known of a model without its weights.
+class PlannedPhase:
+    """One phase of the plan.
 
     Attributes:
-        config: its config.json.
-        source: where its shapes were read.
-        dtype: of its files, as far as they have one.
-        stored: bytes of each parameter in the files.
-    """
-
-    config: Mapping[str, Any]
-    source: str
-    params: tuple[Param, ...]
-    shape: Shape
-    dtype: str
-    stored: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One step of the plan. `worst` is the memory under the heaviest draw, `full` that of full fine-tuning,
-    `host` what offload takes of the host's.
-
-    `steps` is None where neither the data nor rows=… says; `once` are the FLOPs that a round has before its first step.
+        rows: training rows; None if neither the data nor rows=N says.
+        steps: optimizer steps; None likewise.
+        memory: under this draw.
+        worst: under the heaviest draw.
+        full: of full fine-tuning.
+        host: bytes of host memory of a rank, with offload.
+        flops: of a step.
+        full_flops: of a step of full fine-tuning.
+        setup_flops: operations before the first step (the precomputed reference of DPO).
+        network: of a step.
+        hours: None unless steps and tflops=N are known.
     """
 
     phase: Phase
     draw: Draw
     setup: Setup
-    rows: int | None
-    steps: int | None
-    memory: Memory
-    worst: Memory
-    full: Memory
-    host: float
-    flops: Flops
-    full_flops: Flops
-    once: float
-    network: Network
-    hours: float | None
+    rows: int | None = None
+    steps: int | None = 0
+    memory: Memory = field(default_factory=Memory)
+    worst: Memory = field(default_factory=Memory)
+    full: Memory = field(default_factory=Memory)
+    host: float = 0
+    flops: Flops = field(default_factory=Flops)
+    full_flops: Flops = field(default_factory=Flops)
+    setup_flops: float = 0.0
+    network: Network = field(default_factory=Network)
+    hours: float | None = None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The most memory that a GPU needs under the worst draw, with an engine; None where the engine is refused."""
+    """The peak memory of a GPU with an engine, under the worst draw, in bytes; None if the engine is refused."""
 
     engine: str
     checkpointing: bool
@@ -91,127 +87,102 @@ class Fit:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run does and costs. `worst_elements`: elements that the heaviest draw updates."""
+
     config: PlanConfig
     model: Model
-    rounds: tuple[Round, ...]
+    rounds: tuple[PlannedPhase, ...]
     worst_elements: int
     disk: Disk
     fits: tuple[Fit, ...]
 
     @property
-    def draws(self) -> bool:
-        """Whether there is anything to draw."""
+    def has_draws(self) -> bool:
+        """Whether the selection is random."""
         return self.config.selection.level != "all" and self.config.continual.name != "lora"
 
     @property
-    def heaviest(self) -> Round:
-        """The round that needs most memory."""
-        return max(self.rounds, key=lambda found: found.worst.total)
+    def heaviest(self) -> PlannedPhase:
+        """The phase that needs most memory."""
+        return max(self.rounds, key=lambda planned: planned.worst.total)
 
     def expected(self) -> dict[str, Any]:
-        """The costs for plan.json: bytes of one GPU (without one: of one rank) and of the disk, and FLOPs of a step."""
+        """The costs in plan.json: bytes of one GPU (or rank) and of the disk, operations of a step."""
         return {
             "disk_bytes": {**asdict(self.disk), "total": self.disk.total},
             "rounds": [
                 {
-                    "name": found.phase.name,
-                    "steps": found.steps,
-                    "memory_bytes": {**asdict(found.memory), "total": found.memory.total},
-                    "memory_bytes_worst_draw": found.worst.total,
-                    "memory_bytes_fft": found.full.total,
-                    "host_memory_bytes": found.host,
-                    "flops_of_a_step": found.flops.total,
-                    "flops_of_a_step_fft": found.full_flops.total,
-                    "network_bytes_of_a_step": found.network.total,
+                    "name": planned.phase.name,
+                    "steps": planned.steps,
+                    "memory_bytes": {**asdict(planned.memory), "total": planned.memory.total},
+                    "memory_bytes_worst_draw": planned.worst.total,
+                    "memory_bytes_fft": planned.full.total,
+                    "host_memory_bytes": planned.host,
+                    "flops_of_a_step": planned.flops.total,
+                    "flops_of_a_step_fft": planned.full_flops.total,
+                    "network_bytes_of_a_step": planned.network.total,
                 }
-                for found in self.rounds
+                for planned in self.rounds
             ],
         }
 
 
-def plan(config: PlanConfig, counted: Mapping[int, int] | None = None) -> Plan:
-    """What the configuration would train, and what that costs. `counted` has the rows of steps that are known already.
+def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: the configuration.
+        row_counts: the training rows of each phase by its number, if they are counted already.
 
     Raises:
-        UserError: for a mistake that `hft train` would refuse too, a model whose shapes are not known here, or a number
-            out of its range.
+        UserError: for a mistake that `hft train` would refuse too, or a model of unknown architecture.
     """
     check(config)
-    model = _model(config)
+    model = read_model(config.model)
     config = with_model_limits(config, dict(model.config), config.model.name)
-    drawn = draws(config, model.params)
-    planned = phases(config)
-    trains = planned[0].stage != "half_reset"
+    run, drawn = phases(config), draws(config, model.params)
+    trains = run[0].stage != "half_reset"
     if trains and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    rows = {step.number: _rows(step, config) for step in planned if trains} if counted is None else counted
-    rounds = tuple(
-        _round(config, model, step, chosen, rows.get(step.number)) for step, chosen in zip(planned, drawn, strict=True)
+    if row_counts is None:
+        counts = {phase.number: _count_rows(phase, config) for phase in run if trains}
+    else:
+        counts = dict(row_counts)
+    planned = tuple(
+        _plan_phase(config, model, phase, draw, counts.get(phase.number))
+        for phase, draw in zip(run, drawn, strict=True)
     )
-    worst = _worst(config, model, drawn[0]) if trains else drawn[0].updated
-    deltas = sum(model.stored[name] for chosen in drawn for name in chosen.updated) * config.method.save_model
-    whole = sum(model.stored.values()) * config.method.save_model
-    kept = 0.0
-    if trains and (config.train.save_every or config.train.save_minutes):
-        kept = max(
-            costs.checkpoint(*trained(config, model, chosen.updated), found.setup)
-            for chosen, found in zip(drawn, rounds, strict=True)
-        )
+    worst = set(_worst_draw(config, model, drawn[0]) if trains else drawn[0].updated)
     return Plan(
         config=config,
         model=model,
-        rounds=rounds,
-        worst_elements=sum(p.elements for p in model.params if p.name in set(worst)),
-        # The oldest checkpoint goes when the newest is whole, and the model of the round before when the next one is.
-        disk=Disk(deltas, whole * min(len(rounds), 2), kept * (config.train.save_limit + 1)),
-        fits=tuple(_fits(config, model, planned)) if trains else (),
+        rounds=planned,
+        worst_elements=sum(p.elements for p in model.params if p.name in worst),
+        disk=_disk(config, model, planned, trains),
+        fits=tuple(_fits(config, model, run, drawn)) if trains else (),
     )
 
 
-def _model(config: PlanConfig) -> Model:
-    """The model's shapes: of its folder if it is here, else of model.architecture, else of the hub's config.json.
-
-    Raises:
-        UserError: if none of them is there.
-    """
-    path, asked, kinds = config.model.path, config.model.architecture, config.model.kinds
-    folder = Path(resolve_path(path))
-    if folder.is_dir() and list(folder.glob("*.safetensors")):
-        read = read_json(folder / "config.json")
-        files = stored_tensors(folder)
-        params = parameters_from_folder(folder, kinds)
-        infos = {p.name: [files[name] for name in p.stored] for p in params}
-        dtypes = {info.dtype for own in infos.values() for info in own}
-        named = "mixed dtypes" if len(dtypes) > 1 else dtypes.pop()
-        stored = {name: sum(info.size for info in own) for name, own in infos.items()}
-        return Model(read, f"the files in {path}", params, costs.shape(_text(read), params), named, stored)
-    if asked is None:
-        file = folder / "config.json" if folder.is_dir() else config_from_hub(path)
-    elif Path(asked).suffix == ".json" or "/" in asked:
-        file = Path(asked).expanduser()
-    else:
-        choose("model.architecture", asked, sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
-        file = ARCHITECTURES / f"{asked}.json"
-    read = read_json(file)
-    found = parameters_from_fields(read, kinds)
-    params = parameters_from_config(file, kinds) if found is None else found
-    dtype = str(read.get("dtype") or read.get("torch_dtype") or config.model.dtype)
-    stored = {p.name: p.elements * WIDTHS.get(dtype, 4) for p in params}
-    return Model(read, f"{file.name} (no weights)", params, costs.shape(_text(read), params), dtype, stored)
+def _disk(config: PlanConfig, model: Model, planned: Sequence[PlannedPhase], trains: bool) -> Disk:
+    saved = config.method.save_model
+    deltas = sum(model.stored[name] for phase in planned for name in phase.draw.updated)
+    checkpoint = 0.0
+    if trains and (config.train.save_every or config.train.save_minutes):
+        checkpoint = max(checkpoint_bytes(workload(config, model, p.draw.updated, p.setup)) for p in planned)
+    # The oldest checkpoint is deleted when the newest is complete, and the model before a round when the next one is.
+    models = sum(model.stored.values()) * min(len(planned), 2)
+    return Disk(deltas * saved, models * saved, checkpoint * (config.train.save_limit + 1))
 
 
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that is the text model's."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def _setup(config: PlanConfig, step: Phase, width: int) -> Setup:
-    """How a step trains. `config` is the step's own, `width` the model's hidden size."""
+def make_setup(config: PlanConfig, phase: Phase, hidden: int) -> Setup:
+    """How a phase trains. `config` is that of the phase, `hidden` the model's hidden size."""
     train, engine = config.train, config.engine
-    # What transformers takes where nothing is asked for.
-    attention = config.model.attention or "sdpa"
     zero = deepspeed_settings(config).get("zero_optimization", {})
+
+    def elements(key: str, default: int, auto: int) -> int:
+        value = zero.get(key, default)
+        return auto if value == "auto" else int(value)  # transformers replaces "auto" by hidden ** 2 or 10 * hidden
+
     return Setup(
         zero_stage=engine.zero_stage,
         ranks=engine.ranks,
@@ -219,130 +190,121 @@ def _setup(config: PlanConfig, step: Phase, width: int) -> Setup:
         rows=train.micro_batch_size,
         length=int(train.max_length or 0),
         accumulation=train.batch_size // (train.micro_batch_size * engine.ranks),
-        attention=attention,
+        attention=config.model.attention or "sdpa",  # the default of transformers
         checkpointing=train.gradient_checkpointing,
-        stage=step.stage,
+        stage=phase.stage,
         reference=config.dpo.reference,
-        tasks=len(step.memories),
+        tasks=len(phase.memories),
         memory_rows=config.continual.gem_memory,
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
-        bucket=_elements(zero, "reduce_bucket_size", costs.BUCKET, width**2),
-        live=_elements(zero, "stage3_max_live_parameters", costs.LIVE, costs.LIVE),
-        sub_group=_elements(zero, "sub_group_size", costs.SUB_GROUP, costs.SUB_GROUP),
-        persistent=_elements(zero, "stage3_param_persistence_threshold", costs.PERSISTENT, 10 * width),
+        bucket=elements("reduce_bucket_size", REDUCE_BUCKET, hidden**2),
+        live=elements("stage3_max_live_parameters", MAX_LIVE, MAX_LIVE),
+        sub_group=elements("sub_group_size", SUB_GROUP, SUB_GROUP),
+        persistent=elements("stage3_param_persistence_threshold", PERSISTENT, 10 * hidden),
     )
 
 
-def _elements(zero: Mapping[str, Any], key: str, default: int, auto: int) -> int:
-    """A setting of DeepSpeed's; for "auto" transformers takes the hidden size times ten, or squared."""
-    value = zero.get(key, default)
-    return auto if value == "auto" else int(value)
-
-
-def trained(config: PlanConfig, model: Model, updated: Iterable[str]) -> tuple[tuple[Param, ...], frozenset[str]]:
-    """All parameters in memory, and the names of those that are trained: of LoRA the adapters."""
+def workload(config: PlanConfig, model: Model, updated: Iterable[str], setup: Setup) -> Workload:
+    """The workload of a phase that updates the named parameters; with LoRA, of their adapters."""
     names = frozenset(updated)
     if config.continual.name != "lora":
-        return model.params, names
-    added = costs.adapters(model.params, names, config.continual.lora_rank)
-    return model.params + added, frozenset(p.name for p in added)
+        return Workload(model.params, names, model.shape, setup)
+    adapters = lora_adapters(model.params, names, config.continual.lora_rank)
+    return Workload(model.params + adapters, frozenset(p.name for p in adapters), model.shape, setup)
 
 
-def _worst(config: PlanConfig, model: Model, chosen: Draw) -> tuple[str, ...]:
-    """Names of the heaviest draw; LoRA has one only."""
-    return chosen.updated if config.continual.name == "lora" else heaviest_draw(model.params, config.selection)
+def _worst_draw(config: PlanConfig, model: Model, draw: Draw) -> tuple[str, ...]:
+    """Names of the heaviest draw. LoRA has only one."""
+    return draw.updated if config.continual.name == "lora" else heaviest_draw(model.params, config.selection)
 
 
-def _worst_memory(config: PlanConfig, model: Model, chosen: Draw, setup: Setup) -> Memory:
-    """Part by part at least what any draw needs: most elements, and all inputs of matrices saved."""
-    params, names = trained(config, model, _worst(config, model, chosen))
-    most = costs.memory(params, names, model.shape, setup)
-    # Which inputs are saved hangs on more than the number of elements, so all that are trained in some draw count.
-    every = names if config.continual.name == "lora" else frozenset(p.name for p in params)
-    bound = replace(most, activations=costs.activations(params, every, model.shape, setup))
-    return bound.at_least(costs.memory(*trained(config, model, chosen.updated), model.shape, setup))
+def _worst_memory(config: PlanConfig, model: Model, draw: Draw, setup: Setup) -> Memory:
+    """Part by part at least the memory of any draw: most elements, and the inputs of all matrices saved."""
+    heaviest = workload(config, model, _worst_draw(config, model, draw), setup)
+    # The saved inputs do not depend on the number of elements alone, so every matrix that some draw trains counts.
+    everything = heaviest if config.continual.name == "lora" else _full(model, setup)
+    bound = replace(memory(heaviest), activations=activations(everything))
+    return bound.at_least(memory(workload(config, model, draw.updated, setup)))
 
 
-def _round(config: PlanConfig, model: Model, step: Phase, chosen: Draw, rows: int | None) -> Round:
-    own: PlanConfig = phase_config(config, step)
-    setup = _setup(own, step, model.shape.hidden)
-    params, names = trained(config, model, chosen.updated)
-    everything = frozenset(p.name for p in model.params)
-    if step.stage == "half_reset":
-        none = Memory()
-        return Round(
-            step, chosen, setup, rows, 0, none, none, none, 0, Flops(0, 0, 0), Flops(0, 0, 0), 0, Network(), None
-        )
+def _full(model: Model, setup: Setup) -> Workload:
+    """Full fine-tuning."""
+    return Workload(model.params, frozenset(p.name for p in model.params), model.shape, setup)
+
+
+def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows: int | None) -> PlannedPhase:
+    own: PlanConfig = phase_config(config, phase)
+    setup = make_setup(own, phase, model.shape.hidden)
+    if phase.stage == "half_reset":
+        return PlannedPhase(phase, draw, setup, rows)
+    work, full, batch = workload(config, model, draw.updated, setup), _full(model, setup), own.train.batch_size
     tokens = setup.length if own.train.packing else min(config.row_tokens or setup.length, setup.length)
-    needed = costs.flops(params, names, model.shape, setup, own.train.batch_size, tokens)
-    count = _steps(own, rows, config.row_tokens)
-    once = 0.0
-    if step.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
-        once = costs.flops(params, names, model.shape, setup, rows, tokens).forward
-    time = None
-    if config.tflops is not None and count is not None:
-        time = costs.hours(needed.total * count + once, setup.ranks, config.tflops, config.utilization)
-    return Round(
-        phase=step,
-        draw=chosen,
+    step_flops = flops(work, batch, tokens)
+    steps = _count_steps(own, rows)
+    setup_flops = 0.0
+    if phase.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
+        setup_flops = flops(work, rows, tokens).forward
+    duration = None
+    if config.tflops is not None and steps is not None:
+        duration = hours(step_flops.total * steps + setup_flops, setup.ranks, config.tflops, config.utilization)
+    return PlannedPhase(
+        phase=phase,
+        draw=draw,
         setup=setup,
         rows=rows,
-        steps=count,
-        memory=costs.memory(params, names, model.shape, setup),
-        worst=_worst_memory(config, model, chosen, setup),
-        full=costs.memory(model.params, everything, model.shape, setup),
-        host=costs.host(params, names, setup),
-        flops=needed,
-        full_flops=costs.flops(model.params, everything, model.shape, setup, own.train.batch_size, tokens),
-        once=once,
-        network=costs.network(params, names, model.shape, setup),
-        hours=time,
+        steps=steps,
+        memory=memory(work),
+        worst=_worst_memory(config, model, draw, setup),
+        full=memory(full),
+        host=host_memory(work),
+        flops=step_flops,
+        full_flops=flops(full, batch, tokens),
+        setup_flops=setup_flops,
+        network=network(work),
+        hours=duration,
     )
 
 
-def _rows(step: Phase, config: PlanConfig) -> int | None:
-    """Rows that a step trains on: counted where the data are here, else from rows=…; None if neither says."""
+def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
+    """Training rows of a phase: counted if the data are on this machine, otherwise from rows=N; None if unknown."""
     total = 0
-    for source in step.sources:
-        here = Path(resolve_path(source.path)).exists()
-        if here and step.stage == "dpo":
-            read = read_preferences(
-                resolve_path(source.path), split=source.split, max_rows=config.data.max_rows, ties=config.dpo.ties
+    for source in phase.sources:
+        path = resolve_path(source.path)
+        if Path(path).exists() and phase.stage == "dpo":
+            total += len(
+                read_preferences(path, split=source.split, max_rows=config.data.max_rows, ties=config.dpo.ties).rows
             )
-            total += len(read.rows)
-        elif here:
+        elif Path(path).exists():
             total += len(read_sources([source], config.data, config.seed))
         elif config.rows is None or source.general:
             return None
         else:
-            total += _share(source, min(config.rows, config.data.max_rows or config.rows))
+            total += _source_rows(source, min(config.rows, config.data.max_rows or config.rows))
     return total
 
 
-def _share(source: Source, rows: int) -> int:
-    """As read_sources takes them."""
+def _source_rows(source: Source, rows: int) -> int:
+    """The number of rows that `read_sources` takes of a set of `rows` rows."""
     return min(max(round(source.share * rows) if source.rows is None else source.rows, 1), rows)
 
 
-def _steps(config: PlanConfig, rows: int | None, row_tokens: int | None) -> int | None:
-    """Optimizer steps of a round, as the trainer counts them. Packed rows are taken as full unless row_tokens says."""
-    train = config.train
+def _count_steps(config: PlanConfig, rows: int | None) -> int | None:
+    """Optimizer steps of a phase, as the trainer counts them. Packed rows count as full without row_tokens=N."""
+    train, ranks = config.train, config.engine.ranks
     if train.max_steps:
         return train.max_steps
     if rows is None:
         return None
-    if train.packing and row_tokens and train.max_length:
-        rows = ceil(rows * min(row_tokens, train.max_length) / train.max_length)
-    processes = config.engine.ranks
-    batches = ceil(rows / (train.micro_batch_size * processes))
-    a_pass = max(ceil(batches * train.micro_batch_size * processes / train.batch_size), 1)
-    return ceil(float(train.epochs) * a_pass)
+    if train.packing and config.row_tokens and train.max_length:
+        rows = ceil(rows * min(config.row_tokens, train.max_length) / train.max_length)
+    batches = ceil(rows / (train.micro_batch_size * ranks))
+    steps_of_an_epoch = max(ceil(batches * train.micro_batch_size * ranks / train.batch_size), 1)
+    return ceil(float(train.epochs) * steps_of_an_epoch)
 
 
-def _fits(config: PlanConfig, model: Model, planned: Sequence[Phase]) -> Iterable[Fit]:
-    """What each engine needs, with and without checkpointing, in the heaviest round under the worst draw."""
-    drawn = draws(config, model.params)
+def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequence[Draw]) -> Iterable[Fit]:
+    """The memory with each engine, with and without checkpointing, of the heaviest phase under the worst draw."""
     for name, (stage, optimizer, parameters) in ENGINES.items():
         engine = replace(
             config.engine,
@@ -355,14 +317,14 @@ def _fits(config: PlanConfig, model: Model, planned: Sequence[Phase]) -> Iterabl
         engine = replace(engine, num_processes=1, num_nodes=1, node_rank=None) if stage is None else engine
         for checkpointing in (False, True):
             train = replace(config.train, gradient_checkpointing=checkpointing)
-            other = replace(config, engine=engine, train=train)
+            variant = replace(config, engine=engine, train=train)
             try:
-                check(other)
+                check(variant)
             except UserError:
                 yield Fit(name, checkpointing, None)
                 continue
-            setups = [_setup(phase_config(other, step), step, model.shape.hidden) for step in planned]
-            found = [
-                _worst_memory(other, model, chosen, setup).total for chosen, setup in zip(drawn, setups, strict=True)
+            setups = [make_setup(phase_config(variant, phase), phase, model.shape.hidden) for phase in run]
+            peaks = [
+                _worst_memory(variant, model, draw, setup).total for draw, setup in zip(drawn, setups, strict=True)
             ]
-            yield Fit(name, checkpointing, max(found))
+            yield Fit(name, checkpointing, max(peaks))

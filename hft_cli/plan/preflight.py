@@ -10,54 +10,55 @@ from pathlib import Path
 from hft_cli.config.schema import EngineConfig, RunConfig
 from hft_cli.errors import UserError
 from hft_cli.launch.environment import cuda_build, gpus, host_memory, torch_sees_gpu
-from hft_cli.plan.costs import Memory
 from hft_cli.plan.planner import Plan
-from hft_cli.text import format_bytes
+from hft_cli.text import format_bytes, plural
 
-# What is wrong with versions that we do not take.
-WRONG = {
+# Why versions that hft does not accept are wrong.
+VERSION_FAULTS = {
     "deepspeed": "ZeRO-3 with activation checkpointing fails on frozen parameters before 0.19.4, transformers #47254",
 }
 
-LARGE = 1e9  # elements, of which a step takes minutes on a CPU
+LARGE_MODEL = 1e9  # elements; a training step takes minutes on a CPU
 
 
-def preflight(config: RunConfig, planned: Plan, new: bool) -> None:
-    """Refuse a run that this machine cannot do. `new`: nothing of it is on the disk yet.
+def preflight(config: RunConfig, plan: Plan, new: bool) -> None:
+    """Refuse a run that this machine cannot do.
+
+    Args:
+        config: the configuration of the run.
+        plan: its plan.
+        new: whether nothing of the run is on the disk yet.
 
     Raises:
-        UserError: for packages that do not fit, GPUs that are not there or too small, or too little memory or disk.
+        UserError: if packages do not fit, GPUs are missing or too small, or memory or disk space is too small.
     """
     check_packages(config)
-    if planned.rounds[0].phase.stage != "half_reset":
-        memories = gpus()
-        check_device(config.engine, memories, sum(p.elements for p in planned.model.params))
+    if plan.rounds[0].phase.stage != "half_reset":
+        gpu_memories = gpus()
+        check_device(config.engine, gpu_memories, sum(p.elements for p in plan.model.params))
         if config.engine.check_memory:
-            check_memory(config, planned, memories, host_memory())
+            check_memory(config, plan, gpu_memories, host_memory())
     if new:
-        check_disk(Path(config.output_dir).expanduser(), planned.disk.total)
+        check_disk(Path(config.output_dir).expanduser(), plan.disk.total)
 
 
 def check_packages(config: RunConfig) -> None:
-    """Installed versions against those that hft takes: it relies on what other versions do otherwise, or do wrong."""
+    """Compare the installed versions with those that pyproject.toml accepts. Others were seen to work differently."""
     from packaging.requirements import Requirement
 
     for line in metadata.requires("hft-cli") or ():
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
+        fix = f"Install it with: pip install '{needed.name}{needed.specifier}'"
         try:
-            found = metadata.version(needed.name)
+            version = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
+            raise UserError(f"{needed.name} is not installed, and hft needs it. {fix}") from None
+        if not needed.specifier.contains(version, prereleases=True):
+            reason = f" ({VERSION_FAULTS[needed.name]})" if needed.name in VERSION_FAULTS else ""
             raise UserError(
-                f"{needed.name} is not installed, and hft needs it. Install it with: "
-                f"pip install '{needed.name}{needed.specifier}'"
-            ) from None
-        if not needed.specifier.contains(found, prereleases=True):
-            why = f" ({WRONG[needed.name]})" if needed.name in WRONG else ""
-            raise UserError(
-                f"{needed.name} {found} is installed; hft needs {needed.name}{needed.specifier}{why}. Install it with: "
-                f"pip install '{needed.name}{needed.specifier}'"
+                f"{needed.name} {version} is installed; hft needs {needed.name}{needed.specifier}{reason}. {fix}"
             )
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError(
@@ -66,74 +67,97 @@ def check_packages(config: RunConfig) -> None:
         )
 
 
-def check_device(engine: EngineConfig, memories: list[float | None], elements: int) -> None:
-    """Whether there are GPUs where they are meant, and one for each rank."""
-    asked, ranks = engine.device, engine.num_processes
-    if asked == "cpu" and memories:
+def check_device(engine: EngineConfig, gpu_memories: list[float | None], elements: int) -> None:
+    """Check that there are GPUs where the configuration wants them, and one for each rank.
+
+    Args:
+        engine: the group `engine` of the configuration.
+        gpu_memories: bytes of each GPU that a worker would see; None if unknown.
+        elements: the size of the model.
+
+    Raises:
+        UserError: if not.
+    """
+    device, ranks, count = engine.device, engine.num_processes, len(gpu_memories)
+    if device == "cpu" and count:
         raise UserError(
-            "engine.device=cpu, but a worker would see a GPU and take it. Hide it: CUDA_VISIBLE_DEVICES= hft train …"
+            "engine.device=cpu, but a worker would see a GPU and use it. Hide it: CUDA_VISIBLE_DEVICES= hft train …"
         )
-    if memories and not cuda_build():
+    if count and not cuda_build():
         raise UserError(
             f"This machine has a GPU, but torch {metadata.version('torch')} was built without CUDA. Install the build "
             "for it (README, Installing), or train on the CPU: CUDA_VISIBLE_DEVICES= hft train …"
         )
-    if memories and ranks > len(memories):
+    if count and ranks > count:
         raise UserError(
-            f"engine.num_processes={ranks} is one for each GPU, and there {'is' if len(memories) == 1 else 'are'} "
-            f"{len(memories)} here. Set engine.num_processes={len(memories)} (engine.num_nodes counts machines)."
+            f"engine.num_processes={ranks} needs one GPU for each rank, and this machine has {count}. "
+            f"Set engine.num_processes={count} (engine.num_nodes counts machines)."
         )
-    if memories or asked == "cpu":
+    if count or device == "cpu":
         return
-    if asked == "gpu" and not torch_sees_gpu():
-        raise UserError("engine.device=gpu, but there is no GPU here. Run it where one is, or set engine.device=cpu.")
-    if asked == "auto" and elements > LARGE and not torch_sees_gpu():
+    if device == "gpu" and not torch_sees_gpu():
+        raise UserError("engine.device=gpu, but there is no GPU here. Use a machine with GPUs, or engine.device=cpu.")
+    if device == "auto" and elements > LARGE_MODEL and not torch_sees_gpu():
         raise UserError(
-            f"There is no GPU here, and on the CPU a step of {elements / 1e9:.1f}B parameters takes minutes. Run it "
-            "where GPUs are, or set engine.device=cpu if you mean it. (hft plan needs no GPU.)"
+            f"There is no GPU here, and on the CPU a step of {elements / 1e9:.1f}B parameters takes minutes. Use a "
+            "machine with GPUs, or set engine.device=cpu to train on the CPU anyway. (hft plan needs no GPU.)"
         )
 
 
-def check_memory(config: RunConfig, planned: Plan, memories: list[float | None], host: float) -> None:
-    """Whether the plan's heaviest round fits, under its own draw."""
-    anyway = "Or, as the plan is an estimate, try it anyway: engine.check_memory=false."
+def check_memory(config: RunConfig, plan: Plan, gpu_memories: list[float | None], host: float) -> None:
+    """Check that the heaviest phase of the plan fits, under its own draw.
+
+    Args:
+        config: the configuration.
+        plan: its plan.
+        gpu_memories: bytes of each GPU; None if unknown.
+        host: bytes of host memory.
+
+    Raises:
+        UserError: if it does not fit; names engines that do.
+    """
+    anyway = "The plan is an estimate; engine.check_memory=false tries it anyway."
     ranks = config.engine.num_processes
-    known = [memory for memory in memories[:ranks] if memory is not None]
-    found = max(planned.rounds, key=lambda one: one.memory.total)
-    if known and found.memory.total > min(known):
-        fits = [fit for fit in planned.fits if fit.bytes is not None and fit.bytes <= min(known)]
-        fits = [fit for fit in fits if fit.engine != "single" or config.engine.ranks == 1]
-        ways = ", ".join(
-            f"engine={fit.engine}{' train.gradient_checkpointing=true' * fit.checkpointing}"
-            for fit in sorted(fits, key=lambda fit: -(fit.bytes or 0))[:2]
-        )
+    known = [memory for memory in gpu_memories[:ranks] if memory is not None]
+    heaviest = max(plan.rounds, key=lambda planned: planned.memory.total)
+    if known and heaviest.memory.total > min(known):
         raise UserError(
-            f"By its plan round {found.phase.name} needs {format_bytes(found.memory.total)} on each GPU, and they have "
-            f"{format_bytes(min(known))}. "
-            f"{f'What fits: {ways}.' if ways else 'More GPUs, or shorter rows, need less.'} "
+            f"According to the plan, round {heaviest.phase.name} needs {format_bytes(heaviest.memory.total)} on each "
+            f"GPU, and they have {format_bytes(min(known))}. {_ways_to_fit(config, plan, min(known))} "
             f"(hft plan shows the parts.) {anyway}"
         )
-    # Without a GPU all is in the host's memory; activations and buffers, which come and go, are not counted.
-    each = found.host if memories else found.host + _lasting(found.memory)
-    if each * ranks > host:
+    # Without a GPU everything is in host memory. Activations and buffers, which are temporary, are not counted.
+    needed = ranks * (heaviest.host if gpu_memories else heaviest.host + heaviest.memory.persistent)
+    if needed > host:
         raise UserError(
-            f"By its plan round {found.phase.name} needs {format_bytes(each * ranks)} of this machine's memory for "
-            f"{ranks} rank{'s' * (ranks > 1)}, and it has {format_bytes(host)}. {anyway}"
+            f"According to the plan, round {heaviest.phase.name} needs {format_bytes(needed)} of host memory for "
+            f"{plural(ranks, 'rank')}, and this machine has {format_bytes(host)}. {anyway}"
         )
 
 
-def _lasting(memory: Memory) -> float:
-    return memory.weights + memory.gradients + memory.optimizer + memory.masters + memory.reference
+def _ways_to_fit(config: RunConfig, plan: Plan, limit: float) -> str:
+    """The two engines that fit and need most memory: they are the fastest."""
+    fits = [fit for fit in plan.fits if fit.bytes is not None and fit.bytes <= limit]
+    fits = [fit for fit in fits if fit.engine != "single" or config.engine.ranks == 1]
+    ways = ", ".join(
+        f"engine={fit.engine}{' train.gradient_checkpointing=true' * fit.checkpointing}"
+        for fit in sorted(fits, key=lambda fit: -(fit.bytes or 0))[:2]
+    )
+    return f"What fits: {ways}." if ways else "More GPUs or shorter rows need less."
 
 
 def check_disk(folder: Path, needed: float) -> None:
-    """Whether what the run keeps fits onto the disk of its directory."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Check that the files of a run fit on the disk of its directory.
+
+    Raises:
+        UserError: if not.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"By its plan the run keeps {format_bytes(needed)} in {folder}, where {format_bytes(free)} are free. "
-            "Free some, choose another output_dir, or keep fewer checkpoints (train.save_limit)."
+            f"According to the plan, the run keeps {format_bytes(needed)} in {folder}, where {format_bytes(free)} are "
+            "free. Free some, choose another output_dir, or keep fewer checkpoints (train.save_limit)."
         )

@@ -14,7 +14,7 @@ def test_marked_spans_are_characters_of_the_text() -> None:
     assert [text[start:end] for start, end in spans] == ["Because.<|im_end|>", "  It is so.\n<|im_end|>"]
 
 
-def test_the_mask_of_transformers_is_still_wrong_where_offsets_are_trimmed() -> None:
+def test_the_mask_of_transformers_is_still_wrong() -> None:
     """When this fails, transformers has a mask that can replace ours: see hft_cli/data/compat.py."""
     tokenizer = tokenizer_of("trimming", MARKED)
     encoded = tokenizer.apply_chat_template(TWO, return_dict=True, return_assistant_tokens_mask=True)

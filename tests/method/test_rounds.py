@@ -69,7 +69,7 @@ def test_each_round_has_a_name_of_its_own(paths, names):
     assert [p.name for p in phases(config)] == names
 
 
-def test_a_half_reset_is_one_phase_with_the_name_of_its_test_rows():
+def test_a_half_reset_is_one_phase_named_by_its_test_rows():
     config = composed("+method=half_reset", "model.base=BASE", "data.test_path=rows/skill.jsonl")
     (phase,) = phases(config)
     assert (phase.stage, phase.data, phase.test, phase.task) == ("half_reset", "BASE", "rows/skill.jsonl", "skill")

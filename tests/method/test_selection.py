@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -19,7 +20,7 @@ from scipy import stats
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
-from hft_cli.method.selection import STRATEGIES, draw, lora_draw
+from hft_cli.method.selection import STRATEGIES, draw, heaviest_draw, lora_draw
 from hft_cli.method.units import group_units
 
 
@@ -321,3 +322,23 @@ def test_the_numbers_of_the_ledger_follow_from_the_names():
     assert drawn.updated_elements == sum(sizes[name] for name in drawn.updated)
     inside = [u for u in group_units(params) if u.layer is not None]
     assert drawn.matrices_reached == sum(u.params[0] in drawn.updated for u in inside) / len(inside)
+
+
+@given(architectures, configs, seeds, st.integers(1, 4), st.sampled_from(["independent", "complementary"]))
+@settings(max_examples=80, deadline=None)
+def test_no_draw_has_more_elements_than_the_heaviest(params, config, seed, round, redraw):
+    config = replace(config, redraw=redraw)
+    try:
+        drawn = draw(params, config, round, seed)
+    except UserError:  # complementary by elements is for ratio 0.5
+        return
+    heaviest = set(heaviest_draw(params, config))
+    assert sum(p.elements for p in params if p.name in heaviest) >= drawn.updated_elements
+    if config.balance == "matrices" and redraw == "independent":  # the same number of matrices: it is a draw
+        units = group_units(params)
+        assert sum(u.params[0] in heaviest for u in units) == sum(u.params[0] in drawn.updated for u in units)
+
+
+def test_the_heaviest_draw_has_the_large_attention_matrices():
+    heaviest = heaviest_draw(model(4, GROUPED), SelectionConfig(ratio=0.5))
+    assert {name.split(".")[2] for name in heaviest if name.split(".")[-2] in "qkvo"} == {"q", "o"}

@@ -64,7 +64,7 @@ def test_the_gpus_are_those_that_a_worker_sees(visible, number, machine):
     assert all(memory in (None, 81559 * 2**20) for memory in environment.gpus())
 
 
-def test_a_machine_without_gpus_has_none_whatever_is_made_visible(machine):
+def test_visible_devices_of_a_machine_without_gpus_are_none(machine):
     machine(0, "NoDevFiles")
     assert environment.gpus() == []
     preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, environment.gpus(), 7_000_000_000)
@@ -83,11 +83,11 @@ def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
         (0, True, ("model=llama2_7b",), r"There is no GPU here, and on the CPU a step of 7.0B .* engine.device=cpu"),
         (0, True, ("engine.device=gpu",), r"engine.device=gpu, but there is no GPU here"),
         (1, False, (), r"has a GPU, but torch .* was built without CUDA"),
-        (2, True, ("engine=zero2", "engine.num_processes=8"), r"there are 2 here. Set engine.num_processes=2"),
+        (2, True, ("engine=zero2", "engine.num_processes=8"), r"this machine has 2. Set engine.num_processes=2"),
         (1, True, ("engine.device=cpu",), r"Hide it: CUDA_VISIBLE_DEVICES="),
     ],
 )
-def test_gpus_that_are_missing_are_told_before_a_run_starts(gpus, cuda, overrides, words, machine):
+def test_missing_gpus_are_refused_before_a_run_starts(gpus, cuda, overrides, words, machine):
     machine(gpus, cuda=cuda)
     config = composed("+method=hft", *overrides)
     with pytest.raises(UserError, match=words):
@@ -96,7 +96,7 @@ def test_gpus_that_are_missing_are_told_before_a_run_starts(gpus, cuda, override
         )
 
 
-def test_a_small_model_trains_on_a_cpu_and_a_large_one_if_it_is_meant(machine):
+def test_a_large_model_trains_on_a_cpu_only_if_asked(machine):
     machine(0)
     preflight.check_device(composed("+method=hft").engine, [], 500_000)
     preflight.check_device(composed("+method=hft", "engine.device=cpu").engine, [], 7_000_000_000)
@@ -108,7 +108,7 @@ def test_the_build_of_torch_is_read_from_its_files():
     assert environment.cuda_build() == (torch.version.cuda is not None or torch.version.hip is not None)
 
 
-def test_a_model_that_cannot_fit_is_refused_with_what_would():
+def test_a_model_that_does_not_fit_is_refused_with_what_does():
     config, made = planned(*SEVEN_B, "engine=zero1", "train.micro_batch_size=1")
     with pytest.raises(UserError, match=r"needs [\d.]+ GiB on each GPU, and they have 24.0 GiB. What fits: engine="):
         preflight.check_memory(config, made, [24 * GIB] * 8, 2000 * GIB)
@@ -120,7 +120,7 @@ def test_a_small_gpu_that_no_rank_uses_does_not_count():
     preflight.check_memory(config, made, [80 * GIB, 80 * GIB, 4 * GIB], 2000 * GIB)
 
 
-def test_the_limit_of_a_control_group_is_found_around_ours(tmp_path):
+def test_the_memory_limits_of_control_groups_are_found(tmp_path):
     own = tmp_path / "cgroup"
     own.write_text("0::/slurm/job_7/step_0\n")
     found = list(environment._limits(own, tmp_path))
@@ -129,7 +129,7 @@ def test_the_limit_of_a_control_group_is_found_around_ours(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_package_that_is_missing_is_told(monkeypatch):
+def test_a_missing_package_is_refused(monkeypatch):
     def none(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -141,31 +141,31 @@ def test_a_package_that_is_missing_is_told(monkeypatch):
 def test_offload_counts_against_the_hosts_memory():
     config, made = planned(*SEVEN_B, "engine=zero3_offload", "train.micro_batch_size=1")
     preflight.check_memory(config, made, [80 * GIB] * 8, 2000 * GIB)
-    with pytest.raises(UserError, match=r"of this machine's memory for 8 ranks, and it has 32.0 GiB"):
+    with pytest.raises(UserError, match=r"of host memory for 8 ranks, and this machine has 32.0 GiB"):
         preflight.check_memory(config, made, [80 * GIB] * 8, 32 * GIB)
 
 
 def test_without_a_gpu_the_ranks_share_the_hosts_memory():
     config, made = planned(*SEVEN_B, "engine=zero2")
-    with pytest.raises(UserError, match=r"of this machine's memory for 8 ranks"):
+    with pytest.raises(UserError, match=r"of host memory for 8 ranks"):
         preflight.check_memory(config, made, [], 64 * GIB)
 
 
-def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
     preflight.check_disk(tmp_path / "a" / "b", 2 * GIB)
     with pytest.raises(UserError, match=r"keeps 4.0 GiB in .*, where 3.0 GiB are free"):
         preflight.check_disk(tmp_path / "a" / "b", 4 * GIB)
 
 
-def test_a_version_that_hft_does_not_take_is_refused_with_the_command(monkeypatch):
+def test_a_version_out_of_range_is_refused_with_the_command(monkeypatch):
     own = importlib.metadata.version
     monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else own(name))
     with pytest.raises(UserError, match=r"deepspeed 0.18.2 is installed; hft needs .*>=0.19.4 .*#47254.*pip install"):
         preflight.check_packages(composed("+method=hft"))
 
 
-def test_flash_attention_that_is_not_installed_is_told_before_the_start(tmp_path):
+def test_missing_flash_attention_is_refused_before_the_start(tmp_path):
     ended = hft("train", *QUICK, "+method=hft", "model.attention=flash_attention_2", "model.dtype=bfloat16",
                 f"output_dir={tmp_path / 'run'}")  # fmt: skip
     assert ended.status == 2

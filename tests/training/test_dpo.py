@@ -275,7 +275,7 @@ def test_a_template_that_would_train_wrongly_is_refused(tokenizer: Any) -> None:
     other = type(tokenizer).from_pretrained(BASE)
     for template, said in (
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing after an answer"),
-        ("{% for m in messages %}{{ m['role'] }}.{% endfor %}", "leaves out what the assistant says"),
+        ("{% for m in messages %}{{ m['role'] }}.{% endfor %}", "leaves out the assistant's turns"),
         ("{{ raise_exception('no') if messages[0]['content'] == 'Why?' }}" + tokenizer.chat_template, "example 2: the"),
     ):
         other.chat_template = template

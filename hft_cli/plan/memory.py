@@ -1,0 +1,260 @@
+"""Memory of one rank, in bytes, from shapes alone. Pure, standard library only.
+
+Sources:
+
+    ZeRO          Rajbhandari et al. 2020, arXiv 1910.02054, section 5: what each stage divides among the ranks. What
+                  DeepSpeed holds beyond that was read in its code and measured.
+    Activations   Korthikanti et al. 2022, arXiv 2205.05198. Its 34 s b h bytes of a layer are those of another block
+                  (GELU, LayerNorm, dropout). Here each tensor that autograd saves in a Llama block is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+
+from hft_cli.checkpoint.naming import Param, Position
+from hft_cli.plan.workload import Workload
+
+# TRL's head computes log-probabilities without holding all logits (trl/kernels/chunked_logprob.py).
+LOGITS_TILE = (4096, 32768)  # tokens, vocabulary
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: the model, in the dtype that it computes with (float32 in a single process).
+        gradients: of the trained parameters, at their peak between the first backward pass and the optimizer.
+        optimizer: the two moments of AdamW, float32.
+        masters: float32 copies of the trained weights, as DeepSpeed keeps them.
+        reference: the second model of DPO.
+        activations: what autograd saves of one micro-batch.
+        buffers: for communication, the loss, gathered or cast weights, gradients in flight and GEM's memories.
+        step: float32 gradients that the optimizer step makes. They exist when activations and buffers do not.
+    """
+
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    masters: float = 0
+    reference: float = 0
+    activations: float = 0
+    buffers: float = 0
+    step: float = 0
+
+    @property
+    def persistent(self) -> float:
+        """The bytes that stay allocated over the phase."""
+        return self.weights + self.gradients + self.optimizer + self.masters + self.reference
+
+    @property
+    def total(self) -> float:
+        """The peak, as an upper bound: not all activations and gradients exist at once."""
+        return self.persistent + max(self.activations + self.buffers, self.step)
+
+    def at_least(self, other: Memory) -> Memory:
+        """The larger of the two, part by part."""
+        parts, others = asdict(self), asdict(other)
+        return Memory(**{part: max(parts[part], others[part]) for part in parts})
+
+
+PARTS = tuple(part.name for part in fields(Memory))
+
+
+def memory(work: Workload) -> Memory:
+    """The memory of a rank."""
+    setup, size = work.setup, work.setup.weight_bytes
+    stage, updated = setup.zero_stage, work.updated_elements
+    shard = _trained_shard(work)
+    weights = float(size * (sum(_zero3_elements(p, work) for p in work.params) if stage == 3 else work.total_elements))
+    gradients = {
+        None: updated,  # .grad
+        1: updated,  # .grad, reduced after the last micro-batch of a step
+        2: _zero2_gradients(work) * (2 if setup.accumulation > 1 else 1),  # sums, and the newest gradients
+        3: shard,  # one flat buffer
+    }[stage]
+    reference = 0.0
+    if setup.stage == "dpo" and setup.reference != "precomputed":
+        reference = float(size * updated) if setup.reference == "shared" else weights
+    step_elements = min(shard, setup.sub_group) if stage == 3 else shard
+    on_gpu = not setup.offload_optimizer  # otherwise gradients go to host memory as well, bucket by bucket
+    return Memory(
+        weights=weights,
+        gradients=float(size * gradients) * on_gpu,
+        optimizer=8.0 * shard * on_gpu,
+        masters=0.0 if stage is None else 4.0 * shard * on_gpu,  # DeepSpeed copies float32 weights as well
+        reference=reference,
+        activations=activations(work),
+        buffers=_buffers(work),
+        step=0.0 if stage is None else float(step_elements * (6 if size == 2 else 4) * on_gpu),
+    )
+
+
+def host_memory(work: Workload) -> float:
+    """Bytes of host memory that a rank takes with offload; 0 without.
+
+    Master weights, two moments and float32 gradients of its shard; with ZeRO-2 its shard of the new weights, with
+    ZeRO-3 of the arriving gradients; and offloaded weights. torch may round pinned buffers up to powers of two.
+    """
+    setup = work.setup
+    if not setup.offload_optimizer:
+        return 0.0
+    shard = sum(ceil(p.elements / setup.shards) for p in work.updated)
+    weights = sum(ceil(p.elements / setup.shards) for p in work.params) if setup.offload_parameters else 0
+    return float((16 + setup.weight_bytes) * shard + setup.weight_bytes * weights)
+
+
+def _trained_shard(work: Workload) -> int:
+    """The trained elements of one rank. ZeRO-1 and 2 divide one padded vector, ZeRO-3 each tensor."""
+    stage, shards = work.setup.zero_stage, work.setup.shards
+    if stage is None:
+        return work.updated_elements
+    if stage == 3:
+        return sum(ceil(p.elements / shards) for p in work.updated)
+    return ceil(work.updated_elements / (2 * shards)) * 2
+
+
+def _zero3_elements(param: Param, work: Workload) -> int:
+    """Elements of a parameter on a rank between passes under ZeRO-3: its shard, and all of it if it is small."""
+    setup = work.setup
+    shard = 0 if setup.offload_parameters else ceil(param.elements / setup.shards)
+    return shard + param.elements if param.elements <= setup.persistent else shard
+
+
+def _zero2_gradients(work: Workload) -> int:
+    """Elements of the gradients that a rank keeps under ZeRO-2; the maximum over the ranks.
+
+    A rank keeps whole gradients of the parameters in its part of the vector, even if only their end is in it. The
+    vectors hold the matrices in the order of use, and then the parameters without weight decay.
+    """
+    shards = work.setup.shards
+    order = sorted(work.updated, key=lambda p: (len(p.shape) < 2, work.place(p), p.name))
+    elements = [0] * shards
+    for vector in ([p for p in order if len(p.shape) >= 2], [p for p in order if len(p.shape) < 2]):
+        size = ceil(sum(p.elements for p in vector) / shards) or 1
+        start = 0
+        for p in vector:
+            for rank in range(start // size, min((start + p.elements - 1) // size, shards - 1) + 1):
+                elements[rank] += p.elements
+            start += p.elements
+    return max(elements)
+
+
+def activations(work: Workload) -> float:
+    """Bytes that autograd saves of one micro-batch, for a block like Llama's in transformers (RMSNorm in float32).
+
+    A linear layer saves its input for the gradient of its weight; not if the weight is frozen, except under ZeRO-3,
+    whose own linear layer always does. With checkpointing: the input of each layer, and all of the one that is
+    recomputed.
+    """
+    setup, shape = work.setup, work.shape
+    layers: dict[int, list[Param]] = {}
+    for p in work.params:
+        if p.layer is not None and p.layer >= work.lowest[0]:  # no gradient passes below
+            layers.setdefault(p.layer, []).append(p)
+    each = [_layer_activations(params, work) for params in layers.values()]
+    outside = (4 + setup.compute_bytes + setup.weight_bytes) * shape.hidden  # the final norm, and the input of the head
+    inside = sum(each)
+    if setup.checkpointing:
+        inside = len(each) * setup.weight_bytes * shape.hidden + max(each, default=0.0)
+    return float(setup.tokens * (inside + outside))
+
+
+def _layer_activations(params: Sequence[Param], work: Workload) -> float:
+    """Bytes for each token that one layer with these parameters saves."""
+    trained = [p for p in params if p.name in work.trained]
+    readers = [p.position for p in trained if p.kind != "norm" and len(p.shape) > 1]
+    return (
+        _norm_activations(params, work)
+        + _attention_activations(readers.count(Position.ATTENTION_INPUT), work)
+        + _feed_forward_activations(readers, work)
+    )
+
+
+def _norm_activations(params: Sequence[Param], work: Workload) -> float:
+    """A norm saves its input in float32, and for a trained weight what that multiplies.
+
+    The latter is float32 as well in models with norms after their blocks (OLMo 2, Gemma).
+    """
+    shape, setup = work.shape, work.setup
+    widths = {"q": shape.heads * shape.head_width, "k": shape.kv_heads * shape.head_width, None: shape.hidden}
+    norms_after_blocks = any("post_feedforward" in p.name for p in params)
+    total = 0.0
+    for p in params:
+        if p.kind == "norm" and p.name.endswith("weight"):
+            factor = setup.compute_bytes if p.head_norm else setup.weight_bytes
+            factor = 4 if norms_after_blocks else factor
+            total += (4 + factor * (p.name in work.trained)) * widths[p.head_norm]
+    return total
+
+
+def _attention_activations(readers: int, work: Workload) -> float:
+    """`readers`: how many of the matrices that read the input of the attention are trained."""
+    shape, setup = work.shape, work.setup
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    # Autocast casts the input for each matrix that reads it.
+    copies = readers if setup.autocast else 1
+    total = float(setup.compute_bytes * shape.hidden * copies * bool(readers or setup.zero_stage == 3))
+    # Queries, keys, values and the output; a padding mask makes sdpa repeat keys and values for all heads.
+    one_row = setup.rows * setup.answers == 1
+    stored_keys = keys if setup.attention == "flash_attention_2" or one_row else queries
+    total += setup.compute_bytes * (2 * queries + 2 * stored_keys) + 4 * shape.heads
+    if setup.attention == "eager":  # probabilities in float32, and their cast
+        total += (4 + (2 if setup.compute_bytes == 2 else 0)) * shape.heads * setup.length
+    return total
+
+
+def _feed_forward_activations(readers: Sequence[Position], work: Workload) -> float:
+    """`readers`: the positions of the trained matrices of the layer."""
+    shape, setup = work.shape, work.setup
+    is_mixture, always = shape.experts > 1, setup.zero_stage == 3
+    # Autocast does not cover the grouped products of experts.
+    size = setup.weight_bytes if is_mixture else setup.compute_bytes
+    inputs = readers.count(Position.FEED_FORWARD_INPUT)
+    copies = shape.experts_used if is_mixture else inputs if setup.autocast else 1
+    total = float(size * shape.hidden * copies * bool(inputs or always))
+    inner = size * shape.inner * shape.experts_used
+    total += inner * (3 if shape.gated else 1)  # gate, its SiLU and up; or the input of GELU
+    total += inner * bool(always or Position.FEED_FORWARD_OUTPUT in readers)  # the input of down
+    if is_mixture:
+        total += 2 * size * shape.hidden * shape.experts_used  # the output of each expert, and its weighted copy
+    return total
+
+
+def _buffers(work: Workload) -> float:
+    """Temporary memory beside the activations; see `Memory.buffers`."""
+    setup, shape, updated = work.setup, work.shape, work.updated_elements
+    compute, size = setup.compute_bytes, setup.weight_bytes
+    # Gradients in the backward pass of a layer: of gate, up and their product, and of the residual stream.
+    total = setup.tokens * (3.0 * compute * shape.inner * shape.experts_used + 2 * size * shape.hidden)
+    # The loss: one tile of logits, the gradient of the head's input, and of its weight in float32 before the cast.
+    total += compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * shape.hidden
+    if work.head is not None and work.head.name in work.trained:
+        total += 4 * work.head.elements
+    if setup.autocast:
+        # Copies in bfloat16: of trained matrices over the forward pass; without checkpointing of every matrix, for the
+        # gradient of its input.
+        matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding"]
+        total += 2 * sum(p.elements for p in matrices if p.name in work.trained or not setup.checkpointing)
+    if setup.zero_stage is not None:
+        total += size * (setup.bucket + min(setup.bucket, updated))  # the bucket that is filled, and the one being sent
+    if setup.zero_stage in (2, 3):  # the newest gradient, before it goes into the bucket
+        total += size * max((p.elements for p in work.updated), default=0)
+    if setup.zero_stage == 3:
+        total += size * _gathered_elements(work)
+    if setup.tasks:
+        total += 4 * updated * setup.tasks + size * updated  # GEM's gradients of past tasks, and the current one
+    return float(total)
+
+
+def _gathered_elements(work: Workload) -> int:
+    """Elements that ZeRO-3 gathers at most. All parameters of a module are gathered together, even if they are more."""
+    modules: dict[str, int] = {}
+    for p in work.params:
+        if p.elements > work.setup.persistent:
+            module = p.unit.rpartition(".")[0] if len(p.shape) == 3 else p.unit
+            modules[module] = modules.get(module, 0) + p.elements
+    return min(max(work.setup.live, *modules.values(), 0), sum(modules.values()))
