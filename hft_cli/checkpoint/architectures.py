@@ -38,59 +38,37 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
 
 def shapes_from_fields(config: Mapping[str, Any]) -> Shapes | None:
     """The shapes of all parameters; None unless the model type and the fields are in KNOWN_SHAPES."""
-    model_type = config.get("model_type")
-    if model_type not in KNOWN_SHAPES or any(config.get(key) is None for key in (*_SIZES, *KNOWN_SHAPES[model_type])):
+    kind = config.get("model_type")
+    if kind not in KNOWN_SHAPES or any(config.get(key) is None for key in (*_SIZES, *KNOWN_SHAPES[kind])):
         return None
-    hidden, _, layers, _, vocabulary = (config[key] for key in _SIZES)
-    layer = _attention_shapes(config) | _norm_shapes(config) | _feed_forward_shapes(config)
-    shapes = {f"model.layers.{index}.{name}": shape for index in range(layers) for name, shape in layer.items()}
+    hidden, inner, layers, heads, vocabulary = (config[key] for key in _SIZES)
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    matrices = {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden)}
+    matrices |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries)}
+    biased = list(matrices) if config.get("attention_bias") else []
+    if kind == "qwen2":
+        biased = list(matrices)[:3]
+    norms = {"post_attention_layernorm": hidden}
+    norms["post_feedforward_layernorm" if kind == "olmo2" else "input_layernorm"] = hidden
+    if kind in ("qwen3", "olmo2"):  # over each head, and over all heads
+        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+        norms |= {"self_attn.q_norm": queries, "self_attn.k_norm": keys} if kind == "olmo2" else {}
+    layer: Shapes = {}
+    if kind == "mixtral":
+        experts = config["num_local_experts"]
+        matrices["mlp.gate"] = (experts, hidden)
+        layer["mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+        layer["mlp.experts.down_proj"] = (experts, hidden, inner)
+    else:
+        names = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        matrices |= dict(zip(names, [(inner, hidden), (inner, hidden), (hidden, inner)], strict=True))
+        biased += names if config.get("mlp_bias") else []
+    layer |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    layer |= {f"{name}.bias": matrices[name][:1] for name in biased}
+    layer |= {f"{name}.weight": (width,) for name, width in norms.items()}
+    shapes: Shapes = {f"model.layers.{index}.{name}": shape for index in range(layers) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocabulary, hidden)
-    return shapes
-
-
-def _head_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The size of one head, of all query heads and of all key heads."""
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    return size, heads * size, (config.get("num_key_value_heads") or heads) * size
-
-
-def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
-    hidden, model_type = config["hidden_size"], config["model_type"]
-    _, queries, keys = _head_sizes(config)
-    matrices = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    shapes: Shapes = {f"self_attn.{name}_proj.weight": shape for name, shape in matrices.items()}
-    if config.get("attention_bias") or model_type == "qwen2":
-        biased = "qkv" if model_type == "qwen2" else "qkvo"
-        shapes |= {f"self_attn.{name}_proj.bias": matrices[name][:1] for name in biased}
-    return shapes
-
-
-def _norm_shapes(config: Mapping[str, Any]) -> Shapes:
-    hidden, model_type = config["hidden_size"], config["model_type"]
-    head, queries, keys = _head_sizes(config)
-    other = "post_feedforward_layernorm" if model_type == "olmo2" else "input_layernorm"
-    shapes: Shapes = {"post_attention_layernorm.weight": (hidden,), f"{other}.weight": (hidden,)}
-    if model_type == "qwen3":  # over each head
-        shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-    if model_type == "olmo2":  # over all heads
-        shapes |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
-    return shapes
-
-
-def _feed_forward_shapes(config: Mapping[str, Any]) -> Shapes:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    if config["model_type"] == "mixtral":
-        experts = config["num_local_experts"]
-        return {
-            "mlp.gate.weight": (experts, hidden),
-            "mlp.experts.gate_up_proj": (experts, 2 * inner, hidden),
-            "mlp.experts.down_proj": (experts, hidden, inner),
-        }
-    matrices = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    shapes: Shapes = {f"mlp.{name}.weight": shape for name, shape in matrices.items()}
-    if config.get("mlp_bias"):
-        shapes |= {f"mlp.{name}.bias": shape[:1] for name, shape in matrices.items()}
     return shapes

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def meta_model(config_or_path: Any) -> Any:
-    """Build a causal language model without weights, on the meta device.
-
-    Args:
-        config_or_path: a transformers config, a config.json, or a folder that has one.
+    """Build a causal language model without weights from a transformers config, a config.json or a folder with one.
 
     Raises:
         UserError: if transformers cannot build it.
@@ -71,11 +68,6 @@ class Layout:
 def read_layout(model: Any, tensors: Mapping[str, StoredTensor], folder: Path) -> Layout:
     """The layout of a folder's files, by the renamings and mergers of transformers. Reads no weights.
 
-    Args:
-        model: the model, for example on the meta device.
-        tensors: the tensors of the files, by name.
-        folder: the folder that errors name.
-
     Raises:
         UserError: if the files do not fit the model, or a tensor holds several parameters.
     """
@@ -118,8 +110,8 @@ def to_stored(model: Any, named: Mapping[str, Tensor], params: Iterable[Param]) 
 
     Args:
         model: the transformers model. Its weights are not read; it may be on the meta device.
-        named: tensors by parameter name, in the shapes of the module; any subset of the model's parameters.
-        params: the parameters of the folder whose layout is wanted, from `parameters_from_folder`.
+        named: tensors by parameter name, in the shapes of the module.
+        params: their parameters, from `parameters_from_folder`.
 
     Returns:
         Tensors by file name. They may share memory with the input.

@@ -13,17 +13,9 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
 from hft_cli.errors import UserError
 
-MAX_NAMES = 3  # tensors named in an error
-
 
 def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, metadata: Mapping[str, str]) -> None:
-    """Write a delta from tensors of other files, chunk by chunk.
-
-    Args:
-        pieces: tensor name -> the pieces that make it, joined along their rows.
-        out: the delta file.
-        metadata: entries of the header's `__metadata__` besides the format.
-    """
+    """Write a delta from tensors of other files; the pieces of a tensor are joined along its rows."""
     header = {}
     for name, parts in pieces.items():
         shape = parts[0].shape if len(parts) == 1 else (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -37,13 +29,8 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
     """Write the model that a base and the deltas of its rounds make, file by file.
 
     A tensor comes from the last delta that has it, in the dtype of that delta, or else from the base. The other files
-    of the base (config, tokenizer) are copied. The folder gets its name only when it is complete.
-
-    Args:
-        base: the folder of the base model.
-        deltas: delta files, in the order of the rounds.
-        out: the folder to write; an existing one is replaced.
-        extra: file name -> text, for files that replace those of the base or are added.
+    of the base (config, tokenizer) are copied; `extra` (file name -> text) replaces or adds some. The folder gets its
+    name only when it is complete.
 
     Raises:
         UserError: if the base has no tensor of the same name and shape for a tensor of a delta.
@@ -82,17 +69,16 @@ def reset_tensors(
     """The pieces of a delta that sets parameters of a tuned model back to its base (Half-Reset, HFT section 2).
 
     Args:
-        tuned, base: parameters of the two models.
-        folders: the folders of the tuned model and of the base.
+        tuned, base: parameters of the two models, whose `folders` are in this order.
         names: parameters to set back. They get the bits and the dtype of the base.
-        shared_rows: whether to set back only the rows that both models have, where the tuned one has more (a longer
+        shared_rows: whether to set back only the rows that both models have, if the tuned one has more (a longer
             vocabulary).
 
     Returns:
         Tensor name in the files of the tuned model -> its pieces, for `write_delta_file`.
 
     Raises:
-        UserError: if names or shapes do not fit; names the first few.
+        UserError: if names or shapes do not fit.
     """
     tuned_tensors, base_tensors = stored_tensors(folders[0]), stored_tensors(folders[1])
     tuned_names, base_names = ({p.name: p.stored for p in params} for params in (tuned, base))
@@ -111,9 +97,9 @@ def reset_tensors(
             else:
                 mismatches.append(f"{target} ({list(old.shape)}, in the base {list(new.shape)})")
     if mismatches:
-        more = f" and {len(mismatches) - MAX_NAMES} more" if len(mismatches) > MAX_NAMES else ""
+        more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
         raise UserError(
-            f"{folders[0]} cannot be set back to {folders[1]}: {', '.join(mismatches[:MAX_NAMES])}{more}. Keep "
+            f"{folders[0]} cannot be set back to {folders[1]}: {', '.join(mismatches[:3])}{more}. Keep "
             "embeddings and head tuned (selection.embeddings=freeze selection.head=freeze) or, if only the vocabulary "
             "is longer, set back the rows that both models have (method.shared_rows=true)."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from hft_cli.checkpoint.tensors import StoredTensor, read_header
 from hft_cli.errors import UserError
@@ -17,26 +18,17 @@ COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 def model_folder(path: str, key: str = "model.path", revision: str | None = None) -> Path:
     """The local folder of a model: `path` itself, or the snapshot of a hub repository, downloaded if necessary.
 
-    Args:
-        path: a folder or a hub name.
-        key: the config key that errors name.
-        revision: the commit of a hub repository; None takes its newest.
-
-    Raises:
-        UserError: if `path` is neither a folder nor a model on the hub.
+    `revision` is a commit of the repository; None is the newest. `key` is the config key in errors.
     """
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or _looks_local(path):
         raise UserError(f"{key}={path} is not a folder.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
     try:
-        patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{key}={path} is neither a folder nor a model on the hub: {_first_line(error)}") from None
+        return _download("snapshot_download", path, revision=revision, allow_patterns=patterns)
+    except OSError as error:
+        raise UserError(f"{key}={path} is neither a folder nor a model on the hub: {error}") from None
 
 
 def hub_revision(folder: Path) -> str | None:
@@ -45,23 +37,16 @@ def hub_revision(folder: Path) -> str | None:
 
 
 def config_from_hub(path: str) -> Path:
-    """The config.json of a hub repository, from the cache or downloaded (a few hundred bytes).
-
-    Raises:
-        UserError: if there is no such repository, or the hub cannot be reached.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    """The config.json of a hub repository, from the cache or downloaded (a few hundred bytes)."""
     try:
         if _looks_local(path):
             raise OSError("there is no such folder")
-        return Path(hf_hub_download(path, "config.json"))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return _download("hf_hub_download", path, filename="config.json")
+    except OSError as error:
         shipped = "|".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
         raise UserError(
-            f"The architecture of model.path={path} is unknown ({_first_line(error).rstrip('.')}). Give its "
-            f"config.json, model.architecture=FILE, or choose one that ships with hft: model={shipped}."
+            f"The architecture of model.path={path} is unknown ({str(error).rstrip('.')}). Give its config.json, "
+            f"model.architecture=FILE, or choose one that ships with hft: model={shipped}."
         ) from None
 
 
@@ -70,18 +55,22 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _download(function: str, repository: str, **options: Any) -> Path:
+    """Call a download function of huggingface_hub; OSError with the first line of the reason if that fails."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(getattr(huggingface_hub, function)(repository, **options))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise OSError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     """The file that holds each tensor of a checkpoint folder, by tensor name.
 
-    Like transformers, reads `model.safetensors` if it exists, otherwise `model.safetensors.index.json`.
-
-    Raises:
-        UserError: if there is no such folder, config.json or safetensors file, if the index is broken, or a shard is
-            missing.
+    Like transformers, reads `model.safetensors` if it exists, otherwise `model.safetensors.index.json`. An incomplete
+    folder is a UserError.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -107,11 +96,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder, by name.
-
-    Raises:
-        UserError: as `checkpoint_files` and `read_header`, or if the index names a shard that lacks the tensor.
-    """
+    """The tensors of a checkpoint folder, by name. A broken or incomplete folder is a UserError."""
     files = checkpoint_files(folder)
     headers = {file: read_header(file) for file in sorted(set(files.values()))}
     if missing := [name for name, file in files.items() if name not in headers[file]]:

@@ -145,9 +145,8 @@ def make_params(
 
     Args:
         shapes: parameter name -> shape.
-        stored: parameter name -> the tensors of the files that hold it.
-        kinds: the user's map `model.kinds`, regular expressions over names -> kinds. Its first match wins over the
-            built-in patterns.
+        stored: parameter name -> file tensors.
+        kinds: `model.kinds`, regular expressions over names -> kinds. They precede the built-in patterns.
 
     Raises:
         UserError: if a parameter cannot be placed, or `kinds` has a broken or unused expression or an unknown kind.
@@ -169,11 +168,7 @@ def make_params(
 
 
 def parse_rules(kinds: Mapping[str, str]) -> list[Rule]:
-    """The compiled rules of `model.kinds`.
-
-    Raises:
-        UserError: for a broken expression or an unknown kind.
-    """
+    """The rules of `model.kinds`, compiled. A broken expression or an unknown kind is a UserError."""
     rules = []
     for pattern, kind in kinds.items():
         try:

@@ -24,11 +24,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def parameters_from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
-    """The parameters of the model that a config describes, in natural name order; `stored` is (name,) for each.
-
-    Args:
-        config_or_path: a transformers config, a config.json, or a folder that has one.
-        kinds: the user's map `model.kinds`.
+    """The parameters of a model from a transformers config, a config.json or a folder with one; no file tensors.
 
     Raises:
         UserError: if transformers cannot build the model, or a parameter cannot be placed.
@@ -38,14 +34,7 @@ def parameters_from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -
 
 
 def parameters_from_fields(config: Mapping[str, Any], kinds: Mapping[str, str] = {}) -> tuple[Param, ...] | None:
-    """As `parameters_from_config`, from the fields of config.json alone and without torch.
-
-    Returns:
-        The parameters; None if the shapes do not follow from the fields (`architectures.KNOWN_SHAPES`).
-
-    Raises:
-        UserError: if `kinds` has a broken expression or an unknown kind.
-    """
+    """As `parameters_from_config`, without torch; None if the shapes do not follow from the fields of config.json."""
     shapes = shapes_from_fields(config)
     return None if shapes is None else make_params(shapes, {name: (name,) for name in shapes}, kinds)
 

@@ -39,7 +39,7 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Bytes."""
         return self.stop - self.start
 
     @property
@@ -60,12 +60,7 @@ class StoredTensor:
 
 
 def read_header(path: str | Path) -> dict[str, StoredTensor]:
-    """Read the tensors of a safetensors file, by name, in the order of the header.
-
-    Raises:
-        UserError: if the file is missing, is not a safetensors file, is cut short, or its offsets do not fit its
-            tensors.
-    """
+    """Read the tensors of a safetensors file, by name. A missing, broken or truncated file is a UserError."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -102,11 +97,7 @@ def _end_of_data(tensors: Mapping[str, StoredTensor], start: int) -> int:
 
 
 def read_bytes(tensor: StoredTensor) -> Iterator[bytes]:
-    """Read the bytes of a tensor in chunks.
-
-    Raises:
-        UserError: if the file ends early.
-    """
+    """Read the bytes of a tensor in chunks."""
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         remaining = tensor.size
@@ -129,13 +120,7 @@ class Writer:
     """Write a safetensors file tensor by tensor. The file gets its name only when it is complete."""
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
-        """Write the header.
-
-        Args:
-            path: the file. Until it is complete, the name ends in `.part`.
-            tensors: dtype, shape and size of each tensor, in the order of the calls of `add`.
-            metadata: the `__metadata__` of the header.
-        """
+        """Write the header. `tensors` has dtype, shape and size of each tensor, in the order of the calls of `add`."""
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
         for name, tensor in tensors.items():
@@ -150,11 +135,7 @@ class Writer:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Append the bytes of the next tensor.
-
-        Raises:
-            ValueError: if the header has another tensor or another size at this place.
-        """
+        """Append the bytes of the next tensor; ValueError if the header has another name or size at this place."""
         expected = self._remaining.pop() if self._remaining else ("nothing", 0)
         size = sum(self._file.write(chunk) for chunk in chunks)
         if (name, size) != expected:
