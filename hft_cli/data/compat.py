@@ -14,9 +14,6 @@ def render_with_marks(
     itself, and loses its place with tokenizers that trim blanks off their offsets (Llama 3, GPT-2). The spans
     themselves come from `render_jinja_template`, which is not documented. Can go when that is fixed or the spans are
     public.
-
-    Raises:
-        jinja2.TemplateError, TypeError, ValueError: whatever the template raises.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -42,11 +42,7 @@ def encode(texts: list[str], tokenizer: Any, *, offsets: bool) -> Any:
 
 
 def question_span(chat: Chat, text: str, place: str, tokenizer: Any) -> Span:
-    """The span of the first user turn's content in the rendered chat; (0, 0) if there is no user turn.
-
-    Raises:
-        UserError: if the template does not write the content exactly once and unchanged.
-    """
+    """The span of the first user turn's content in the rendered chat; (0, 0) if there is no user turn."""
     number = next((number for number, turn in enumerate(chat) if turn["role"] == "user"), None)
     if number is None:
         return 0, 0

@@ -23,18 +23,10 @@ _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-
 
 
 def read_rows(path: str, split: str, *, stream: bool) -> Iterator[tuple[str, Any]]:
-    """Read the rows at a path.
+    """Read the rows at a path (see `rows.read_chats`), each with its place for errors: "FILE, line 3".
 
-    Args:
-        path: a file, a folder or the name of a hub data set; see `rows.read_chats`.
-        split: the split to read from a folder or a hub data set.
-        stream: whether to load a hub data set row by row instead of downloading it first.
-
-    Yields:
-        The place of a row ("FILE, line 3"), with which an error message begins, and the parsed row.
-
-    Raises:
-        UserError: if the path does not exist, or a file cannot be read.
+    `stream` loads a hub data set row by row instead of downloading it first. A UserError if the path does not exist, or
+    a file cannot be read.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -65,43 +57,35 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
-    name = file.name.removesuffix(".gz")
     try:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file} has an unknown format. Known: {', '.join(SUFFIXES)}.")
-        if name.endswith(".jsonl"):
-            yield from _rows_of_lines(file)
-            return
-        rows = _rows_of_parquet(file) if name.endswith(".parquet") else _rows_of_json(file)
+        if file.name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH)
+            rows: Iterable[Any] = (row for batch in batches for row in batch.to_pylist())
+        else:
+            with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
+                if file.name.removesuffix(".gz").endswith(".jsonl"):
+                    yield from _rows_of_lines(text, file)
+                    return
+                rows = _list_in(_parse(text.read(), str(file)), file)
         for number, row in enumerate(rows, 1):
             yield f"{file}, row {number}", row
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: not UTF-8, or not Parquet
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def _open_text(file: Path) -> Any:
-    return (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig")
+def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            yield place, _parse(line, place)
 
 
-def _rows_of_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with _open_text(file) as text:
-        for number, line in enumerate(text, 1):
-            if line.strip():
-                place = f"{file}, line {number}"
-                yield place, _parse(line, place)
-
-
-def _rows_of_parquet(file: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH):
-        yield from batch.to_pylist()
-
-
-def _rows_of_json(file: Path) -> Iterable[Any]:
+def _list_in(document: Any, file: Path) -> list[Any]:
     """The rows of a document that is a list, or an object with exactly one list."""
-    with _open_text(file) as text:
-        document = _parse(text.read(), str(file))
     if isinstance(document, list):
         return document
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
@@ -109,8 +93,7 @@ def _rows_of_json(file: Path) -> Iterable[Any]:
         raise UserError(
             f"{file}: neither a list of objects nor an object with one list in it, but {json_type(document)}."
         )
-    rows: list[Any] = lists[0]
-    return rows
+    return lists[0]
 
 
 def _rows_of_hub(name: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:

@@ -41,8 +41,7 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
 
     A token across that border is left to the model, for example the blank that many tokenizers join with the next word.
     The tokens are those of the whole row, because a text that breaks off after the prompt may be tokenized differently:
-    GPT-2 has one token for two newlines at the end of a text, and two tokens if a word follows. The prompt contains
-    nothing of the answer.
+    GPT-2 has one token for two newlines at the end of a text, and two tokens if a word follows.
 
     Args:
         chats: as `read_chats` returns them.
@@ -51,8 +50,7 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
         where: the name of the data in errors.
 
     Raises:
-        UserError: if there are no chats; the template fails, leaves out answers or their end, or does not show where
-            they begin; the tokenizer is slow; or a prompt is too long even without its first user turn.
+        UserError: for a row or a template that does not allow this, or a prompt that is too long.
     """
     check_fast(tokenizer, "Asking for answers")
     if not chats:

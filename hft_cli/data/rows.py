@@ -47,11 +47,7 @@ class Source:
 
 
 def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list[Chat]:
-    """The training rows of a phase, source by source, each in the order of its file.
-
-    Raises:
-        UserError: for a bad row, with file, line and reason.
-    """
+    """The training rows of a phase, source by source, each in the order of its file."""
     chats: list[Chat] = []
     for source in sources:
         if source.general:
@@ -117,11 +113,7 @@ def _shape_of(row: Row) -> str:
 
 
 def check_chat(chat: Chat) -> Chat:
-    """Return the chat.
-
-    Raises:
-        UserError: unless a model can learn from it: it ends with an answer, and no answer is empty.
-    """
+    """Return the chat; UserError unless a model can learn from it: it ends with an answer, and no answer is empty."""
     for number, turn in enumerate(chat, 1):
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise UserError(f"turn {number}: the assistant's answer is empty.")
@@ -161,11 +153,7 @@ def _canonical(chat: Chat) -> bytes:
 
 
 def turns_or_text(value: Any, column: str, role: str) -> Chat:
-    """A list of turns as a chat, or a string as one turn of `role`.
-
-    Raises:
-        UserError: if the value is neither; names the column.
-    """
+    """A list of turns as a chat, or a string as one turn of `role`; UserError naming the column otherwise."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return _turns(value, column, ("role", "content"), _MESSAGE_ROLES)

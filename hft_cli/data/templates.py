@@ -66,27 +66,13 @@ def _template_errors(place: str) -> Iterator[None]:
 
 
 def apply_template(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
-    """Render a chat as text.
-
-    Args:
-        chat: the turns.
-        place: the name of the chat in errors.
-        tokenizer: a tokenizer with a chat template.
-        options: for `apply_chat_template`.
-
-    Raises:
-        UserError: if the template fails.
-    """
+    """Render a chat as text, with `options` for `apply_chat_template`; UserError at `place` if the template fails."""
     with _template_errors(place):
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
 
 
 def check_template(chat: Chat, place: str, tokenizer: Any) -> str:
-    """What the template writes after an answer.
-
-    Raises:
-        UserError: if it writes nothing there, or leaves out the answer; no later error would show either.
-    """
+    """What the template writes after an answer; UserError if that is nothing, or the answer is left out."""
     chat_template(None, tokenizer)  # raises if the tokenizer has none
     answer = "An answer to look for."
     text = apply_template([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer)
@@ -108,11 +94,10 @@ def render_chat(chat: Chat, place: str, tokenizer: Any, template: str, loss: str
         chat: the turns.
         place: the name of the chat in errors.
         tokenizer: a tokenizer whose chat template is `template`.
-        template: the text of the template.
         loss: "assistant", or "all", for which there are no spans.
 
     Raises:
-        UserError: if the template fails, or the spans of the answers cannot be found.
+        UserError: if the template fails, or the answers cannot be found.
     """
     if loss == "all":
         return apply_template(chat, place, tokenizer), []
@@ -124,10 +109,7 @@ def render_chat(chat: Chat, place: str, tokenizer: Any, template: str, loss: str
 
 
 def _include_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
-    """Extend marked spans by the end-of-turn token, if the template leaves it outside the marks.
-
-    Otherwise the model would never learn to stop.
-    """
+    """Extend marked spans by the end-of-turn token; if it were left out, the model would never learn to stop."""
     if not spans or len(spans) != sum(turn["role"] == "assistant" for turn in chat):
         return spans  # not one span for each turn: the text after the last span need not end a turn
     tail = text[spans[-1][1] :].rstrip()  # what follows the last answer, and therefore each answer

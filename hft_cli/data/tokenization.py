@@ -64,8 +64,7 @@ def tokenize(
         where: the name of the data in errors.
 
     Raises:
-        UserError: if the template fails on a row, leaves out answers or their end, or does not show where the answers
-            are (or the first user turn, to be cut); for a slow tokenizer; or if every row would be dropped.
+        UserError: for a template or a tokenizer that does not allow this, or if every row would be dropped.
     """
     import datasets
 
