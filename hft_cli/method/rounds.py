@@ -65,11 +65,7 @@ class Phase:
 
 
 def phases(config: RunConfig) -> tuple[Phase, ...]:
-    """The phases of a run, in order.
-
-    Raises:
-        UserError: if the method is unknown, or a key that holds a map has no value for a task.
-    """
+    """The phases of a run, in order."""
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
 
@@ -99,12 +95,7 @@ def phase_config(config: AnyRun, phase: Phase) -> AnyRun:
 
 
 def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRun:
-    """The configuration with train.max_length set for the model.
-
-    Args:
-        config: the configuration of a run or a plan.
-        model: the config.json of the model.
-        name: the name of the model in errors.
+    """The configuration with train.max_length set for the model with config.json `model`, called `name` in errors.
 
     Raises:
         UserError: if the model has too few positions, or packing is not supported for it.

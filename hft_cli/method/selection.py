@@ -70,16 +70,10 @@ def names_hash(names: Iterable[str]) -> str:
 
 
 def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
-    """Draw the parameters that a round updates.
+    """Draw the parameters that round number `round` (from 1) updates.
 
     The strategy `config.level` selects among the units in the transformer layers. Embeddings, head and final norm are
     updated or frozen as configured; the paper updates them, and freezing them lowered its scores (section 5).
-
-    Args:
-        params: all parameters of the model.
-        config: the group `selection` of the configuration.
-        round: number of the round, from 1.
-        seed: seed of the draw.
 
     Raises:
         UserError: if the model has no transformer layers, or cannot satisfy the configuration.
@@ -87,10 +81,7 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
     units = group_units(params)
     in_layers = [unit for unit in units if unit.layer is not None]
     if not in_layers:
-        raise UserError(
-            "The model has no transformer layers to select from. Map its parameters to kinds, with names that hold a "
-            "layer index: model.kinds."
-        )
+        raise UserError("The model has no transformer layers to select from. Map its parameters by model.kinds.")
     if config.head == "freeze" and config.embeddings == "update" and not any(unit.kind == "head" for unit in units):
         raise UserError(
             "selection.head=freeze contradicts selection.embeddings=update: this model ties its head to its "
@@ -103,17 +94,10 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
 
 
 def lora_draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
-    """The parameters that LoRA adapts: weight matrices of attention and feed-forward, no biases, norms or experts.
-
-    Raises:
-        UserError: if the model has no such matrices.
-    """
+    """The parameters that LoRA adapts: weight matrices of attention and feed-forward, no biases, norms or experts."""
     adapted = {p.name for p in params if p.kind in ("attention", "feed_forward") and len(p.shape) == 2}
     if not adapted:
-        raise UserError(
-            "continual=lora finds no attention or feed-forward matrices in this model. Choose another continual=… "
-            "or map the parameters to kinds: model.kinds."
-        )
+        raise UserError("continual=lora finds no attention or feed-forward matrices. Map parameters by model.kinds.")
     return Draw(round=round, seed=seed, level="lora", ratio=config.ratio, **_shares(params, adapted, adapted))
 
 
@@ -138,9 +122,6 @@ def heaviest_draw(params: Sequence[Param], config: SelectionConfig) -> tuple[str
 
     With balance=matrices this is a draw, whose order is by size. With balance=elements a draw misses its share by at
     most half of its largest unit; the result is the largest units that together exceed that bound.
-
-    Raises:
-        UserError: if the model cannot satisfy the configuration.
     """
     draw(params, config, 1, 0)  # raises if the configuration cannot be satisfied
     units = group_units(params)

@@ -39,11 +39,7 @@ class Model:
 
 
 def read_model(config: ModelConfig) -> Model:
-    """The model's shapes: from its folder, from model.architecture, or from the config.json on the hub.
-
-    Raises:
-        UserError: if there is none of them.
-    """
+    """Read the model's shapes from its folder, from model.architecture, or from the config.json on the hub."""
     path, architecture, kinds = config.path, config.architecture, config.kinds
     folder = Path(resolve_path(path))
     if folder.is_dir() and list(folder.glob("*.safetensors")):

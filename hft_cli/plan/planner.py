@@ -128,11 +128,7 @@ class Plan:
 
 
 def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Plan:
-    """Plan a run.
-
-    Args:
-        config: the configuration.
-        row_counts: the training rows of each phase by its number, if they are counted already.
+    """Plan a run. `row_counts` has the training rows of each phase by its number, if they are counted already.
 
     Raises:
         UserError: for a mistake that `hft train` would refuse too, or a model of unknown architecture.

@@ -22,16 +22,7 @@ LARGE_MODEL = 1e9  # elements; a training step takes minutes on a CPU
 
 
 def preflight(config: RunConfig, plan: Plan, new: bool) -> None:
-    """Refuse a run that this machine cannot do.
-
-    Args:
-        config: the configuration of the run.
-        plan: its plan.
-        new: whether nothing of the run is on the disk yet.
-
-    Raises:
-        UserError: if packages do not fit, GPUs are missing or too small, or memory or disk space is too small.
-    """
+    """Refuse a run that this machine cannot do. `new`: nothing of the run is on the disk yet."""
     check_packages(config)
     if plan.rounds[0].phase.stage != "half_reset":
         gpu_memories = gpus()
@@ -70,13 +61,7 @@ def check_packages(config: RunConfig) -> None:
 def check_device(engine: EngineConfig, gpu_memories: list[float | None], elements: int) -> None:
     """Check that there are GPUs where the configuration wants them, and one for each rank.
 
-    Args:
-        engine: the group `engine` of the configuration.
-        gpu_memories: bytes of each GPU that a worker would see; None if unknown.
-        elements: the size of the model.
-
-    Raises:
-        UserError: if not.
+    `gpu_memories`: bytes of each GPU that a worker would see, None if unknown. `elements`: the size of the model.
     """
     device, ranks, count = engine.device, engine.num_processes, len(gpu_memories)
     if device == "cpu" and count:
@@ -105,17 +90,7 @@ def check_device(engine: EngineConfig, gpu_memories: list[float | None], element
 
 
 def check_memory(config: RunConfig, plan: Plan, gpu_memories: list[float | None], host: float) -> None:
-    """Check that the heaviest phase of the plan fits, under its own draw.
-
-    Args:
-        config: the configuration.
-        plan: its plan.
-        gpu_memories: bytes of each GPU; None if unknown.
-        host: bytes of host memory.
-
-    Raises:
-        UserError: if it does not fit; names engines that do.
-    """
+    """Check that the heaviest phase of the plan fits, under its own draw; otherwise name engines that fit."""
     anyway = "The plan is an estimate; engine.check_memory=false tries it anyway."
     ranks = config.engine.num_processes
     known = [memory for memory in gpu_memories[:ranks] if memory is not None]
@@ -147,11 +122,7 @@ def _ways_to_fit(config: RunConfig, plan: Plan, limit: float) -> str:
 
 
 def check_disk(folder: Path, needed: float) -> None:
-    """Check that the files of a run fit on the disk of its directory.
-
-    Raises:
-        UserError: if not.
-    """
+    """Check that the files of a run fit on the disk of its directory."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
