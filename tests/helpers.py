@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -19,7 +20,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from hft_cli.config.schema import PlanConfig, RunConfig
+from hft_cli.cli.overrides import hydra_arguments
+from hft_cli.config import defaults
+from hft_cli.config.schema import SCHEMAS, PlanConfig, RunConfig
 from hft_cli.files import from_dict
 from hft_cli.paths import conf_dir, resolve_path
 
@@ -155,11 +158,18 @@ def wait_until_gone(out: Path) -> None:
 
 
 def composed(*overrides: str) -> RunConfig:
-    """What `hft train` composes from the overrides."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    """What `hft train` composes from the overrides; of an experiment that is a sweep, its first job."""
+    return composed_by("train", *overrides)
+
+
+def composed_by(command: str, *overrides: str) -> Any:
+    """The same for `hft train`, `hft plan` or `hft eval`."""
+    arguments = hydra_arguments(command, ["--cfg=job", *overrides])
+    defaults.register()
+    ConfigStore.instance().store(name="schema", node=SCHEMAS[command])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", list(overrides))
-    return from_dict(RunConfig, OmegaConf.to_container(config, resolve=True))
+        config = compose("eval" if command == "eval" else "train", [text for text in arguments if text[0] != "-"])
+    return from_dict(SCHEMAS[command], OmegaConf.to_container(config, resolve=True))
 
 
 def as_plan(config: RunConfig) -> PlanConfig:

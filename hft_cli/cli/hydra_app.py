@@ -18,6 +18,7 @@ from hft_cli.cli.arguments import check_options
 from hft_cli.cli.compat import hydra_parser
 from hft_cli.cli.hydra_errors import one_line
 from hft_cli.cli.launchers import follow_jobs, launcher_arguments
+from hft_cli.config import defaults
 from hft_cli.config.schema import SCHEMAS, RunConfig
 from hft_cli.errors import FILE_ERRORS, JobFailure, NodeError, UserError, file_error_text
 from hft_cli.files import read_json, write_json
@@ -25,6 +26,7 @@ from hft_cli.logs import set_up_logging
 from hft_cli.paths import conf_dir
 
 logger = logging.getLogger(__name__)
+defaults.register()  # at import, because parallel launchers compose their jobs in processes that import this module
 
 Run = Callable[[Any, Sequence[str]], None]
 

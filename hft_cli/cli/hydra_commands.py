@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_cli.cli.arguments import Parser
 from hft_cli.cli.hydra_app import composed_values, run_hydra
-from hft_cli.cli.overrides import eval_arguments, hydra_arguments, is_sweep
+from hft_cli.cli.overrides import hydra_arguments, is_sweep
 from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
 from hft_cli.errors import JobFailure, UserError
 from hft_cli.files import from_dict
@@ -85,7 +85,7 @@ def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> 
 
 def evaluate(parser: Parser, words: list[str]) -> int:
     """`hft eval`."""
-    argv = eval_arguments(words)
+    argv = hydra_arguments("eval", words)
     return _exit_status(run_hydra("eval", argv, _evaluate), argv)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hft_cli.cli.launchers import LAUNCHERS
-from hft_cli.config.help import config_keys
+from hft_cli.config.help import config_keys, limits_text
 from hft_cli.config.schema import SCHEMAS
 from hft_cli.errors import UserError, choose, nearest_hint
 from hft_cli.paths import conf_dir, group_options
@@ -17,7 +17,13 @@ NOISE = r"reference_type|object_type|See https|Available options|Config search|f
 def one_line(error: BaseException, argv: Sequence[str], name: str) -> str:
     """One line for an error that Hydra or OmegaConf raised while the command `name` composed its config."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
-    return _unknown_option(text) or _unknown_key(text, argv, name) or _missing_value(text) or _first_lines(text)
+    return (
+        _unknown_option(text)
+        or _unknown_key(text, argv, name)
+        or _no_option(text, name)
+        or _missing_value(text)
+        or _first_lines(text, name)
+    )
 
 
 def _unknown_option(text: str) -> str | None:
@@ -48,15 +54,24 @@ def _unknown_key(text: str, argv: Sequence[str], name: str) -> str | None:
     return f"Unknown key '{key}'.{nearest_hint(key, keys, cutoff=0.5)} All keys: hft {name} --help"
 
 
+def _no_option(text: str, name: str) -> str | None:
+    """A group without a default has no option."""
+    match = re.search(r"You must specify '(\w+)'", text)
+    if match is None:
+        return None
+    example = f" For instance: hft {name} +method=hft" if match[1] == "method" else ""
+    return f"No {match[1]}: give {match[1]}=NAME. Available: {', '.join(group_options(match[1]))}.{example}"
+
+
 def _missing_value(text: str) -> str | None:
     """A key without a default is not set."""
     match = re.search(r"Missing mandatory value: (\S+)", text)
     return f"{match[1]} is not set. Give it on the command line: {match[1]}=…" if match else None
 
 
-def _first_lines(text: str) -> str:
-    """The line after which OmegaConf names the key, as "KEY: line"; otherwise the first two lines."""
+def _first_lines(text: str, name: str) -> str:
+    """The line after which OmegaConf names the key, as "KEY: line" with its limits; otherwise the first two lines."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = [line for line in lines if not re.match(NOISE, line)] or lines
     key = re.search(r"full_key: (\S+)", text)
-    return f"{key[1]}: {message[0]}" if key else " ".join(message[:2])
+    return f"{key[1]}: {message[0]}.{limits_text(SCHEMAS[name], key[1])}" if key else " ".join(message[:2])

@@ -6,16 +6,17 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
+from hft_cli.config.conf import experiments, groups
 from hft_cli.config.schema import SCHEMAS
 from hft_cli.config.settings import REQUIRED, Setting, leaves
-from hft_cli.paths import conf_dir, group_options
+from hft_cli.paths import group_options
 
 USAGE = {
-    "train": "hft train method=METHOD [group=option …] [key=value …]",
-    "plan": "hft plan method=METHOD [group=option …] [key=value …]   takes all that hft train takes, and more keys",
+    "train": "hft train +method=METHOD [group=option …] [key=value …]",
+    "plan": "hft plan +method=METHOD [group=option …] [key=value …]   takes all that hft train takes, and more keys",
     "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]",
 }
 COLUMN = 40  # where the help of a key begins
@@ -25,29 +26,29 @@ WIDTH = 120
 def help_text(command: str) -> str:
     """The help of `hft train`, `hft plan` or `hft eval`."""
     schema = SCHEMAS[command]
-    groups = [f"  {group:<11} {', '.join(group_options(group))}" for group in option_groups(schema)]
+    options = {group: group_options(group) for group in groups()} | {"experiment": experiments()}
+    if command == "eval":
+        options = {group: options[group] for group in ("engine", "model", "suite", "tracking")}
     return "\n".join(
         [
             USAGE[command],
             "-m with key=a,b,c runs a sweep. --cfg job prints what the command composes.",
             "\nGroups and their options:",
-            *groups,
+            *(f"  {group:<11} {', '.join(names)}" for group, names in sorted(options.items())),
             *_sections(schema, ""),
         ]
     )
 
 
-def option_groups(schema: type[Any]) -> list[str]:
-    """The groups of conf/ that a command takes: those that set a part of its config, and those that set several."""
-    names = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and group_options(path.name))
-    if schema is not SCHEMAS["eval"]:
-        return names
-    return [name for name in names if name in {spec.name for spec in fields(schema)}]
-
-
 def config_keys(schema: type[Any]) -> list[str]:
     """Every dotted key of a config class."""
     return [key for key, _, _ in leaves(schema)]
+
+
+def limits_text(schema: type[Any], key: str) -> str:
+    """ " It must be …." with the range or the choices of a key, for the end of a message; empty if it has none."""
+    limits = next((spec.metadata["setting"].limits for name, spec, _ in leaves(schema) if name == key), "")
+    return f" It must be {limits}." if limits else ""
 
 
 def _sections(cls: type[Any], where: str) -> Iterator[str]:

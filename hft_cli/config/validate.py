@@ -14,6 +14,7 @@ from hft_cli.config.data_sets import as_paths, test_sets, training_sets
 from hft_cli.config.schema import EvalConfig, RunConfig
 from hft_cli.config.settings import REQUIRED, check_settings, leaves
 from hft_cli.errors import UserError
+from hft_cli.paths import group_options
 
 OUTSIDE = ("embeddings", "head", "final_norm")  # fields of SelectionConfig for parameters outside the layers
 
@@ -41,11 +42,18 @@ def check_eval(config: EvalConfig) -> None:
 def _check(config: RunConfig | EvalConfig, rules: Iterable[Rule]) -> None:
     for key, _, value in leaves(config):
         if value == REQUIRED:
-            raise UserError(f"{key} is not set. Give it on the command line: {key}=…")
+            raise UserError(_not_set(key))
     check_settings(config)
     for rule in rules:
         if (message := rule(config)) is not None:
             raise UserError(message)
+
+
+def _not_set(key: str) -> str:
+    group, _, name = key.partition(".")
+    if name == "name":
+        return f"No {group}: give {group}=NAME. Available: {', '.join(group_options(group))}."
+    return f"{key} is not set. Give it on the command line: {key}=…"
 
 
 def _is_half_reset(config: RunConfig) -> bool:
@@ -54,7 +62,7 @@ def _is_half_reset(config: RunConfig) -> bool:
 
 def _paths_are_text(config: RunConfig) -> str | None:
     places = [*as_paths(config.data.path), *as_paths(config.data.test_path)]
-    if all(isinstance(place, str) for place in places):
+    if all(isinstance(place, str) and place for place in places):
         return None
     return "data.path and data.test_path are each a path or a list of paths."
 
@@ -62,7 +70,7 @@ def _paths_are_text(config: RunConfig) -> str | None:
 def _data_are_named(config: RunConfig) -> str | None:
     if _is_half_reset(config) or training_sets(config.data):
         return None
-    return "data.path is empty: give a file, a folder, a hub name, or a list of them."
+    return f"No data: give data.path=FILE|FOLDER|HUB_NAME or data=NAME. Available: {', '.join(group_options('data'))}."
 
 
 def _tasks_are_in_one_folder(config: RunConfig) -> str | None:

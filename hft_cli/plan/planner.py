@@ -8,8 +8,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from hft_cli.config.conf import options_of
 from hft_cli.config.deepspeed import deepspeed_settings
-from hft_cli.config.schema import PlanConfig
+from hft_cli.config.schema import EngineConfig, PlanConfig
+from hft_cli.config.settings import REQUIRED
 from hft_cli.config.validate import check
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import Source, read_sources
@@ -31,15 +33,7 @@ from hft_cli.plan.workload import (
     lora_adapters,
 )
 
-# What the engines are: their ZeRO stage, and whether the optimizer and the weights lie in the host's memory.
-ENGINES: dict[str, tuple[int | None, bool, bool]] = {
-    "single": (None, False, False),
-    "zero1": (1, False, False),
-    "zero2": (2, False, False),
-    "zero2_offload": (2, True, False),
-    "zero3": (3, False, False),
-    "zero3_offload": (3, True, True),
-}
+NO_DATA = "/dev/null/data"  # a path at which nothing can be
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
     Raises:
         UserError: for a mistake that `hft train` would refuse too, or a model of unknown architecture.
     """
+    config = _with_data(config)
     check(config)
     model = read_model(config.model)
     config = with_model_limits(config, dict(model.config), config.model.name)
@@ -157,6 +152,15 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
         disk=_disk(config, model, planned, trains),
         fits=tuple(_fits(config, model, run, drawn)) if trains else (),
     )
+
+
+def _with_data(config: PlanConfig) -> PlanConfig:
+    """The config with stand-ins for training sets that are not named: a plan needs only their number of rows."""
+    data = config.data
+    if config.method.name == "half_reset" or data.path not in (REQUIRED, []):
+        return config
+    path = NO_DATA if data.tasks else [NO_DATA] * len(config.method.stages)
+    return replace(config, data=replace(data, path=path))
 
 
 def _disk(config: PlanConfig, model: Model, planned: Sequence[PlannedPhase], trains: bool) -> Disk:
@@ -301,16 +305,10 @@ def _count_steps(config: PlanConfig, rows: int | None) -> int | None:
 
 def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequence[Draw]) -> Iterable[Fit]:
     """The memory with each engine, with and without checkpointing, of the heaviest phase under the worst draw."""
-    for name, (stage, optimizer, parameters) in ENGINES.items():
-        engine = replace(
-            config.engine,
-            name=name,
-            zero_stage=stage,
-            offload_optimizer=optimizer,
-            offload_parameters=parameters,
-            deepspeed=None,
-        )
-        engine = replace(engine, num_processes=1, num_nodes=1, node_rank=None) if stage is None else engine
+    machines = {key: getattr(config.engine, key) for key in ("num_processes", "num_nodes", "node_rank")}
+    for name, values in options_of("engine").items():
+        engine = EngineConfig(**values)
+        engine = engine if engine.zero_stage is None else replace(engine, **machines)
         for checkpointing in (False, True):
             train = replace(config.train, gradient_checkpointing=checkpointing)
             variant = replace(config, engine=engine, train=train)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hft_cli.checkpoint.naming import KINDS
 from hft_cli.method.units import Unit, count_elements, group_units
 from hft_cli.plan.memory import PARTS, activations
-from hft_cli.plan.planner import ENGINES, Plan, workload
+from hft_cli.plan.planner import Plan, workload
 from hft_cli.text import format_bytes, format_count, format_ranges, markdown_table, plural
 
 LABELS = {
@@ -175,7 +175,7 @@ def _engines(plan: Plan) -> str:
         if fit.bytes is not None and limit is not None:
             cell += f", {_fits(fit.bytes, limit)}"
         cells.setdefault(fit.engine, []).append(cell)
-    body = [[name + ("" if ENGINES[name][0] else " (1 GPU)"), *row] for name, row in cells.items()]
+    body = [[name + (" (1 GPU)" * (name == "single")), *row] for name, row in cells.items()]
     memory = "; give gpu_memory=N (GiB) to see what fits" if limit is None else f", against {limit:g} GiB"
     title = f"Engines on {plural(plan.config.engine.ranks, 'GPU')}{', worst draw' * plan.has_draws}{memory}"
     return f"{title}\n\n{markdown_table(['engine', 'total', 'with checkpointing'], body)}"

@@ -117,7 +117,7 @@ MISTAKES = {
     "folder": (("+method=hft", "model.path=./nowhere"), r"model\.path=\./nowhere is unknown \(there is no such folder\)"),
     "architecture": (("+method=hft", "model=llama2_7b", "model.architecture=llama2_70"), r"Did you mean 'llama2_70b'\?"),
     "file": (("+method=hft", "model.architecture=x.json", "model.path=a/b"), r"Cannot read x\.json"),
-    "batch": (("+method=hft", "model=llama2_7b", "engine=zero3", "engine.num_processes=64"), r"Nearest that is: 256|not a multiple"),
+    "batch": (("+method=hft", "model=llama2_7b", "engine=zero3", "engine.num_processes=64", "train.micro_batch_size=4"), r"Nearest that is: 256"),
     "share": (("+method=hft", "utilization=1.5"), r"utilization=1\.5 must be in \(0, 1\]"),
     "memory": (("+method=hft", "gpu_memory=0"), r"gpu_memory=0(\.0)? must be above 0"),
     "key": (("+method=hft", "gpu_memry=8"), r"Unknown key 'gpu_memry'\. Did you mean 'gpu_memory'\?"),

@@ -1,0 +1,61 @@
+"""Every `hft train`, `hft plan` and `hft eval` command that the documents and scripts give composes and is accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import composed_by
+
+from hft_cli.config.validate import check, check_eval
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("conf/**/README.md"), *ROOT.glob("scripts/**/README.md"),
+             *ROOT.glob("hft_cli/**/README.md"), *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("scripts/slurm/*.sbatch"),
+             ROOT / "scripts/hosts.sh"]  # fmt: skip
+# What stands before the arguments of `hft train` in a script that passes them on.
+PASSES_ON = re.compile(r"(?:sbatch .*?(?:one_node|several_nodes)\.sbatch|scripts/hosts\.sh [\w ]+ --) (?=\+)")
+PLACEHOLDERS = ("…", "|", "[group", "$", "NAME")  # a grammar or a shell's variable, not a command
+
+
+def commands(text: str) -> Iterator[str]:
+    """The commands in a text: in code, between backquotes, or in a comment; a line may be continued."""
+    text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda span: span[0].replace("\n", " "), text)
+    text = re.sub(r"\\\n(?:#\s)?\s*", " ", text.replace("$(BIN)/", "").replace("$(DEMO)", "runs/demo"))
+    for line in PASSES_ON.sub("hft train ", text).splitlines():
+        for match in re.finditer(r"\bhft (?:train|plan|eval) [^`]*", line):
+            command = re.split(r"\s+#| && |\s{3,}|[),;:] |, |[.,;]$", match[0])[0].strip(" .")
+            if "=" in command and not any(sign in command for sign in PLACEHOLDERS):
+                yield command
+
+
+def documented() -> list[str]:
+    found = {command for path in DOCUMENTS for command in commands(path.read_text())}
+    for place in ("pocket", "node", "slurm"):
+        script = [ROOT / "scripts/experiments.sh", place]
+        found |= set(subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_a_documented_command_composes_and_is_accepted(line):
+    _, command, *words = shlex.split(line)
+    words = [word for word in words if not re.match(r"\+?hydra[/.]", word)]
+    if "-m" in words:  # its first job
+        words = [re.sub(r"^([^=]+=[^,\[{]+),.*", r"\1", word) for word in words if word != "-m"]
+    config = composed_by(command, *words)
+    if command == "plan" and config.data.name == "none":
+        return  # a plan stands in for data that are not named
+    check_eval(config) if command == "eval" else check(config)
+
+
+def test_the_commands_of_the_documents_are_found():
+    lines = documented()
+    assert len(lines) > 40
+    assert "hft train -m experiment=ratio_ablation size=pocket output_dir=runs/ratio_ablation" in lines
+    assert any(line.startswith("hft plan ") for line in lines)
+    assert any(line.startswith("hft eval ") for line in lines)

@@ -1,0 +1,116 @@
+"""Rules across keys: each refuses what it is for, in one line, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from helpers import composed
+
+from hft_cli.config.schema import EngineConfig, EvalConfig, ModelConfig
+from hft_cli.config.suites import SuiteConfig
+from hft_cli.config.validate import RULES, check, check_eval
+from hft_cli.errors import UserError
+
+HFT, RESET = "+method=hft", ("+method=half_reset", "model.path=tuned", "model.base=base")
+SEQUENCE = "data=pocket_sequence"
+
+# rule -> overrides that break it, and the message
+BROKEN = {
+    "_paths_are_text": ((HFT, "data.path=2024"), r"data\.path and data\.test_path are each a path or a list"),
+    "_data_are_named": (
+        (HFT, "model=llama2_7b"),
+        r"No data: give data\.path=FILE\|FOLDER\|HUB_NAME or data=NAME",
+    ),
+    "_selection_has_a_ratio_to_meet": ((HFT, "selection=all", "selection.ratio=0.3"), r"no meaning with selection=all"),
+    "_half_reset_has_a_base": (RESET[:2], r"method=half_reset needs model\.base"),
+    "_only_half_reset_has_its_keys": ((HFT, "model.base=x"), r"model\.base is for method=half_reset only"),
+    "_benchmarks_need_a_model_on_disk": (
+        (*RESET, "method.save_model=false", "suite=knowledge"),
+        r"leaves no model that the benchmarks of suite=knowledge",
+    ),
+    "_half_reset_runs_without_ranks": ((*RESET, "engine=zero2"), r"needs no ranks: leave out engine=zero2"),
+    "_full_methods_freeze_nothing": (("+method=fft", "selection=layer"), r"method=fft updates .* Use method=hft"),
+    "_ranks_need_a_zero_stage": ((HFT, "engine.num_processes=2"), r"engine=single is one process.*zero1, zero2 or"),
+    "_offload_needs_its_zero_stage": ((HFT, "engine=zero1", "engine.offload_optimizer=true"), r"for ZeRO-2 and 3"),
+    "_deepspeed_file_needs_deepspeed": ((HFT, "engine.deepspeed=x.json"), r"runs without it\. Use engine=zero1"),
+    "_nodes_can_meet": ((HFT, "engine=zero2", "engine.rendezvous=head"), r"engine\.rendezvous=head is not HOST:PORT"),
+    "_stages_match_training_sets": ((HFT, "method.stages=[sft,dpo]"), r"names 2 stages for 1 training sets"),
+    "_replay_keys_need_replay": ((HFT, "continual.replay_general=x"), r"replay_general is for continual=replay"),
+    "_continual_suits_the_method": ((HFT, SEQUENCE, "continual=lora"), r"no half is drawn: use method=fft"),
+    "_continual_suits_the_engine": ((HFT, SEQUENCE, "continual=gem", "engine=zero3"), r"does not work on engine=zero3"),
+    "_dpo_can_be_done": (
+        ("+method=hft_dpo", "engine=zero3", "dpo.reference=shared"),
+        r"dpo\.reference=shared does not work on engine=zero3",
+    ),
+    "_flash_attention_is_in_bfloat16": ((HFT, "model.attention=flash_attention_2"), r"computes in bfloat16 only"),
+    "_batch_is_whole": ((HFT, "train.batch_size=10", "train.micro_batch_size=4"), r"not a multiple .* that is: 8"),
+    "_tasks_are_in_one_folder": ((HFT, "data=trace", "data.path=[a,b]"), r"give one data\.path and no data\.test_path"),
+    "_test_sets_match_training_sets": ((HFT, "data.test_path=[a,b]"), r"names 2 sets for 1 training sets"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_one_line(name):
+    overrides, message = BROKEN[name]
+    config = composed(*overrides)
+    with pytest.raises(UserError, match=message) as error:
+        check(config)
+    assert "\n" not in str(error.value)
+    broken = [rule.__name__ for rule in RULES if rule(config)]
+    assert name in broken
+
+
+def test_every_rule_has_a_case_above():
+    assert set(BROKEN) == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((HFT, "selection.redraw=balanced", "selection.balance=elements"), r"needs selection\.balance=matrices"),
+        (("+method=fft", "selection.head=freeze"), r"method=fft updates every matrix, so selection\.head=freeze"),
+        (("+method=dpo", "selection=layer"), r"method=dpo updates .* Use method=hft_dpo"),
+        ((HFT, "method.save_model=false"), r"are not for method=hft"),
+        ((HFT, "engine=zero2", "engine.num_nodes=2", "engine.node_rank=2"), r"is not one of engine\.num_nodes=2"),
+        ((HFT, "engine=zero2", "engine.offload_parameters=true"), r"is for ZeRO-3 with engine\.offload_optimizer"),
+        ((HFT, "engine=zero2", "engine.num_nodes=3"), r"x engine\.num_nodes=3\. Nearest that is"),
+        (("+method=fft", "engine=zero2_offload", "continual=lora"), r"was not tried with offload"),
+        ((HFT, "continual=replay"), r"continual=replay needs a sequence of tasks, but there is 1 round"),
+        (("+method=hft_dpo", "train.packing=true"), r"train\.packing=true is for SFT"),
+        ((*RESET, "data=trace", "data.path=x"), r"method=half_reset does not train: leave out data\.tasks"),
+        ((HFT, "data=local"), r"data\.path is not set\. Give it on the command line: data\.path=…"),
+        ((HFT, "data.path=''"), r"data\.path and data\.test_path are each a path"),
+        ((HFT, "seed=5000000000"), r"seed=5000000000 must be in \[0, 4294967295\]"),
+        ((HFT, "train.epochs=nan"), r"train\.epochs=nan is not a finite number"),
+        ((HFT, "train.max_grad_norm=inf"), r"train\.max_grad_norm=inf is not a finite number"),
+        ((HFT, "suite.chat=maybe"), r"Unknown suite\.chat 'maybe'\. Available: auto, true, false"),
+        ((HFT, "data.format=mesages"), r"Unknown data\.format 'mesages'\. Did you mean 'messages'\?"),
+        ((HFT, "model.kinds={x: norms}"), r"Unknown model\.kinds\.x 'norms'\. Did you mean 'norm'\?"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(composed(*overrides))
+
+
+@pytest.mark.parametrize("overrides", [(HFT,), RESET, (HFT, "suite.chat=true"), (HFT, SEQUENCE, "continual=gem")])
+def test_what_can_work_is_accepted(overrides):
+    check(composed(*overrides))
+
+
+def evaluation(**values: object) -> EvalConfig:
+    config = EvalConfig(output_dir="x", model=ModelConfig("m", "m"), engine=EngineConfig("single"))
+    return replace(config, **{"suite": SuiteConfig("s"), **values})
+
+
+def test_an_evaluation_uses_one_node_and_known_models():
+    check_eval(evaluation())
+    with pytest.raises(UserError, match="scores on one node"):
+        check_eval(evaluation(engine=EngineConfig("zero2", zero_stage=2, num_nodes=2)))
+    with pytest.raises(UserError, match="models is empty: give after, before or both"):
+        check_eval(evaluation(models=[]))
+    with pytest.raises(UserError, match=r"Unknown models 'x'\. Available: after, before"):
+        check_eval(evaluation(models=["x"]))
+    with pytest.raises(UserError, match=r"No model: give model=NAME\. Available: llama2_13b"):
+        check_eval(evaluation(model=ModelConfig()))
