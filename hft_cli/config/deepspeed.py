@@ -1,4 +1,4 @@
-"""The DeepSpeed settings of a run: generated, laid over a user's own JSON, which is checked. Standard library only."""
+"""The DeepSpeed settings of a run: generated, and laid over a user's own JSON, which is checked first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError, choose
 
-# What a user's JSON may say besides what hft says itself: nothing here changes which weights train, or their bits.
+# Settings of a user's JSON that hft accepts: they change neither which weights train nor the bits of frozen weights.
 FREE = (
     "comms_logger", "communication_data_type", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
     "wall_clock_breakdown",
 )  # fmt: skip
 
-SIZES = (  # in elements
+# The same for the block zero_optimization: numbers of elements, and switches.
+SIZES = (
     "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
 )  # fmt: skip
@@ -26,10 +27,10 @@ SWITCHES = (
     "use_multi_rank_bucket_allreduce",
 )  # fmt: skip
 
-FREE_OF_ZERO = (*SIZES, *SWITCHES)
+QUANTIZES = "it quantizes weights, so frozen weights would change"
+UNTRIED = "it belongs to ZeRO++, which was not tried with frozen weights"
 
-QUANTIZES = "it quantizes weights, and frozen ones would not keep their bits"
-
+# Setting -> why it is refused.
 REASONS = {
     "optimizer": "AdamW is set by train.learning_rate, weight_decay, beta1 and beta2",
     "scheduler": "the schedule is set by train.schedule and train.warmup",
@@ -38,40 +39,40 @@ REASONS = {
     "activation_checkpointing": "it is set by train.gradient_checkpointing",
     "zero_optimization.zero_quantized_weights": QUANTIZES,
     "zero_optimization.zero_quantized_nontrainable_weights": QUANTIZES,
-    "zero_optimization.zero_quantized_gradients": "it is of ZeRO++, which was never tried with frozen weights",
-    "zero_optimization.zero_hpz_partition_size": "it is of ZeRO++, which was never tried with frozen weights",
-    "zero_optimization.round_robin_gradients": "with it DeepSpeed gives back weights under each other's names",
-    "compile": "DeepCompile fails where parameters are frozen (DeepSpeed #8214)",
+    "zero_optimization.zero_quantized_gradients": UNTRIED,
+    "zero_optimization.zero_hpz_partition_size": UNTRIED,
+    "zero_optimization.round_robin_gradients": "with it DeepSpeed returns weights under each other's names",
+    "compile": "DeepCompile fails with frozen parameters (DeepSpeed #8214)",
     "compression_training": "it changes frozen weights",
     "checkpoint": "hft marks and reads checkpoints itself",
     "tensorboard": "use tracking=tensorboard",
     "wandb": "use tracking=wandb",
-    "csv_monitor": "metrics.jsonl has it",
+    "csv_monitor": "metrics.jsonl has the same values",
 }
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run, numbers that transformers fills in as "auto"; empty without DeepSpeed.
+    """DeepSpeed's JSON for a run; empty without DeepSpeed. transformers fills in the values "auto".
 
     Raises:
-        UserError: if engine.deepspeed cannot be read, contradicts the run's own keys, or holds what is not known to
-            keep frozen weights as they are.
+        UserError: if engine.deepspeed cannot be read, contradicts the run's own keys, or has a setting that is not
+            known to keep frozen weights bit for bit.
     """
     if config.engine.zero_stage is None:
         return {}
-    own = _own(config)
+    generated = _generated(config)
     path = config.engine.deepspeed
     if path is None:
-        return own
-    given = _read(path)
-    fixed = _fixed(config)
-    for key, value in _leaves(given):
+        return generated
+    settings = _read(path)
+    fixed = _fixed_values(config)
+    for key, value in _leaves(settings):
         _check(key, value, fixed, path)
-    return _laid_over(given, own)
+    return _filled(settings, generated)
 
 
-def _own(config: RunConfig) -> dict[str, Any]:
-    """What hft sets."""
+def _generated(config: RunConfig) -> dict[str, Any]:
+    """The settings that hft writes."""
     engine = config.engine
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage == 3:
@@ -85,16 +86,16 @@ def _own(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        # Always there: without the block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
+        # Without this block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
         "bf16": {"enabled": "auto"},
         "zero_optimization": zero,
-        # Offload steps with torch's fused AdamW: DeepSpeed's own needs a compiler and two minutes on each machine.
+        # Offload steps with torch's fused AdamW. DeepSpeed's own needs a compiler and two minutes on each machine.
         **({"zero_force_ds_cpu_optimizer": False} if engine.offload_optimizer else {}),
     }
 
 
-def _fixed(config: RunConfig) -> dict[str, tuple[Any, str]]:
-    """Keys whose value follows from the run's own: the value, and what it is set by."""
+def _fixed_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
+    """Settings that follow from the run's own keys: setting -> (value, the key that sets it)."""
     train, engine = config.train, config.engine
     device = {True: "cpu", False: "none"}
     return {
@@ -112,59 +113,76 @@ def _fixed(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "zero_optimization.offload_optimizer.device": (device[engine.offload_optimizer], "engine"),
         "zero_optimization.offload_param.device": (device[engine.offload_parameters], "engine"),
         "zero_optimization.stage3_gather_16bit_weights_on_model_save": (True, "hft"),
-        "zero_force_ds_cpu_optimizer": (False, "hft, which has torch's AdamW step"),
-        "zero_allow_untested_optimizer": (True, "hft, which has torch's AdamW step"),
+        "zero_force_ds_cpu_optimizer": (False, "hft, which steps with torch's AdamW"),
+        "zero_allow_untested_optimizer": (True, "hft, which steps with torch's AdamW"),
     }
 
 
 def _check(key: str, value: Any, fixed: Mapping[str, tuple[Any, str]], path: str) -> None:
-    """Refuse one value of a user's JSON unless it is known to be harmless, or says what hft says."""
+    """Check one setting of a user's JSON: it must be known to be harmless, or agree with the run.
+
+    Args:
+        key: the setting, with dots between the names of blocks.
+        fixed: see `_fixed_values`.
+        path: the JSON file, for messages.
+
+    Raises:
+        UserError: with the setting, the reason and the fix.
+    """
+    where = f"engine.deepspeed={path}"
+    text = json.dumps(value)
     if key in fixed:
-        own, by = fixed[key]
-        if value not in ("auto", own):
+        run_value, source = fixed[key]
+        if value not in ("auto", run_value):
             raise UserError(
-                f"engine.deepspeed={path} has {key}={json.dumps(value)}, but here it is {json.dumps(own)}, set by "
-                f'{by}. Make the two agree, write "auto", or leave it out.'
+                f"{where} has {key}={text}, but in this run it is {json.dumps(run_value)}, set by {source}. Make the "
+                'two agree, write "auto", or leave it out.'
             )
         return
-    top, _, inner = key.partition(".")
+    block, _, inner = key.partition(".")
     name = inner.split(".")[0]
-    if top in FREE:
+    if block in FREE:
         return
-    if top == "zero_optimization" and not name:
-        raise UserError(f"engine.deepspeed={path} has {top}={json.dumps(value)}, which is not a block of settings.")
-    if name in FREE_OF_ZERO:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-        if not (isinstance(value, bool) if name in SWITCHES else number or value == "auto"):
-            kind = "true or false" if name in SWITCHES else 'a number of elements, or "auto"'
-            raise UserError(f"engine.deepspeed={path} has {key}={json.dumps(value)}, which is to be {kind}.")
-        return
-    if name in ("offload_optimizer", "offload_param"):
-        if not key.endswith(".pin_memory") or not isinstance(value, bool):
-            raise UserError(
-                f"engine.deepspeed={path} has {key}: of offload only device=cpu and pin_memory=true|false are taken."
-            )
-        return
-    known = top if top != "zero_optimization" else f"{top}.{name}"
-    if reason := REASONS.get(known):
-        raise UserError(f"engine.deepspeed={path} has {known}, which is not taken: {reason}. Leave it out.")
-    names = [*FREE, *(f"zero_optimization.{own}" for own in FREE_OF_ZERO), *fixed]
-    choose(f"key of engine.deepspeed={path}", known, names)
+    if block == "zero_optimization":
+        if not name:
+            raise UserError(f"{where} has {block}={text}, which is not a block of settings.")
+        if name in (*SIZES, *SWITCHES):
+            _check_zero_value(name, value, f"{where} has {key}={text}")
+            return
+        if name in ("offload_optimizer", "offload_param"):
+            if not key.endswith(".pin_memory") or not isinstance(value, bool):
+                raise UserError(f"{where} has {key}. Of offload only device=cpu and pin_memory are accepted.")
+            return
+        block = f"{block}.{name}"
+    if reason := REASONS.get(block):
+        raise UserError(f"{where} has {block}, which is not accepted: {reason}. Leave it out.")
+    accepted = [*FREE, *(f"zero_optimization.{name}" for name in (*SIZES, *SWITCHES)), *fixed]
+    choose(f"key of {where}", block, accepted)
+
+
+def _check_zero_value(name: str, value: Any, what: str) -> None:
+    """Check the type of one of SIZES or SWITCHES; `what` begins the message."""
+    if name in SWITCHES:
+        if not isinstance(value, bool):
+            raise UserError(f"{what}. It must be true or false.")
+    elif value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        raise UserError(f'{what}. It must be a number of elements, or "auto".')
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        given = json.loads(Path(path).expanduser().read_text())
+        settings = json.loads(Path(path).expanduser().read_text())
     except OSError as error:
         raise UserError(f"engine.deepspeed={path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"engine.deepspeed={path} is not JSON ({error}).") from None
-    if not isinstance(given, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"engine.deepspeed={path} does not hold a JSON object.")
-    return given
+    return settings
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key with dots, value) of each setting that is not a block."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -172,12 +190,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _laid_over(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, which was checked, with what it leaves to us filled in, block by block."""
-    merged = dict(given)
-    for key, value in own.items():
+def _filled(settings: Mapping[str, Any], generated: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the generated value where it has none or "auto", block by block."""
+    filled = dict(settings)
+    for key, value in generated.items():
         if isinstance(value, Mapping):
-            merged[key] = _laid_over(merged.get(key, {}), value)
-        elif merged.get(key, "auto") == "auto":
-            merged[key] = value
-    return merged
+            filled[key] = _filled(filled.get(key, {}), value)
+        elif filled.get(key, "auto") == "auto":
+            filled[key] = value
+    return filled

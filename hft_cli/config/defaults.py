@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from hft_cli.config.compat import use_in_defaults_lists
+
 EMBEDDED = "pocket"  # option of group `model`
 DATA = {"dpo": "pocket_preferences", "hft_dpo": "pocket_preferences"}  # method -> embedded data
 RECIPES = {"trace": "trace", "pocket_larger": "pocket_long", "pocket_order": "pocket_long"}  # data -> recipe
@@ -48,10 +50,6 @@ def micro_batch_size(most: int, *, _root_: Any) -> int:
 
 
 def register() -> None:
-    """Make the functions above known to OmegaConf, and so to Hydra.
-
-    UPSTREAM: hydra-core 1.3.8: a defaults list may use a custom resolver, and its `_root_` holds the options that are
-    known. Hydra documents only interpolation by group names. It can go when Hydra has conditional defaults.
-    """
-    for resolver in (default_choice, micro_batch_size):
-        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    """Make the functions above known to OmegaConf and Hydra."""
+    use_in_defaults_lists(default_choice.__name__, default_choice)
+    OmegaConf.register_new_resolver(micro_batch_size.__name__, micro_batch_size, replace=True)

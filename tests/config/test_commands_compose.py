@@ -44,7 +44,7 @@ def documented() -> list[str]:
 @pytest.mark.parametrize("line", documented())
 def test_a_documented_command_composes_and_is_accepted(line):
     _, command, *words = shlex.split(line)
-    words = [word for word in words if not re.match(r"\+?hydra[/.]", word)]
+    words = [word for word in words if not re.match(r"\+?hydra[/.]|--cfg$|job$", word)]
     if "-m" in words:  # its first job
         words = [re.sub(r"^([^=]+=[^,\[{]+),.*", r"\1", word) for word in words if word != "-m"]
     config = composed_by(command, *words)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 from helpers import composed
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from hft_cli.config import defaults
 
 POCKET = (150, 16, 5e-4)  # train.max_steps, batch_size, learning_rate
 TULU2 = (None, 128, 2e-5)
@@ -45,25 +41,3 @@ def test_a_micro_batch_divides_what_a_rank_has_of_the_batch(ranks, size):
 
 def test_a_typed_micro_batch_stays_as_it_is():
     assert composed("+method=hft", "data=tulu_v2", "train.micro_batch_size=3").train.micro_batch_size == 3
-
-
-def test_hydra_gives_a_resolver_the_choices_that_are_known(tmp_path):
-    """What `defaults.register` relies on in Hydra."""
-    known = {}
-
-    def probe(group: str, *, _root_) -> str:
-        known[group] = {name: _root_.get(name) for name in ("model", "data")}
-        return "x"
-
-    OmegaConf.register_new_resolver("probe", probe, replace=True)
-    for group in ("model", "data"):
-        (tmp_path / group).mkdir()
-        (tmp_path / group / "x.yaml").write_text("name: x\n")
-    (tmp_path / "top.yaml").write_text("defaults:\n  - data: ${probe:data}\n  - model: x\n  - _self_\n")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        compose("top")
-        assert known.pop("data") == {"model": "x", "data": None}
-        compose("top", ["data=x"])
-        assert known == {}
-    OmegaConf.clear_resolver("probe")
-    defaults.register()

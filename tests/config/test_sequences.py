@@ -39,7 +39,7 @@ def plan(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__epochs": {"C-STANCE": 1}}, r"train\.epochs has nothing for Py150 .*'train\.epochs=\{Py150: …, …\}'"),
+        ({"train__epochs": {"C-STANCE": 1}}, r"train\.epochs has no value for Py150 .*'train\.epochs=\{Py150: …, …\}'"),
         ({"train__epochs": {**dict.fromkeys(TASKS, 1), "Py150": 0}}, r"train\.epochs\.Py150=0 must be above 0"),
         ({"data__metric": "bleu"}, r"Unknown data\.metric 'bleu'\. .*Available: exact_match, accuracy"),
         ({"data__test_path": "x"}, r"data\.tasks names folders below data\.path, which also hold the test rows"),
