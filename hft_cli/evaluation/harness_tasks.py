@@ -152,17 +152,14 @@ def _local_splits(
     return splits
 
 
-def _check_metric(name: str, metric: str | None, task: Any) -> None:
+def _check_metric(benchmark: str, metric: str | None, task: Any) -> None:
     """Refuse a metric that the task does not have, before anything is scored."""
     metrics = [spec["metric"] for spec in task.config.metric_list or ()]
-    if metric is None or any(callable(one) for one in metrics):  # a function names its metrics when it is called
+    if metric is None or any(map(callable, metrics)):  # a function names its metrics when it is called
         return
     filters = [spec["name"] for spec in task.config.filter_list or ()] or ["none"]
-    choose(
-        f"suite.benchmarks.{name}.metric",
-        metric,
-        [benchmark_metric(one, filter_name) for one in metrics for filter_name in filters],
-    )
+    choices = [benchmark_metric(name, filter_name) for name in metrics for filter_name in filters]
+    choose(f"suite.benchmarks.{benchmark}.metric", metric, choices)
 
 
 def benchmark_metric(metric: str, filter_name: str) -> str:

@@ -79,7 +79,7 @@ class _Continuation:
     """A continuation to score after an input; all its tokens but the last are the end of the input."""
 
     pair: int
-    place: int  # among the continuations of the pair
+    position: int  # among the continuations of the pair
     tokens: int
     last_token: int
 
@@ -109,7 +109,7 @@ def log_likelihoods(
         for row, log_probabilities in zip(batch, _log_probabilities(loaded, batch, inputs), strict=True):
             for continuation in inputs[row]:
                 labels = [*row[len(row) - continuation.tokens + 1 :], continuation.last_token]
-                values[continuation.pair][continuation.place] = _sum_at(log_probabilities, labels)
+                values[continuation.pair][continuation.position] = _sum_at(log_probabilities, labels)
         if progress is not None:
             progress.advance(len(batch), sum(map(len, batch)))
     return list(zip(values, truncated, strict=True))
@@ -128,7 +128,7 @@ def _encode(
     for pair, (prompt, continuations) in enumerate(pairs):
         special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
         prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        for place, continuation in enumerate(continuations):
+        for position, continuation in enumerate(continuations):
             row = tokenizer(prompt + continuation, add_special_tokens=special)["input_ids"]
             # The last tokens of a prompt may change when the text continues, and some tokenizers append an EOS token.
             shared = next(
@@ -138,7 +138,7 @@ def _encode(
             shared = max(1, min(shared, len(row) - 1))  # the very first token has no likelihood
             truncated[pair] += len(row) - 1 > loaded.max_length
             key = tuple(row[:-1])[-loaded.max_length :]
-            inputs.setdefault(key, []).append(_Continuation(pair, place, len(row) - shared, row[-1]))
+            inputs.setdefault(key, []).append(_Continuation(pair, position, len(row) - shared, row[-1]))
     return inputs, truncated
 
 
@@ -198,7 +198,7 @@ def fact_records(queries: Sequence[Query], values: Sequence[Sequence[float]]) ->
             }
         )
     for record in records.values():
-        record["accuracy"] = sum(one["right"] for one in record["paraphrases"]) / len(record["paraphrases"])
+        record["accuracy"] = sum(entry["right"] for entry in record["paraphrases"]) / len(record["paraphrases"])
     return list(records.values())
 
 

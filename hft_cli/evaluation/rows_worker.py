@@ -1,8 +1,8 @@
 """Worker: scores of one model on sets of rows.
 
 The metric `exact_match` counts a row if greedy decoding would give its answer token for token, including the end of the
-turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely
-one after the correct tokens before it. So a row needs one forward pass. All other metrics compare a generated answer.
+turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely one
+after the correct tokens before it. So a row needs one forward pass. All other metrics compare a generated answer.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _generate(
         )[:, input_ids.shape[1] :].tolist()
     texts, count = [], 0
     for tokens in outputs:
-        end = next((place for place, token in enumerate(tokens) if token in questions.ends), len(tokens))
+        end = next((position for position, token in enumerate(tokens) if token in questions.ends), len(tokens))
         count += end
         text = loaded.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         texts.append(text.split(questions.stop)[0] if questions.stop else text)

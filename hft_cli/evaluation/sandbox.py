@@ -125,12 +125,13 @@ class CodeEval:
             }
         figures = {}
         for draws in k:
-            if all(len(own) >= draws for own in results.values()):
+            if all(len(outcomes) >= draws for outcomes in results.values()):
                 estimates = [
-                    1 - comb(len(own) - own.count("passed"), draws) / comb(len(own), draws) for own in results.values()
+                    1 - comb(len(outcomes) - outcomes.count("passed"), draws) / comb(len(outcomes), draws)
+                    for outcomes in results.values()
                 ]
                 figures[f"pass@{draws}"] = sum(estimates) / len(estimates)
-        return figures, {problem: list(enumerate(own)) for problem, own in results.items()}
+        return figures, {problem: list(enumerate(outcomes)) for problem, outcomes in results.items()}
 
     def pass_at_k(self, references: list[str], predictions: list[list[str]], k: list[int]) -> dict[str, float]:
         """pass@k of one problem; the signature of a metric of lm-evaluation-harness."""
