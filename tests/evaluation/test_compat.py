@@ -85,6 +85,7 @@ def test_simple_evaluate_calls_add_env_info_of_its_module():
     before = evaluator.add_env_info
     try:
         compat.skip_environment_report()
+        assert evaluator.add_env_info is not before
         assert evaluator.add_env_info({}) is None
     finally:
         evaluator.add_env_info = before
@@ -127,15 +128,14 @@ def test_the_harness_looks_for_ranks_in_the_environment(monkeypatch):
 
 def test_the_answers_of_a_model_can_be_shared(model, monkeypatch):
     requests = [request("loglikelihood", "gold", f" {n}") for n in range(3)]
-    alone = model.loglikelihood(requests)
-    shares = [model.loglikelihood(requests[rank::2]) for rank in (0, 1)]
-    monkeypatch.setattr(Ranks, "gather", lambda self, share: shares)
+    own_share = model.loglikelihood(requests[::2])
+    shares = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, share: [shares.append(share) or ["a", "c"], ["b"]])
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         monkeypatch.setattr(model, method, getattr(model, method))  # restored at the end
     compat.share_requests(model, Ranks(0, 2))
-    assert [value for value, _ in model.loglikelihood(requests)] == pytest.approx(
-        [value for value, _ in alone], abs=1e-5
-    )
+    assert model.loglikelihood(requests) == ["a", "b", "c"]
+    assert [value for value, _ in shares[0]] == pytest.approx([value for value, _ in own_share], abs=1e-5)
 
 
 def test_truncated_prompts_are_counted_as_the_model_cuts_them(model):

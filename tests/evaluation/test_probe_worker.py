@@ -39,8 +39,8 @@ def test_a_log_likelihood_is_the_sum_over_the_tokens(pocket):
 
 
 def test_a_row_longer_than_the_model_loses_its_start(pocket):
-    pairs = [("gold " * 600, [" iron"]), ("short", [" iron"])]
-    (long_values, long_truncated), (short_values, short_truncated) = log_likelihoods(pocket, pairs, batch_size=2)
+    pairs = [("short", [" iron"]), ("gold " * 600, [" iron"])]
+    (short_values, short_truncated), (long_values, long_truncated) = log_likelihoods(pocket, pairs, batch_size=2)
     assert (long_truncated, short_truncated) == (1, 0)
     assert long_values[0] < 0
     assert short_values[0] < 0
