@@ -68,7 +68,7 @@ def _write_plots(plots: Sequence[Plot], out: Path) -> dict[str, bytes]:
 
     pictures = {}
     for plot in plots:
-        png, pictures[plot.name] = render(plot.draw())
+        png, pictures[plot.name] = render(plot.draw)
         (out / f"{plot.name}.png").write_bytes(png)
         (out / f"{plot.name}.svg").write_bytes(pictures[plot.name])
     return pictures

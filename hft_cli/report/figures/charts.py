@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hft_cli.report.figures.style import FONT_SIZE, WIDTH, Style, add_legend, axes_grid, in_style, styles_of
+from hft_cli.report.figures.style import FONT_SIZE, WIDTH, Style, add_legend, axes_grid, styles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,6 @@ class Series:
     joined: bool = True
 
 
-@in_style
 def curves(
     series: Sequence[Series], panels: Mapping[str, str], xlabel: str, ticks: Mapping[float, str] | None = None
 ) -> Figure:
@@ -59,7 +58,6 @@ def curves(
     return figure
 
 
-@in_style
 def paths(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
     """One panel ("path"), in which each series is a line through its points in the given order."""
     figure, (axes,) = axes_grid(1, 1, 1, (NARROW, 3.2))
@@ -72,7 +70,6 @@ def paths(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
     return figure
 
 
-@in_style
 def tradeoff(series: Sequence[Series], rates: Sequence[float], skill: str, retained: str) -> Figure:
     """Skill and retention over the learning rate, and retention over skill, where up and right is better.
 
@@ -99,7 +96,6 @@ def tradeoff(series: Sequence[Series], rates: Sequence[float], skill: str, retai
     return figure
 
 
-@in_style
 def forest(labels: Sequence[str], styles: Sequence[str], panels: Mapping[str, Sequence[Point | None]]) -> Figure:
     """A row for each label and a panel for each measure (axis label -> points): mean, interval, and a stroke a run.
 
@@ -122,7 +118,6 @@ def forest(labels: Sequence[str], styles: Sequence[str], panels: Mapping[str, Se
     return figure
 
 
-@in_style
 def stacked_bars(labels: Sequence[str], shares: Sequence[Sequence[float]], parts: Sequence[str], xlabel: str) -> Figure:
     """A bar for each label, split into its shares of 1, with their percentages where they fit."""
     figure, (axes,) = axes_grid(1, 1, 1, (WIDTH, 0.95 + 0.24 * len(labels)))

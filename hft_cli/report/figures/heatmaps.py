@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hft_cli.checkpoint.naming import category, layer_and_matrix, short_names
-from hft_cli.report.figures.style import FONT_SIZE, WIDTH, axes_grid, in_style
+from hft_cli.report.figures.style import FONT_SIZE, WIDTH, axes_grid
 from hft_cli.report.runs import Matrix
 from hft_cli.text import natural_order
 
@@ -50,7 +50,6 @@ def layer_map(title: str, values: Mapping[str, float]) -> Heatmap:
     return Heatmap(title, tuple(map(str, layers)), tuple(names[matrix] for matrix in matrices), grid)
 
 
-@in_style
 def heatmaps(maps: Sequence[Heatmap], label: str, form: str, low: float | None = None, high: float | None = None
              ) -> Figure:  # fmt: skip
     """Maps with their numbers in the cells, all on one colour scale.
@@ -84,7 +83,6 @@ def heatmaps(maps: Sequence[Heatmap], label: str, form: str, low: float | None =
     return figure
 
 
-@in_style
 def draw_maps(maps: Sequence[Heatmap]) -> Figure:
     """Maps of layers by matrices: 1 was updated (dark, with a dot), 0 frozen (light)."""
     from matplotlib.colors import ListedColormap

@@ -7,18 +7,16 @@ so that commands that draw nothing start fast.
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Parameters = ParamSpec("Parameters")
 Style = tuple[str, str, str]  # colour, marker, line
 WIDTH = 6.9  # inches
 FONT_SIZE = 8  # points
@@ -36,19 +34,6 @@ OTHER_STYLES: list[Style] = [
     for line, markers in (("-.", "X<>*"), (":", "hpd8"), ("--", "v^Ps"))
     for colour, marker in zip(("#009E73", "#E69F00", "#56B4E9", "#000000"), markers, strict=True)
 ]
-
-
-def in_style(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
-    """Decorate a function that draws a figure: it runs under SETTINGS, without the user's own settings."""
-
-    @functools.wraps(draw)
-    def styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context(fname=SETTINGS):
-            return draw(*args, **kwargs)
-
-    return styled
 
 
 def axes_grid(
@@ -88,12 +73,13 @@ def add_legend(figure: Figure, grid: Sequence[Axes]) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
-def render(figure: Figure) -> tuple[bytes, bytes]:
-    """A figure as PNG (200 dots an inch) and SVG, without dates and versions."""
+def render(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """A figure as PNG (200 dots an inch) and SVG, without dates and versions. The user's own settings do not apply."""
     import matplotlib
 
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(fname=SETTINGS):
+        figure = draw()
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
         figure.set_layout_engine("none")  # the layout is done
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
