@@ -20,7 +20,13 @@ def test_keys_without_effect_do_not_separate_runs(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", config={"continual": {"name": "seqft", "gem_margin": 0.5}})  # GEM's key without GEM
     write_run(tmp_path / "c", "fft")
-    write_run(tmp_path / "d", "fft", ratio=0.3)  # a ratio where everything is updated
+    balanced = {
+        "level": "all",
+        "ratio": 0.3,
+        "balance": "elements",
+        "embeddings": "update",
+    }  # where everything is updated
+    write_run(tmp_path / "d", "fft", ratio=0.3, config={"selection": balanced})
     assert {group.label: len(group.runs) for group in group_runs(find_runs([tmp_path]))} == {"FFT": 2, "HFT": 2}
 
 

@@ -16,9 +16,9 @@ def test_matrices_are_in_the_order_of_the_layer():
 
 
 def test_a_bias_belongs_to_its_matrix():
-    q = f"{LAYER}.0.self_attn.q_proj"
-    heatmap = layer_map("t", {f"{q}.bias": 1.0, f"{q}.weight": 2.0, f"{LAYER}.1.mlp.up_proj.weight": 3.0, "head": 4.0})
-    assert heatmap.cells == ((2.0, None), (None, 3.0))
+    q, up = f"{LAYER}.0.self_attn.q_proj", f"{LAYER}.1.mlp.up_proj"
+    values = {f"{q}.bias": 1.0, f"{q}.weight": 2.0, f"{up}.weight": 3.0, f"{up}.bias": 4.0, "head": 5.0}
+    assert layer_map("t", values).cells == ((2.0, None), (None, 3.0))
 
 
 def test_wide_maps_have_no_numbers():

@@ -18,6 +18,10 @@ def test_later_scores_are_arranged_as_in_the_paper(tmp_path):
 
 
 def test_an_average_needs_all_of_its_benchmarks(tmp_path):
-    items = {name: [1.0] for name in KNOWLEDGE[:2]}
-    write_eval(write_run(tmp_path / "a"), "knowledge", items, items)
+    items = {name: [1.0] for name in KNOWLEDGE}
+    two = {name: [1.0] for name in KNOWLEDGE[:2]}
+    write_eval(write_run(tmp_path / "hft"), "knowledge", two, two)
     assert table(sections_of(tmp_path), "benchmarks").headings == ["setting", "NQ", "TriviaQA"]
+    write_eval(write_run(tmp_path / "fft", "fft"), "knowledge", items, items)
+    averages = [record["knowledge avg"] for record in table(sections_of(tmp_path), "benchmarks").records[1:]]
+    assert averages == [1.0, None]

@@ -13,3 +13,9 @@ def test_cost_is_over_runs_with_their_hardware(tmp_path):
     assert (record["train_seconds"], record["tokens_per_second"]) == (2, 1000)
     assert (record["peak_memory_bytes"], record["hardware"], record["runs"]) == (3 << 20, "2 CPUs", 2)
     assert cost.body == [["HFT", "2", "2 CPUs", "2.0 ± 0.0 [2.0, 2.0]", "1,000", "3"]]
+
+
+def test_runs_that_trained_nothing_have_no_cost(tmp_path):
+    results = write_run(tmp_path / "run", "half_reset") / "results.json"
+    results.write_text(results.read_text().replace('"train_seconds": 2.0', '"train_seconds": 0.0'))
+    assert "Cost" not in [entry.title for entry in sections_of(tmp_path)]

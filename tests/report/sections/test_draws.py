@@ -30,6 +30,7 @@ def test_runs_of_one_draw_are_one_row(tmp_path):
     assert often.get_title() == "category 0.5, 2 rounds"
 
 
-def test_full_fine_tuning_has_no_draws(tmp_path):
-    write_run(tmp_path / "run", "fft")
+def test_runs_that_freeze_nothing_have_no_draws(tmp_path):
+    write_run(tmp_path / "a", "fft")
+    write_run(tmp_path / "b", "hft", ratio=1.0, updated=NAMES)
     assert "What was updated" not in [entry.title for entry in sections_of(tmp_path)]
