@@ -53,7 +53,7 @@ POINTS_NOTE = "Means over seeds with 95% intervals; each small dot is one run."
 def seed_scores(group: Group, score: Score) -> dict[tuple[int, int], float]:
     """(data seed, draw seed) -> the score; a mean if the same seeds were run twice."""
     runs = grouped(group.runs, lambda run: (run.row.seed or 0, run.draw_seed or 0))
-    scores = {seeds: [value for run in lot if (value := score(run.row)) is not None] for seeds, lot in runs.items()}
+    scores = {seeds: [value for run in same if (value := score(run.row)) is not None] for seeds, same in runs.items()}
     return {seeds: fmean(values) for seeds, values in scores.items() if values}
 
 
@@ -107,7 +107,7 @@ def sample_note(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     seeds = sorted({run.row.seed for run in runs if run.row.seed is not None})
     draw_seeds = sorted({run.draw_seed for run in runs if run.draw_seed is not None})
-    note = f"{plural(len(runs), 'run')}, {plural(len(seeds), 'data seed')} ({_first(seeds)})"
+    note = f"Based on {plural(len(runs), 'run')}, {plural(len(seeds), 'data seed')} ({_first(seeds)})"
     if draw_seeds != seeds:
         note += f", {plural(len(draw_seeds), 'draw seed')} ({_first(draw_seeds)})"
     sizes = [len(group.runs) for group in groups]

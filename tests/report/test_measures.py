@@ -53,10 +53,10 @@ def test_the_skill_of_sequences_is_their_op(tmp_path):
 def test_the_note_counts_runs_and_seeds(tmp_path):
     write_run(tmp_path / "a", "fft")
     assert sample_note(groups_of(tmp_path)) == (
-        "1 run, 1 data seed (1); each setting has one run and therefore no interval."
+        "Based on 1 run, 1 data seed (1); each setting has one run and therefore no interval."
     )
     for seed in (2, 3):
         write_run(tmp_path / f"b{seed}", seed=seed, draw_seed=7)
     assert sample_note(groups_of(tmp_path)) == (
-        "3 runs, 3 data seeds (1, 2, 3), 2 draw seeds (1, 7); settings with one run have no interval."
+        "Based on 3 runs, 3 data seeds (1, 2, 3), 2 draw seeds (1, 7); settings with one run have no interval."
     )

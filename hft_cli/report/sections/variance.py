@@ -114,10 +114,10 @@ def _effect_records(group: Group) -> tuple[list[Record], list[str]]:
     for key in measured_in([group]):
         score = MEASURES[key].score
         runs = [run for run in group.runs if run.draws and score(run.row) is not None]
-        draws = list(grouped(runs, lambda run: run.updated_by_round).values())
-        means = [fmean(score(run.row) or 0 for run in lot) for lot in draws]
+        by_draw = list(grouped(runs, lambda run: run.updated_by_round).values())
+        means = [fmean(score(run.row) or 0 for run in same) for same in by_draw]
         for family in FAMILIES:
-            counts = [updates(lot[0], family) for lot in draws]
+            counts = [updates(same[0], family) for same in by_draw]
             terms = sorted({term for count in counts for term in count}, key=natural_order)
             features = np.array([[count[term] for term in terms] for count in counts], float)
             effects = regress(features, means)
@@ -129,7 +129,7 @@ def _effect_records(group: Group) -> tuple[list[Record], list[str]]:
                 records.append({
                     "setting": group.label, "measure": key, "family": family, "term": term,
                     "effect": effect.mean if effect else None, "effect_low": effect.low if effect else None,
-                    "effect_high": effect.high if effect else None, "draws": len(draws),
+                    "effect_high": effect.high if effect else None, "draws": len(by_draw),
                     "note": None if effect else "the same in every draw",
                 })  # fmt: skip
     drawn = len({run.updated_by_round for run in group.runs})
