@@ -1,31 +1,72 @@
-"""Fixtures of the tests: small runs of the embedded model, made once."""
+"""Fixtures of the tests: small runs of the embedded model, each made once for all files and processes that use it."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import signal
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import SCORED, TWO_ROUNDS, train
+from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, start, train, wait_for, wait_until_gone
 
 from hft_cli.launch.nodes import is_free
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    """The folder of the shared runs: one for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "runs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def hft_run(runs) -> Path:
-    """A finished HFT run of one round, in one process."""
-    return train(runs / "hft", *SCORED)
+    """A finished HFT run of one round, in one process, scored before and after."""
+    return once(runs / "hft", lambda out: train(out, *SCORED))
 
 
 @pytest.fixture(scope="session")
 def two_rounds(runs) -> Path:
     """A finished HFT run of two rounds with complementary draws."""
-    return train(runs / "two", *TWO_ROUNDS)
+    return once(runs / "two", lambda out: train(out, *TWO_ROUNDS))
+
+
+@pytest.fixture(scope="session")
+def begun(runs) -> Callable[[str], tuple[Path, Path]]:
+    """For an engine: a finished run of two ranks, and a copy of it from the middle of its round."""
+
+    @cache
+    def begin(engine: str) -> tuple[Path, Path]:
+        whole, part = runs / engine, runs / f"{engine}-part"
+        process = start(whole, *DECAYED, f"engine={engine}", *TWO_RANKS)
+        folder = whole / "rounds/01-order"
+        wait_for(folder / "checkpoints/checkpoint-2/hft.json", process)
+        process.send_signal(signal.SIGSTOP)  # or it would remove the checkpoints when its ranks end
+        wait_for(folder / "outcome.json", process)
+        wait_until_gone(folder)
+        shutil.copytree(whole, part)
+        process.send_signal(signal.SIGCONT)
+        for name in ("outcome.json", "delta.safetensors"):
+            (part / "rounds/01-order" / name).unlink()
+        shutil.rmtree(part / "rounds/01-order/checkpoints/checkpoint-4")
+        assert process.wait() == 0
+        return whole, part
+
+    return begin
+
+
+def once(out: Path, make: Callable[[Path], Path]) -> Path:
+    """Make a run, or wait until the process that is making it has made it."""
+    with out.with_suffix(".making").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return out if (out / "DONE").exists() else make(out)
 
 
 @pytest.fixture

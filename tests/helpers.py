@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -46,6 +48,7 @@ TWO_ROUNDS = (
     "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]",
     "selection.redraw=complementary",
 )
+TWO_RANKS = ("engine.num_processes=2", "train.micro_batch_size=2")
 SCORED = (*DECAYED, "suite=pocket", "data.test_path=pocket:skills/order/test.jsonl")
 
 
@@ -94,8 +97,34 @@ def train(out: Path, *arguments: object) -> Path:
     return out
 
 
+def start(out: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    """Start a quick run in `out` without waiting for it."""
+    return subprocess.Popen(
+        command("train", *QUICK, f"output_dir={out}", *arguments),
+        env=environment(),
+        # A shell that starts the tests in the background makes them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def kill(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Kill a run without a warning, and wait until its workers are gone too."""
+    process.kill()
+    process.wait()
+    wait_until_gone(out)
+
+
+def on_one_worker(engine: str, *more: object) -> object:
+    """Parameters of a test, to run in the process of pytest-xdist that has the shared runs of the engine."""
+    return pytest.param(engine, *more, marks=pytest.mark.xdist_group(engine))
+
+
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> bytes:
@@ -114,6 +143,12 @@ def changed(before: Path, after: Path) -> set[str]:
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     assert old.keys() == new.keys()
     return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two runs."""
+    first, second = (load_file(run / "model/model.safetensors") for run in (one, other))
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

@@ -189,9 +189,11 @@ def _add_final_faults(proof: RoundProof, differing: Mapping[int, set[str]]) -> R
 
 
 def _ledger(run: RunDir, count: int) -> list[Any]:
-    """The entries of draws.json; None for each phase if there are not `count` of them."""
-    ledger = read_json(run.draws)
-    entries = ledger.get("rounds") if isinstance(ledger, dict) else None
+    """The entries of draws.json; None for each phase if they cannot be read or there are not `count` of them."""
+    try:
+        entries = read_json(run.draws).get("rounds")
+    except UserError:
+        entries = None
     return entries if isinstance(entries, list) and len(entries) == count else [None] * count
 
 

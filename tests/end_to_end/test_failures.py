@@ -1,0 +1,45 @@
+"""Runs that cannot start or go wrong: the exit status, what is said, and what is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from helpers import BASE, QUICK, hft
+
+
+def test_a_diverged_run_stops_and_says_so(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", "train.learning_rate=1e20",
+                "train.max_steps=30")  # fmt: skip
+    assert ended.status == 2
+    assert re.search(r"The loss is nan at step \d+: training has diverged\. Lower train\.learning_rate", ended.err)
+    assert not (tmp_path / "run/DONE").exists()
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}")
+    assert ended.status == 2
+    assert "has other files in it (thesis.tex)" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_mistake_that_only_the_worker_sees_leaves_no_run(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", "train.max_length=3")
+    assert ended.status == 2
+    assert "Raise train.max_length" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_fails_gives_status_1_and_names_its_log(tmp_path):
+    broken = Path(shutil.copytree(BASE, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", f"model.path={broken}")
+    assert ended.status == 1
+    assert "no such function" in ended.err
+    assert "The whole log: " in ended.err
+    assert not (tmp_path / "run/DONE").exists()
