@@ -61,12 +61,12 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     )
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys. An empty dict is a value."""
+def flatten(values: dict[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """Nested dicts as one dict with keys joined by the separator. An empty dict is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}{separator}", separator)
         else:
             flat[prefix + key] = value
     return flat

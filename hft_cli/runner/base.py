@@ -37,16 +37,13 @@ def find_base(
     hash_of: Callable[[Path], str] = weights_hash,
     fix: str = "Give a folder with the same weights: --base FOLDER.",
 ) -> Path:
-    """The folder of the model that a run started from, with the recorded weights.
+    """The folder of the model that a run started from: the recorded one, or what the recorded path leads to today.
 
     Args:
         run: a run with a plan.json. Runs of earlier versions, which have no `base_path` in it, work too.
-        base: a folder, hub name or `pocket:` path to use instead of the recorded one.
+        base: a folder, hub name or `pocket:` path to use instead.
         hash_of: returns the hash of a folder's weights. A caller with many runs can pass a cached one.
         fix: what the error tells the user to do.
-
-    Returns:
-        The folder of `base`. Without `base`: the recorded folder, or what the recorded path resolves to today.
 
     Raises:
         UserError: if no folder has the recorded weights.
@@ -62,7 +59,7 @@ def find_base(
         )
     recorded = Path(plan["base"])
     path = plan.get("base_path") or read_config(run).model.path
-    for folder in (recorded, Path(resolve_path(path)).expanduser()):
+    for folder in dict.fromkeys((recorded, Path(resolve_path(path)).expanduser())):
         if _has_weights(folder, sha256, hash_of):
             return folder
     if revision := plan.get("base_revision") or hub_revision(recorded):

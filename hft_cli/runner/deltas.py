@@ -14,7 +14,7 @@ from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
-from hft_cli.files import read_json, write_json, write_text
+from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.method.rounds import phases
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
@@ -133,35 +133,30 @@ def _about(run: RunDir, count: int) -> dict[str, Any]:
 
 def _card(about: dict[str, Any], name: str) -> str:
     """The model card, in the hub's format: what the delta is, what was updated, its scores, and how to load it."""
-    base = about["base"] or "BASE"
+    from jinja2 import Template
+
     rounds = [
         [str(r["round"]), r["name"], r["level"], f"{r['ratio']:g}", str(r["seed"]), f"{r['updated_fraction']:.1%}"]
         for r in about["rounds"]
     ]
-    front_matter = ["---", *([f"base_model: {about['base']}"] if about["base"] else []),
-                    "tags: [hft, half-fine-tuning]", "---"]  # fmt: skip
-    parts = [
-        f"# {name}",
-        f"The tensors that fine-tuning changed in {about['base'] or about['base_label']} (`hft`, method "
-        f"`{about['method']}`; Half Fine-Tuning: Hui et al., ACL 2025). All other tensors are those of the base, bit "
-        f"for bit. The base's weight files have SHA-256 `{about['base_sha256']}`; other weights are refused.",
-        f"```\nhft materialize {name} base={base} out=model\n```",
-        'Then `AutoModelForCausalLM.from_pretrained("model")`.',
-        markdown_table(["round", "data", "selection", "ratio", "seed", "updated"], rounds),
-    ]
-    if scores := _score_rows(about["eval"]):
-        parts.append(markdown_table(["score (%)", "metric", "base", "this"], scores))
-    return "\n".join(front_matter) + "\n\n" + "\n\n".join(parts) + "\n"
+    scores = _score_rows(about["eval"])
+    template = Template((Path(__file__).parent / "delta_card.md.jinja").read_text(), keep_trailing_newline=True)
+    card: str = template.render(
+        about,
+        name=name,
+        rounds_table=markdown_table(["round", "data", "selection", "ratio", "seed", "updated"], rounds),
+        scores_table=markdown_table(["score (%)", "metric", "base", "this"], scores) if scores else "",
+    )
+    return card
 
 
 def _score_rows(scores: dict[str, Any]) -> list[list[str]]:
     """A row for each task that was scored before and after: its first metric, in percent."""
     rows = []
+    before = flatten(scores.get("before", {}), separator="/")
     for suite, tasks in scores.get("after", {}).items():
-        for task, after in tasks.items():
-            metric = next(iter(after))
-            before = scores.get("before", {}).get(suite, {}).get(task, {}).get(metric)
-            if before is not None:
-                percents = f"{100 * before:.1f}", f"{100 * after[metric]:.1f}"
-                rows.append([f"{suite}/{task}", metric.replace("_", " "), *percents])
+        for task, values in tasks.items():
+            metric, after = next(iter(values.items()))
+            if (start := before.get(f"{suite}/{task}/{metric}")) is not None:
+                rows.append([f"{suite}/{task}", metric.replace("_", " "), f"{100 * start:.1f}", f"{100 * after:.1f}"])
     return rows

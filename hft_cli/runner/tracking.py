@@ -20,7 +20,7 @@ from typing import Any
 
 from hft_cli.config.schema import TrackingConfig
 from hft_cli.errors import UserError, choose
-from hft_cli.files import read_json, write_json
+from hft_cli.files import flatten, read_json, write_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.compat import trackio_last_step
 
@@ -42,11 +42,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Connection:
-    """An open run at a tracker.
+    """An open run at a tracker. `log` takes values and their step, `close` whether the session ended without an error.
 
-    `log` takes values by name and their step. `close` takes whether the session ended without an error. `delay` is the
-    number of seconds until the tracker has stored what it was sent: values sent later than that before a kill are sent
-    again.
+    `delay` is the number of seconds until the tracker has stored what it was sent. After a kill, the values of the
+    last `delay` seconds are sent again.
     """
 
     log: Callable[[dict[str, Any], int], None]
@@ -79,9 +78,10 @@ class Tracker:
                 self._send({f"train/{key}": value for key, value in line.items() if key not in ("name", "step")}, step)
         self.save()
 
-    def send_scores(self, when: str, scores: Mapping[str, Any], step: int) -> None:
+    def send_scores(self, when: str, scores: dict[str, Any], step: int) -> None:
         """Send scores (suite -> task -> metric -> value) made at `step`, once for each `when`."""
-        self._send_once(when, dict(_numbers(scores, "eval/")), step)
+        values = flatten(scores, "eval/", "/")
+        self._send_once(when, {name: value for name, value in values.items() if isinstance(value, int | float)}, step)
 
     def send_results(self, results: Mapping[str, Any], step: int) -> None:
         """Send a run's overall performance, backward transfer, and whether its files verify."""
@@ -147,10 +147,8 @@ def require_tracker(tracking: TrackingConfig) -> None:
 def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
     """Open the run in `folder` at its tracker, new or continued, and close it at the end.
 
-    A new tracker, project or run name starts a new tracked run, which is sent the whole history.
-
-    Raises:
-        UserError: if the tracker refuses the connection.
+    A new tracker, project or run name starts a new tracked run, which is sent the whole history. Raises UserError if
+    the tracker refuses the connection.
     """
     connect = TRACKERS[tracking.name]
     if connect is None:
@@ -176,13 +174,9 @@ def track(tracking: TrackingConfig, folder: Path, settings: Mapping[str, Any]) -
 
 
 def log_scores(
-    tracking: TrackingConfig, folder: Path, when: str, scores: Mapping[str, Any], settings: Mapping[str, Any]
+    tracking: TrackingConfig, folder: Path, when: str, scores: dict[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Send scores from outside a training run: to the tracked run of `folder` at its last step, or to a new one.
-
-    Raises:
-        UserError: if the tracker is not installed or refuses the connection.
-    """
+    """Send scores from outside a training run: to the tracked run of `folder` at its last step, or to a new one."""
     require_tracker(tracking)
     with track(tracking, folder, settings) as tracker:
         tracker.send_scores(when, scores, max(tracker.state["step"], 0))
@@ -273,14 +267,6 @@ def _new_state(run_id: str | None = None) -> State:
 
 def _read_states(file: Path) -> dict[str, State]:
     return read_json(file) if file.exists() else {}
-
-
-def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            yield prefix + key, value
 
 
 # To add a tracker: a function, a row here, a file in conf/tracking, and an extra in pyproject.toml.
