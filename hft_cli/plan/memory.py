@@ -15,10 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
+from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
-
-# TRL's head computes log-probabilities without holding all logits (trl/kernels/chunked_logprob.py).
-LOGITS_TILE = (4096, 32768)  # tokens, vocabulary
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,12 @@ from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import Draw, heaviest_draw
 from hft_cli.paths import resolve_path
+from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 from hft_cli.plan.flops import Flops, flops, hours
 from hft_cli.plan.memory import Memory, activations, host_memory, memory
 from hft_cli.plan.model import Model, read_model
 from hft_cli.plan.traffic import Disk, Network, checkpoint_bytes, network
-from hft_cli.plan.workload import (
-    MAX_LIVE,
-    PERSISTENT,
-    REDUCE_BUCKET,
-    SUB_GROUP,
-    Setup,
-    Workload,
-    lora_adapters,
-)
+from hft_cli.plan.workload import Setup, Workload, lora_adapters
 
 NO_DATA = "/dev/null/data"  # a path at which nothing can be
 

@@ -8,12 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hft_cli.checkpoint.naming import Param
-
-# Defaults of DeepSpeed (deepspeed/runtime/zero/config.py) that the settings of `train` leave as they are, in elements.
-REDUCE_BUCKET = 500_000_000  # reduce_bucket_size
-MAX_LIVE = 1_000_000_000  # stage3_max_live_parameters
-SUB_GROUP = 1_000_000_000  # sub_group_size: what ZeRO-3 updates at once
-PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller parameters stay whole on each rank
+from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class Setup:
         memory_rows: rows of each of these tasks.
         offload_optimizer: whether master weights and moments are in host memory.
         offload_parameters: whether weights are in host memory as well.
-        bucket, live, sub_group, persistent: settings of DeepSpeed, in elements; see the constants above.
+        bucket, live, sub_group, persistent: settings of DeepSpeed, in elements; see compat.py.
     """
 
     zero_stage: int | None
