@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -10,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BASE, changed, command, environment, hft, ledger, results, wait_for, wait_until_gone
+from helpers import (
+    BASE,
+    changed,
+    command,
+    environment,
+    hft,
+    kill,
+    largest_difference,
+    ledger,
+    metrics,
+    results,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 QUICK_DPO = (
@@ -26,16 +37,12 @@ def train_dpo(out: Path, *arguments: str) -> Path:
     return out
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     return train_dpo(tmp_path_factory.mktemp("dpo") / "run", "method=hft_dpo")
 
 
-def test_it_starts_at_ln_2_learns_the_preference_and_changes_what_was_drawn(one):
+def test_it_starts_at_ln_2_and_learns_the_preference(one):
     lines = metrics(one)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -56,9 +63,9 @@ def test_deepspeed_ranks_agree_with_one_process(one, tmp_path, engine):
         tmp_path / "run", "method=hft_dpo", f"engine={engine}", "engine.num_processes=2", "train.micro_batch_size=2"
     )
     assert metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    alone, many, start = (load_file(path / "model.safetensors") for path in (one / "model", run / "model", BASE))
-    moved = sum((alone[name] - start[name]).abs().sum() for name in start)
-    assert sum((alone[name] - many[name]).abs().sum() for name in start) < 0.02 * moved
+    assert largest_difference(run, one) < 1e-5
+    norms, expected = ([line["grad_norm"] for line in metrics(folder)] for folder in (run, one))
+    assert norms == pytest.approx(expected, rel=1e-5)
 
 
 def test_dpo_of_every_matrix_moves_every_matrix(tmp_path):
@@ -69,14 +76,12 @@ def test_dpo_of_every_matrix_moves_every_matrix(tmp_path):
 SFT_THEN_DPO = ("method=hft", "experiment=sft_then_dpo", "train.max_steps=8", "dpo.max_steps=60", "train.save_every=10")
 
 
-def test_sft_then_dpo_is_two_rounds_and_resumes_in_the_second_with_the_same_bits(tmp_path):
+def test_sft_then_dpo_resumes_in_its_second_round_bit_by_bit(tmp_path):
     whole = train_dpo(tmp_path / "whole", *SFT_THEN_DPO)
     arguments = ("train", *QUICK_DPO, *SFT_THEN_DPO, f"output_dir={tmp_path}/killed")
     process = subprocess.Popen(command(*arguments), env=environment())
     wait_for(tmp_path / "killed/rounds/02-capitals-2/checkpoints/checkpoint-10/hft.json", process)
-    process.kill()
-    process.wait()
-    wait_until_gone(tmp_path / "killed")
+    kill(process, tmp_path / "killed")
     assert (tmp_path / "killed/rounds/01-capitals-1/outcome.json").exists()
     ended = hft(*arguments)
     assert ended.status == 0, ended.err
@@ -92,11 +97,11 @@ def test_sft_then_dpo_is_two_rounds_and_resumes_in_the_second_with_the_same_bits
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("method=hft_dpo", "engine=zero3", "dpo.reference=shared"), r"reference=shared cannot be with engine=zero3"),
+        (("method=hft_dpo", "engine=zero3", "dpo.reference=shared"), r"reference=shared does not work on engine=zero3"),
         (("method=hft_dpo", "dpo.beta=0"), r"dpo\.beta=0(\.0)? must be above 0"),
         (("method=dpo", "selection=category"), r"method=dpo updates every matrix.*Use method=hft_dpo"),
         (("method=hft", "method.stages=[sft,dpo]"), r"method\.stages names 2 stages for 1 training sets"),
-        (("method=hft", "method.stages=[dop]"), r"Unknown stage in method\.stages 'dop'\. Did you mean 'dpo'"),
+        (("method=hft", "method.stages=[dop]"), r"Unknown method\.stages 'dop'\. Did you mean 'dpo'"),
         (("method=hft_dpo", "data=pocket_order"), r"no 'chosen'|'chosen'"),
     ],
 )  # fmt: skip

@@ -67,7 +67,7 @@ def test_master_weights_start_from_the_files_not_their_bfloat16(tmp_path, engine
     assert changed(BASE, run / "model") == set()
 
 
-def test_zero3_in_bfloat16_with_checkpointing_keeps_frozen_weights(tmp_path):
+def test_zero3_in_bfloat16_with_checkpointing_keeps_the_frozen(tmp_path):
     run = train(
         tmp_path / "run", "+method=hft", "engine=zero3", *TWO_RANKS, "model.dtype=bfloat16",
         "train.gradient_checkpointing=true",

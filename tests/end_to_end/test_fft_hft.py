@@ -86,7 +86,7 @@ def test_rounds_start_from_one_another_and_cover_the_model(two_rounds):
     assert [entry["frozen_bit_identical"] for entry in results(two_rounds)["rounds"]] == [True, True]
 
 
-def test_every_option_of_training_leaves_frozen_float32_weights_alone(tmp_path):
+def test_options_of_training_leave_frozen_float32_weights_alone(tmp_path):
     run = train(
         tmp_path / "run", "+method=hft", "model.dtype=bfloat16", "train.weight_decay=0.5", "train.packing=true",
         "train.gradient_checkpointing=true", "train.schedule=cosine", "selection=model", "selection.balance=elements",

@@ -155,7 +155,7 @@ def test_resumed_on_the_same_engine_it_ends_with_the_same_bits(begun, tmp_path, 
     ("engine", "to"),
     [on_one_worker("zero1", "zero3"), on_one_worker("zero3", "zero2"), on_one_worker("zero3_offload", "zero3")],
 )
-def test_resumed_on_other_ranks_and_stages_it_ends_nearly_the_same(begun, tmp_path, engine, to):
+def test_resumed_on_other_ranks_or_stages_it_ends_nearly_alike(begun, tmp_path, engine, to):
     """To the last bits of float32, where each step changes weights by about 1e-3; frozen weights keep their bits."""
     whole, part = begun(engine)
     out = train(Path(shutil.copytree(part, tmp_path / "run")), *DECAYED, f"engine={to}")
@@ -171,7 +171,7 @@ def test_resumed_on_other_ranks_and_stages_it_ends_nearly_the_same(begun, tmp_pa
 @pytest.mark.parametrize(
     ("was", "now", "fix"), [(None, 2, "engine=single"), (3, None, "engine=zero3 or another ZeRO stage")]
 )
-def test_a_checkpoint_does_not_go_between_one_process_and_deepspeed(was, now, fix):
+def test_a_checkpoint_does_not_move_from_or_to_one_process(was, now, fix):
     with pytest.raises(UserError, match=f"DeepSpeed converts only between its own .* Finish the round with {fix};"):
         resume.needed({"zero_stage": was, "ranks": 1}, {"zero_stage": now, "ranks": 1})
 

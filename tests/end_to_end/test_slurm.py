@@ -47,7 +47,7 @@ def test_a_sweep_waits_for_every_job_and_says_how_each_ended(tmp_path, settings)
     assert weights(signalled) == weights(train(tmp_path / "whole", *LONG))
 
 
-def test_a_job_that_died_ends_a_sweep_within_a_minute_with_status_1(tmp_path, settings):
+def test_a_sweep_ends_within_a_minute_of_the_death_of_its_job(tmp_path, settings):
     arguments = ("train", *LONG, "seed=1", f"output_dir={tmp_path}", "-m", *SLURM)
     with subprocess.Popen(command(*arguments), env=settings, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: training(tmp_path / "run"))
@@ -73,7 +73,7 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_bits(tmp_path, settings)
     assert weights(run) == weights(train(tmp_path / "whole", *LONG))
 
 
-def test_an_array_runs_a_line_each_and_puts_back_only_the_task_whose_time_is_up(tmp_path, settings):
+def test_an_array_requeues_only_the_task_whose_time_is_up(tmp_path, settings):
     lines = tmp_path / "jobs.txt"
     lines.write_text(
         f"train.max_steps=4 output_dir='{tmp_path}/a name'\n"
@@ -93,7 +93,7 @@ def test_an_array_runs_a_line_each_and_puts_back_only_the_task_whose_time_is_up(
     assert weights(tmp_path / "signalled") == weights(train(tmp_path / "whole", *LONG))
 
 
-def test_two_nodes_preempted_on_the_way_end_with_the_bits_of_one_node_with_as_many_ranks(tmp_path, settings):
+def test_two_preempted_nodes_end_with_the_bits_of_one_node(tmp_path, settings):
     run = tmp_path / "run"
     two = (*QUICK, "+method=hft", "engine=zero3", "train.micro_batch_size=2", "train.max_steps=20")
     job = sbatch(settings | {"HFT_HEAD": "127.0.0.1"}, tmp_path, "several_nodes", *two, f"output_dir={run}")

@@ -36,7 +36,7 @@ def test_hft_at_ratio_one_ends_with_the_bits_of_fft(sweep, tmp_path):
     assert changed(BASE, full / "model") == set(load_file(BASE / "model.safetensors"))
 
 
-def test_an_extended_sweep_side_by_side_does_only_what_is_missing(tmp_path):
+def test_an_extended_parallel_sweep_does_only_what_is_missing(tmp_path):
     sweep = ("train", *QUICK, "+method=hft", f"output_dir={tmp_path}", "-m", "hydra/launcher=joblib")
     ended = hft(*sweep, "train.max_length=3,64", "hydra.launcher.n_jobs=2")
     assert ended.status == 2

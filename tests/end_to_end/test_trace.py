@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import BASE, changed, command, environment, hft, ledger, ranks, results, train, wait_for, wait_until_gone
+from helpers import BASE, changed, command, environment, hft, kill, ledger, ranks, results, train, wait_for
 
 from hft_cli.evaluation import metrics
 
@@ -119,9 +119,7 @@ def test_a_run_killed_in_round_three_resumes_to_the_same_results(replayed, folde
     arguments = trace(folder, out, "+method=hft", "continual=replay")
     process = subprocess.Popen(command(*arguments), env=environment())
     wait_for(out / "rounds/04-20Minuten/checkpoints/checkpoint-2/hft.json", process)
-    process.kill()
-    process.wait()
-    wait_until_gone(out)
+    kill(process, out)
     assert ranks(out) == []
     assert not (out / "DONE").exists()
     scored = (out / "eval/round-02/data/Py150.json").stat().st_mtime_ns

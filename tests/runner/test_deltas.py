@@ -42,7 +42,7 @@ def test_the_last_round_is_the_runs_own_model_file_by_file(two_rounds, tmp_path)
         assert (tmp_path / "model" / name).read_bytes() == (two_rounds / "model" / name).read_bytes(), name
 
 
-def test_an_earlier_round_is_the_base_with_that_rounds_delta_alone(two_rounds, tmp_path):
+def test_an_earlier_round_is_the_base_with_the_deltas_up_to_it(two_rounds, tmp_path):
     ended = hft("materialize", two_rounds, "round=1", f"out={tmp_path / 'a model'}")
     assert ended.status == 0, ended.err
     first = deltas(two_rounds)[0]
@@ -50,7 +50,7 @@ def test_an_earlier_round_is_the_base_with_that_rounds_delta_alone(two_rounds, t
     assert model(tmp_path / "a model") != model(two_rounds / "model")
 
 
-def test_a_published_delta_holds_what_changed_and_makes_the_model_again(two_rounds, tmp_path):
+def test_a_published_delta_gives_the_model_again(two_rounds, tmp_path):
     publish(RunDir(two_rounds), None, tmp_path / "delta")
     first, second = deltas(two_rounds)
     assert everything(tmp_path / "delta/delta.safetensors") == first | second

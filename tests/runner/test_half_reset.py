@@ -51,7 +51,7 @@ def reset(tuned: Path, base: Path, out: Path, config: SelectionConfig, seed: int
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_every_tensor_is_the_bases_or_the_tuned_ones_as_the_draw_says(tuned, tmp_path, seed):
+def test_the_draw_says_which_tensors_are_the_base_s(tuned, tmp_path, seed):
     level = ("category", "layer", "model")[seed % 3]
     config = SelectionConfig(level=level, ratio=0.1 * seed, embeddings="freeze")
     drawn = reset(tuned, BASE, tmp_path / "out", config, seed)
@@ -60,7 +60,7 @@ def test_every_tensor_is_the_bases_or_the_tuned_ones_as_the_draw_says(tuned, tmp
     assert all(same(made[name], (base if name in drawn else own)[name]) for name in made)
 
 
-def test_ratio_0_is_the_tuned_model_and_ratio_1_with_everything_the_base(tuned, tmp_path):
+def test_ratio_0_is_the_tuned_model_and_ratio_1_the_base(tuned, tmp_path):
     frozen = {"embeddings": "freeze", "head": "freeze", "final_norm": "freeze"}
     reset(tuned, BASE, tmp_path / "none", SelectionConfig(ratio=0, **frozen))
     reset(tuned, BASE, tmp_path / "all", SelectionConfig(ratio=1))
@@ -100,7 +100,7 @@ def longer(tuned, tmp_path) -> Path:
     return folder
 
 
-def test_a_longer_vocabulary_stays_tuned_or_goes_back_in_the_rows_that_both_have(longer, tmp_path):
+def test_a_longer_vocabulary_is_reset_in_the_shared_rows_only(longer, tmp_path):
     with pytest.raises(UserError, match=r"\[520, 96\], in the base \[512, 96\].*method\.shared_rows=true"):
         reset(longer, BASE, tmp_path / "refused", SelectionConfig())
     assert not (tmp_path / "refused").exists()
@@ -154,7 +154,7 @@ def test_verify_fails_a_reset_to_something_other_than_the_base(run, tmp_path):
     assert f"the delta differs from model.base in: {name}" in ended.out
 
 
-def test_the_explorer_scores_a_draw_as_the_model_written_for_it_would_be_and_writes_none(run, tuned, tmp_path):
+def test_a_draw_is_scored_without_a_model_as_its_model_would_be(run, tuned, tmp_path):
     ended = hft("train", "method=half_reset", f"model.tuned={tuned}", "model.base=pocket:model",
                 "data=pocket_capitals", "method.save_model=false", f"output_dir={tmp_path}/run")  # fmt: skip
     assert ended.status == 0, ended.err

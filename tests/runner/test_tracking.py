@@ -53,7 +53,7 @@ def go_on(out: Path, config: TrackingConfig, monkeypatch) -> RunDir:
     return run(replace(read_config(RunDir(out)), output_dir=str(out), tracking=config), [])
 
 
-def test_a_run_stopped_in_its_second_round_and_resumed_has_each_step_once(two_rounds, tmp_path, monkeypatch):
+def test_a_run_resumed_in_its_second_round_has_each_step_once(two_rounds, tmp_path, monkeypatch):
     out = unfinished(two_rounds, tmp_path / "run", "rounds/02-backwards/outcome.json")
     shutil.rmtree(out / "model")
     metrics = out / "metrics.jsonl"
@@ -73,7 +73,7 @@ def test_a_run_stopped_in_its_second_round_and_resumed_has_each_step_once(two_ro
     assert shown["result/verified"] == [(8, 1.0)]
 
 
-def test_a_tracker_that_a_run_gets_later_is_sent_all_that_there_was(hft_run, tmp_path, monkeypatch):
+def test_a_tracker_that_is_added_later_is_sent_the_whole_history(hft_run, tmp_path, monkeypatch):
     out = unfinished(hft_run, tmp_path / "run")
     go_on(out, TrackingConfig("tensorboard", run_name="later"), monkeypatch)
     shown, scores = board(out, "later"), json.loads((out / "results.json").read_text())["eval"]
@@ -88,7 +88,7 @@ def test_a_tracker_that_a_run_gets_later_is_sent_all_that_there_was(hft_run, tmp
     assert "train.max_steps: 4\n" in settings.read_text()
 
 
-def test_without_tracking_a_run_sends_nothing_and_the_runner_loads_no_torch(hft_run, tmp_path):
+def test_without_tracking_nothing_is_sent_and_no_torch_is_loaded(hft_run, tmp_path):
     assert not (hft_run / "tensorboard").exists()
     assert not (hft_run / "tracking.json").exists()
     with track(TrackingConfig(), tmp_path, {}) as tracked:
@@ -102,7 +102,7 @@ def test_without_tracking_a_run_sends_nothing_and_the_runner_loads_no_torch(hft_
 # -------------------------------------------------------------------------------------------------- what is sent when
 
 
-def test_lines_come_while_they_are_written_and_a_half_written_one_when_it_is_whole(tmp_path):
+def test_lines_are_sent_while_they_are_written_but_only_complete(tmp_path):
     with track(BOARD, tmp_path, {}) as tracked:
         tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)  # not begun
         log(tmp_path, "a", range(1, 3))
@@ -145,7 +145,7 @@ def test_what_was_sent_but_not_written_down_is_shown_once(tmp_path):
     assert [step for step, _ in board(tmp_path)["train/loss"]] == list(range(1, 9))
 
 
-def test_scores_and_results_are_sent_once_each_on_the_axis_of_the_steps(tmp_path):
+def test_scores_and_results_are_sent_once_at_their_steps(tmp_path):
     first, second = ({"suite": {"task": {"exact_match": value}}} for value in (0.9, 0.4))
     for _ in range(2):
         with track(BOARD, tmp_path, {"train.max_steps": None, "method.stages": ["sft"], "seed": 1}) as tracked:
@@ -160,7 +160,7 @@ def test_scores_and_results_are_sent_once_each_on_the_axis_of_the_steps(tmp_path
     assert not {"result/BWT", "result/verified"} & set(board(tmp_path))
 
 
-def test_scores_from_outside_a_run_join_the_tracked_run_at_its_last_step(tmp_path):
+def test_scores_from_outside_join_the_run_at_its_last_step(tmp_path):
     log(tmp_path, "a", range(1, 4))
     with track(BOARD, tmp_path, {}) as tracked:
         tracked.send_metrics(tmp_path / "metrics.jsonl", "a", 0)
@@ -181,7 +181,7 @@ def test_a_missing_package_is_refused_before_anything_is_written(hft_run, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_only_has_the_name_of_a_package_is_not_taken_for_it(monkeypatch, tmp_path):
+def test_a_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
     (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -189,7 +189,7 @@ def test_a_folder_that_only_has_the_name_of_a_package_is_not_taken_for_it(monkey
         require_tracker(TrackingConfig(name="wandb"))
 
 
-def test_a_tracker_that_does_not_exist_is_refused_and_nothing_is_written(tmp_path):
+def test_an_unknown_tracker_is_refused_and_nothing_is_written(tmp_path):
     ended = hft("train", *QUICK, "+method=hft", "tracking=tensorbord", f"output_dir={tmp_path}/run")
     assert ended.status == 2
     assert "Did you mean 'tensorboard'?" in ended.err
