@@ -17,6 +17,12 @@ mkdir "$work/empty folder"
 cd "$work/empty folder"
 found=$("$work/env/bin/python" -c 'import hft_cli; print(hft_cli.__file__)')
 case "$found" in "$work"/env/*) ;; *) echo "the wheel is not what runs: $found" >&2; exit 1 ;; esac
+site=$(dirname "$(dirname "$found")")
+cd "$project"
+{ find hft_cli -type f ! -name '*.pyc'; find conf -type f | sed 's|^|hft_cli/|'; } | while read -r file; do
+    [ -e "$site/$file" ] || { echo "the wheel does not have $file" >&2; exit 1; }
+done
+cd "$work/empty folder"
 "$work/env/bin/hft" train +method=hft train.max_steps=3 output_dir=run
 "$work/env/bin/hft" verify run
 "$work/env/bin/hft" report run
