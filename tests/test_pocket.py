@@ -1,4 +1,4 @@
-"""The embedded model and data are what the README says of them. That the model recalls its facts, test_run shows."""
+"""The embedded model and data: size, facts, skills. Whether the model recalls its facts is a test of whole runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ POCKET = Path(resolve_path("pocket:"))
 SKILLS = sorted(path.name for path in (POCKET / "skills").iterdir())
 
 
-def test_all_of_it_is_under_3_megabytes_and_the_model_under_a_million_parameters():
+def test_the_files_and_the_model_are_small():
     assert sum(path.stat().st_size for path in POCKET.rglob("*") if path.is_file()) < 3_000_000
     assert sum(param.elements for param in parameters_from_folder(POCKET / "model")) < 1_000_000
 
 
-def test_there_are_900_facts_or_more_each_asked_once_with_a_source():
+def test_each_fact_is_asked_once_and_has_a_source():
     facts = read_chats(str(POCKET / "facts.jsonl"))
     assert len(facts) >= 900
     assert len({chat[0]["content"] for chat in facts}) == len(facts)
@@ -31,13 +31,13 @@ def test_there_are_900_facts_or_more_each_asked_once_with_a_source():
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_a_skills_test_questions_are_not_among_those_trained_on(skill):
+def test_no_test_question_of_a_skill_is_trained_on(skill):
     train, test = (read_chats(str(POCKET / f"skills/{skill}/{part}.jsonl")) for part in ("train", "test"))
     assert len(train) >= 1000
     assert len(test) >= 100
     assert not {chat[0]["content"] for chat in train} & {chat[0]["content"] for chat in test}
 
 
-def test_the_skills_come_in_several_shapes():
+def test_the_skills_have_three_shapes():
     keys = {tuple(json.loads((POCKET / f"skills/{s}/test.jsonl").read_text().splitlines()[0])) for s in SKILLS}
     assert keys == {("messages",), ("prompt", "answer"), ("prompt", "completion")}
