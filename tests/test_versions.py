@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import BASE, changed, environment, hft, ledger, train
+from helpers import BASE, changed, environment, hft, ledger, on_one_worker
 
 PACKAGE = Path(__file__).parents[1] / "hft_cli"
 MODULES = sorted(
@@ -30,10 +30,9 @@ def test_every_module_can_be_imported():
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("engine", ["single", "zero2"])
-def test_two_steps_train_and_the_draw_is_pinned(tmp_path, engine):
-    ranks = () if engine == "single" else ("engine.num_processes=2",)
-    run = train(tmp_path / "run", "+method=hft", f"engine={engine}", *ranks, "train.max_steps=2")
+@pytest.mark.parametrize("engine", ["single", on_one_worker("zero2")])
+def test_runs_on_one_and_two_ranks_have_the_pinned_draw(hft_run, begun, engine):
+    run = hft_run if engine == "single" else begun(engine)[0]
     (draw,) = ledger(run)
     assert draw["sha256"] == DRAW
     assert changed(BASE, run / "model") == set(draw["updated"])

@@ -209,6 +209,7 @@ PUBLISHED_RECORD = "e19a18b32df0b1ef35367ca7354e0fa460a2544a21b72676302b8e8263c7
 PUBLISHED_LORA_RECORD = "f1124ea446e084f0a48c2adaed1cbf8248ffbe0be051ddde42bd5e7b4ced0bc5"
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("setting", PUBLISHED_DRAWS, ids=lambda setting: " ".join(map(str, setting)))
 def test_a_seed_gives_the_draw_that_was_published(setting):
     level, balance, redraw, round, ratio = setting
