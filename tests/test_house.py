@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 from packaging.requirements import Requirement
@@ -25,7 +26,8 @@ ORDER = (
     "root", "config", "checkpoint", "data", "method", "launch", "plan", "training", "evaluation", "runner", "report",
     "cli",
 )  # fmt: skip
-LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines
+LONGEST_FILE, MEDIAN_FILE, LONGEST_FUNCTION, LONGEST_README = 500, 200, 60, 260  # lines
+LONGEST_TEST_NAME = 60  # characters
 ENTRY = PACKAGE / "__main__.py"
 
 
@@ -78,6 +80,44 @@ def test_modules_do_not_import_each_other_in_a_circle():
 def test_no_file_is_longer_than_can_be_read():
     lines = {module(path): len(path.read_text().splitlines()) for path in sources()}
     assert not {name: count for name, count in lines.items() if count > LONGEST_FILE}
+
+
+def test_half_of_the_files_are_short():
+    assert median(len(path.read_text().splitlines()) for path in sources() if path.name != "__init__.py") <= MEDIAN_FILE
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len((TESTS.parent / "README.md").read_text().splitlines()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("package", ORDER[1:])
+def test_the_readme_of_a_package_names_its_files(package):
+    folder = PACKAGE / package
+    entries = {path.name for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    text = (folder / "README.md").read_text()
+    assert {name for name in entries if not re.search(rf"\b{re.escape(name)}", text)} <= {"__init__.py", "__main__.py"}
+
+
+def test_the_name_of_a_test_is_short():
+    names = {
+        node.name
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    assert not {name for name in names if len(name) > LONGEST_TEST_NAME}
+
+
+def test_tests_are_where_their_module_is():
+    folders = {path.name for path in TESTS.iterdir() if any(path.rglob("test_*.py"))} - {"end_to_end"}
+    assert folders <= set(ORDER)
+    strays = [
+        str(path.relative_to(TESTS))
+        for path in TESTS.rglob("test_*.py")
+        if not (PACKAGE / path.relative_to(TESTS).with_name(path.name.removeprefix("test_"))).exists()
+        and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not strays
 
 
 def test_no_function_is_longer_than_a_page():
