@@ -84,6 +84,19 @@ def environment() -> dict[str, str]:
     }
 
 
+def torchrun(ranks: int, script: str | Path, *arguments: object) -> None:
+    """Run a test file as the ranks of torchrun, or fail with what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, script]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ended = subprocess.run(
+        [*map(str, [*command, *arguments])],
+        capture_output=True,
+        text=True,
+        env={**environment(), "DS_ACCELERATOR": "cpu", "PATH": path},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
 TESTS = str(Path(__file__).parent)  # tests that torchrun starts again as scripts import this module too
 CACHE = tempfile.mkdtemp(prefix="hft-tests-")  # the user's own is left alone
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

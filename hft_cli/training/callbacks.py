@@ -1,4 +1,4 @@
-"""What happens in each step of training."""
+"""What happens at each optimizer step of a phase, beside the step itself: callbacks of one job each."""
 
 from __future__ import annotations
 
@@ -6,187 +6,232 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.naming import Param
+import torch
+from transformers import TrainerCallback
+
 from hft_cli.errors import UserError
 from hft_cli.files import write_json, write_text
-from hft_cli.launch.jobs import PhaseJob, Progress
-from hft_cli.launch.ranks import Ranks
-from hft_cli.run_dir import RoundDir
-from hft_cli.training import dpo, gem, lora, resume
-from hft_cli.training.resume import MARKER
-from hft_cli.training.weights import frozen_checksum, restore_masters
+from hft_cli.launch.jobs import Progress
+from hft_cli.training import universal
+from hft_cli.training.compat import unwrapped
+from hft_cli.training.procedures import Procedure
+from hft_cli.training.resume import MARKER, stop_requested
+from hft_cli.training.session import Losses, Session
+from hft_cli.training.weights import frozen_checksum
 
-SIGNALS: list[int] = []  # that came and asked us to stop
 
+def phase_callbacks(session: Session, procedure: Procedure, progress: Progress) -> list[TrainerCallback]:
+    """The callbacks of a phase. The trainer calls them in this order, after its own.
 
-def watching(
-    sealed: PhaseJob,
-    folder: RoundDir,
-    params: Mapping[str, Param],
-    identity: Mapping[str, Any],
-    ranks: Ranks,
-    before: Mapping[str, Any],
-    progress: Progress,
-) -> Any:
-    """The callback that logs, reports progress, marks checkpoints and watches that frozen weights stay as they are.
-
-    `before` is the marker of the checkpoint that is resumed from, or empty.
+    - `RestoreMasters` is first: the others must see the weights that the phase starts from.
+    - `Meter` is before the other ones because they report its values, and because its clock must stop before
+      `FrozenProof` reads all weights at the end. It starts at the first epoch, after every `on_train_begin`.
+    - `Stop` is before `Checkpoints`, which makes the trainer log before each checkpoint, whoever asked for it.
     """
-    import torch
-    from transformers import TrainerCallback
+    return [
+        RestoreMasters(session, procedure.restore_masters),
+        Meter(session),
+        FrozenProof(session),
+        EngineHistory(session),
+        Metrics(session, procedure.metrics),
+        ProgressReport(session, progress),
+        Stop(session),
+        Checkpoints(session),
+    ]
 
-    metrics, minutes = Path(sealed.metrics), sealed.config.train.save_minutes
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.start = self.end = 0.0
-            self.first = 0  # the step that this session went on from
-            self.tokens = self.tokens_at_start = 0
-            self.loss: float | None = None
-            self.last: dict[str, float] = {}  # what DPO logged last
-            self.checksums: list[int] = []
-            self.engines: list[dict[str, Any]] = list(before.get("engines", []))  # that the round was trained on
-            self.projections: gem.Steps | None = None
-            self.converted: Path | None = None  # the checkpoint that is resumed from, if it was laid out otherwise
-            self.stopped = False
-            self.saved = self.step_end = 0.0  # when
-            self.checkpoint: dict[str, float] = {}  # what the last one cost
-            self.losses, self.logged = list(before.get("losses", (0.0, 0))), 0  # their sum and number, up to a log
+class SessionCallback(TrainerCallback):  # type: ignore[misc]
+    """A callback that works on a session and its state."""
 
-        def seconds(self) -> float:
-            """Training time in all, over resumed sessions."""
-            return float(before.get("seconds", 0.0)) + (self.end or time.perf_counter()) - self.start
+    def __init__(self, session: Session) -> None:
+        self.session, self.state = session, session.state
 
-        def mean_loss(self, own: float, last: int) -> float:
-            """Over the round's steps, from this session's mean and what the checkpoint had up to its last log."""
-            total, steps = map(float, before.get("losses", (0.0, 0)))
-            return round((total + own * (last - self.first)) / max(steps + last - self.first, 1), 6)
 
-        def tokens_per_second(self) -> float:
-            """Of this session."""
-            return (self.tokens - self.tokens_at_start) / max((self.end or time.perf_counter()) - self.start, 1e-9)
+class RestoreMasters(SessionCallback):
+    """At the phase's start, give DeepSpeed's float32 master weights the values that bfloat16 has rounded."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-            model = parts["model"]
-            if state.global_step == 0 and sealed.config.engine.zero_stage and sealed.config.model.dtype == "bfloat16":
-                plain = getattr(model, "module", model)
-                if sealed.adapter is not None:
-                    lora.restore_masters(plain, sealed.adapter)
-                elif sealed.config.continual.name != "lora":
-                    restore_masters(plain, params, Path(sealed.model))
-            self.checksums = ranks.gather(frozen_checksum(model))
-            if self.converted is not None:
-                plain = getattr(model, "module", model)
-                resume.mend_and_prove(plain, parts["optimizer"], self.converted, state.global_step, ranks.rank)
-                resume.prove_frozen(plain, params, Path(sealed.model))
-            elif self.checksums != before.get("frozen", self.checksums):
-                raise RuntimeError(
-                    "The frozen weights that the checkpoint restored are not those of the model's files."
-                )
-            self.tokens = self.tokens_at_start = state.num_input_tokens_seen
-            now = {"name": sealed.config.engine.name, "zero_stage": identity["zero_stage"], "ranks": ranks.count}
-            now |= {"micro_batch_size": args.per_device_train_batch_size}
-            now |= {"deepspeed": sealed.config.engine.deepspeed} if sealed.config.engine.deepspeed else {}
-            if not self.engines or self.engines[-1] | {"from_step": 0} != now | {"from_step": 0}:
-                self.engines.append({"from_step": state.global_step, **now})
-            if ranks.first:
-                _forget_after(metrics, sealed.phase.name, state.global_step)
-                if torch.cuda.is_available():
-                    torch.cuda.reset_peak_memory_stats()
-            self.logged = self.first = state.global_step
-            self.start = self.saved = time.perf_counter()
-            progress.activity(f"step {state.global_step + 1}")
+    def __init__(self, session: Session, restore: Callable[[Any, Session], None]) -> None:
+        super().__init__(session)
+        self.restore = restore
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.tokens = state.num_input_tokens_seen
-            progress.count(state.global_step, state.max_steps, self.loss, self.tokens_per_second())
-            self.step_end = time.perf_counter()
-            if state.global_step == state.max_steps:  # the round's end is better than a checkpoint
-                return
-            wanted = stop_asked(folder, ranks) * STOP
-            if ranks.first and minutes is not None and self.step_end - self.saved >= 60 * minutes:
-                wanted = max(wanted, SAVE)
-            wanted = ranks.maximum(wanted)
-            control.should_save = control.should_save or wanted >= SAVE
-            control.should_log = control.should_log or control.should_save  # or a resumed round would lack these losses
-            self.stopped = wanted == STOP
-            control.should_training_stop = control.should_training_stop or self.stopped
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        config = self.session.job.config
+        if state.global_step == 0 and config.engine.zero_stage and config.model.dtype == "bfloat16":
+            self.restore(unwrapped(model), self.session)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs and not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"The loss is {logs['loss']} at step {state.global_step}: training has diverged. "
-                    f"Lower train.learning_rate={sealed.config.train.learning_rate:g}, or raise train.warmup."
-                )
-            if "loss" in logs:
-                steps = state.global_step - self.logged
-                self.losses = [self.losses[0] + logs["loss"] * steps, self.losses[1] + steps]
-                self.logged = state.global_step
-            if ranks.first and "loss" in logs:
-                self.loss = logs["loss"]
-                self.last = {key: logs[key] for key in dpo.METRICS if key in logs}
-                line = {
-                    "round": sealed.phase.round,
-                    "name": sealed.phase.name,
-                    "step": state.global_step,
-                    "tokens_per_second": self.tokens_per_second(),
-                }
-                keys = ("loss", "learning_rate", "grad_norm", "epoch", *dpo.METRICS)
-                line |= {key: logs[key] for key in keys if key in logs}
-                with metrics.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            ranks.barrier()  # every rank has written its part
-            if ranks.first:
-                place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                marker = {**identity, "seconds": self.seconds(), "frozen": self.checksums, "losses": self.losses}
-                marker["engines"] = self.engines
-                marker |= {"projected": self.projections.projected} if self.projections else {}
-                write_json(place / MARKER, marker)
-                held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-                took = time.perf_counter() - self.step_end
-                self.checkpoint = {"checkpoint_seconds": round(took, 3), "checkpoint_bytes": held}
-            self.saved = time.perf_counter()
+class Meter(SessionCallback):
+    """Measure steps, tokens, time and memory."""
 
-        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            self.end = time.perf_counter()
-            if ranks.gather(frozen_checksum(model)) != self.checksums:
-                raise RuntimeError("A frozen weight changed in memory during training: this is a fault of the engine.")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.first_step, self.first_token = state.global_step, state.num_input_tokens_seen
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
-    return Watch()
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.start = self.state.start or time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.tokens = state.num_input_tokens_seen - self.first_token
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.end = time.perf_counter()
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process had allocated on its GPU, or without one the most that was resident."""
-    import torch
-
+    """The most bytes that this process had allocated on its GPU, or that were resident if it has none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _forget_after(metrics: Path, name: str, last: int) -> None:
-    """Drop the lines that a stopped session wrote after the checkpoint that this one resumes from."""
-    if metrics.exists():
-        kept = []
-        for text in metrics.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut off by what stopped the session
-                continue
-            if line["name"] != name or line["step"] <= last:
-                kept.append(text + "\n")
-        write_text(metrics, "".join(kept))
+class FrozenProof(SessionCallback):
+    """Prove that the frozen weights in memory are those of the model's files and do not change during training."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **parts: Any) -> None:
+        session = self.session
+        self.state.frozen = session.ranks.gather(frozen_checksum(model))
+        if session.checkpoint is None:
+            return
+        if session.checkpoint.converted:  # other ranks hold other parts, so that checksums say nothing
+            folder, optimizer = session.checkpoint.folder, parts["optimizer"]
+            universal.prove_updated(unwrapped(model), optimizer, folder, state.global_step, session.ranks)
+            universal.prove_frozen(unwrapped(model), session.params, Path(session.job.model))
+        elif self.state.frozen != session.checkpoint.marker["frozen"]:
+            raise RuntimeError("The checkpoint restored other frozen weights than the model's files hold.")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.session.ranks.gather(frozen_checksum(model)) != self.state.frozen:
+            raise RuntimeError("A frozen weight changed in memory during training: this is a fault of the engine.")
 
 
-SAVE, STOP = 1, 2  # what a rank may ask for after a step
+class EngineHistory(SessionCallback):
+    """Record on which engine the phase is trained from which step on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        engine, identity = self.session.job.config.engine, self.session.identity
+        current = {
+            "name": engine.name,
+            "zero_stage": identity.zero_stage,
+            "ranks": identity.ranks,
+            "micro_batch_size": args.per_device_train_batch_size,
+            **({"deepspeed": engine.deepspeed} if engine.deepspeed else {}),
+        }
+        engines = self.state.engines
+        if not engines or {**engines[-1], "from_step": 0} != {**current, "from_step": 0}:
+            engines.append({"from_step": state.global_step, **current})
 
 
-def stop_asked(folder: RoundDir, ranks: Ranks) -> bool:
-    """Whether this rank was asked to stop: by a signal, or the first one by its file."""
-    return bool(SIGNALS) or (ranks.first and folder.stop.exists())
+class Metrics(SessionCallback):
+    """Write a line of metrics.jsonl for each log, sum the losses, and stop a run whose loss is not finite."""
+
+    def __init__(self, session: Session, names: Sequence[str]) -> None:
+        super().__init__(session)
+        self.names, self.file = names, Path(session.job.metrics)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.logged_step = state.global_step
+        if self.session.ranks.first and self.file.exists():
+            drop_lines_after(self.file, self.session.job.phase.name, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        loss, steps = logs["loss"], state.global_step - self.logged_step
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss} at step {state.global_step}: training has diverged. "
+                f"Lower train.learning_rate={self.session.job.config.train.learning_rate:g}, or raise train.warmup."
+            )
+        sums = self.state.losses
+        self.state.losses = Losses(sums.total + loss * steps, sums.steps + steps)
+        self.logged_step = state.global_step
+        self.state.metrics = {name: logs[name] for name in self.names if name in logs}
+        if self.session.ranks.first:
+            phase = self.session.job.phase
+            line = {
+                "round": phase.round,
+                "name": phase.name,
+                "step": state.global_step,
+                "tokens_per_second": self.state.tokens_per_second(),
+                **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "epoch") if name in logs},
+                **self.state.metrics,
+            }
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def drop_lines_after(file: Path, phase: str, last_step: int) -> None:
+    """Drop the lines of metrics.jsonl that a stopped session of the phase wrote after `last_step`."""
+    lines = []
+    for text in file.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # the stopped session was killed while it wrote this line
+            continue
+        if line["name"] != phase or line["step"] <= last_step:
+            lines.append(text + "\n")
+    write_text(file, "".join(lines))
+
+
+class ProgressReport(SessionCallback):
+    """Report each step to the parent process, with the loss that was logged last."""
+
+    def __init__(self, session: Session, progress: Progress) -> None:
+        super().__init__(session)
+        self.progress = progress
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.activity(f"step {state.global_step + 1}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.count(state.global_step, state.max_steps, self.loss, self.state.tokens_per_second())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = logs.get("loss", self.loss)
+
+
+class Stop(SessionCallback):
+    """End the session after the step at which a stop was requested, with a checkpoint of that step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:  # the phase's end is better than a checkpoint
+            return
+        ranks = self.session.ranks
+        if ranks.maximum(stop_requested(self.session.folder, ranks)):
+            self.state.stopped = True
+            control.should_save = control.should_training_stop = True
+
+
+class Checkpoints(SessionCallback):
+    """Ask for checkpoints every train.save_minutes, and mark each checkpoint as complete."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_end = time.perf_counter()
+        if state.global_step == state.max_steps:
+            return
+        minutes, ranks = self.session.job.config.train.save_minutes, self.session.ranks
+        if minutes is not None:
+            due = ranks.first and self.step_end - self.last_save >= 60 * minutes
+            control.should_save = bool(ranks.maximum(due)) or control.should_save
+        # Losses that were not logged would be missing in a resumed phase.
+        control.should_log = control.should_log or control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        session = self.session
+        session.ranks.barrier()  # every rank has written its part
+        if session.ranks.first:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / MARKER, self.state.marker(session.identity))
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            seconds = time.perf_counter() - self.step_end
+            self.state.checkpoint = {"checkpoint_seconds": round(seconds, 3), "checkpoint_bytes": size}
+        self.last_save = time.perf_counter()

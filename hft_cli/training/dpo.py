@@ -1,9 +1,8 @@
-"""The DPO stage's own pieces: rows ready for TRL's DPOTrainer, the reference, and a check that it is the right one.
+"""DPO, direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): rows, reference, first loss.
 
-TRL renders and tokenizes the rows. What it leaves out and cuts without a word is counted here beforehand, by its
-rules: a row goes if its prompt alone fills max_length; otherwise each of prompt + answer is cut on the right. The
-answer begins where the prompt (with the generation prompt) and the prompt with the answer part, and all that follows
-has a loss.
+TRL renders and tokenizes the rows. It drops and cuts some without a message, so they are counted here beforehand by its
+rules: a row is dropped if its prompt alone fills train.max_length; otherwise the prompt with each answer is cut at its
+end. All tokens of an answer have a loss.
 """
 
 from __future__ import annotations
@@ -11,224 +10,238 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_cli.data.encoding import BATCH
-from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash
+import datasets
+import trl
+from transformers import TrainerCallback
+
+from hft_cli.checkpoint.folders import weights_hash
+from hft_cli.config.schema import RunConfig
+from hft_cli.data.encoding import BATCH, encode
+from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash, read_preferences
 from hft_cli.data.rows import Chat
 from hft_cli.data.templates import apply_template, check_template
 from hft_cli.errors import UserError
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.paths import resolve_path
+from hft_cli.training import compat
+from hft_cli.training.session import Session, TrainerParts
+from hft_cli.training.weights import load_model
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import DPOConfig
 
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for what it precomputes
-
-# What TRL logs of a step's pairs that is worth a line of metrics.jsonl. A reward is beta x (log p - log p_reference).
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-# How far the first loss may be from ln 2. In bfloat16 the same pair gives other sums in another batch.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
+# What TRL logs of a step's pairs, for metrics.jsonl. A reward is beta x (log p - log p of the reference).
+METRICS = (*(f"rewards/{name}" for name in (*ANSWERS, "margins", "accuracies")), *(f"logps/{name}" for name in ANSWERS))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows for TRL's DPOTrainer, and what will happen to them. All counts are of rows or of tokens.
-
-    Attributes:
-        dataset: a `datasets.Dataset` with `prompt`, `chosen` and `rejected`; TRL will keep every row of it.
-        rows: rows in `dataset`.
-        dropped: rows left out because their prompt alone fills max_length.
-        alike: rows left out because the tokens of both answers, as far as max_length lets them, are the same.
-        truncated: rows in `dataset` of which at least one answer will lose tokens at its end.
-        trained_tokens: tokens of answers, of both.
-        total_tokens: tokens of answers and prompts; a prompt counts twice, as it is read twice.
-    """
-
-    dataset: Any
-    rows: int
-    dropped: int
-    alike: int
-    truncated: int
-    trained_tokens: int
-    total_tokens: int
-
-
-def prepare(
-    rows: Sequence[Preference],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    start: str,
-    where: str = "the data",
-) -> Prepared:
-    """Leave out the rows that DPO cannot learn from, count, and make the data set that all ranks will load from files.
-
-    Args:
-        rows: as `read_preferences` gives them.
-        tokenizer: with its `chat_template` set.
-        max_length: tokens kept of a prompt with an answer, from its start.
-        start: what tells the weights that training starts from, from `weights_hash`. It goes into the data set's
-            fingerprint, which names the file of precomputed log-probabilities: under ZeRO-3 TRL cannot tell one model
-            from another, and would take those of another start.
-        where: what errors call the data.
+def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
+    """The data set of a DPO phase, and its counts and hash for the outcome.
 
     Raises:
-        UserError: the template fails on a row, leaves answers out or without an end; every row would be left out.
+        UserError: for a bad row, or if no row is left.
     """
-    import datasets
+    data, phase, longest = job.config.data, job.phase, job.config.train.max_length or sys.maxsize
+    preferences = read_preferences(
+        resolve_path(phase.data), split=phase.sources[0].split, max_rows=data.max_rows, ties=job.config.dpo.ties
+    )
+    dataset, counts, left_out = pair_dataset(
+        preferences.rows, tokenizer, longest, weights_hash(Path(job.model)), where=phase.data
+    )
+    left_out = {**preferences.left_out, **left_out}
+    counts |= {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
+    return dataset, {**counts, "sha256": preferences_hash(preferences.rows)}
 
+
+def pair_dataset(
+    rows: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    base_sha256: str,
+    where: str = "the data",
+) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """Make the data set of the rows that DPO can learn from.
+
+    Args:
+        rows: the result of `read_preferences`.
+        tokenizer: with its `chat_template` set.
+        max_length: tokens of a prompt with an answer. More are cut off at the end.
+        base_sha256: hash of the weights that training starts from, by `weights_hash`. It becomes part of the data
+            set's fingerprint, so that a reference precomputed by other weights is never read.
+        where: what errors call the data.
+
+    Returns:
+        The data set, with `prompt`, `chosen` and `rejected`, of which TRL will use every row. Its counts of rows and
+        tokens; those of a prompt count twice, as it is read with each answer. Rows left out, by reason.
+
+    Raises:
+        UserError: if the template fails on a row, or leaves out answers or their end; if no row is left.
+    """
+    used: list[Preference] = []
+    left_out = {"prompt fills max_length": 0, "alike when cut": 0}
+    counts = {"rows": 0, "rows_dropped": 0, "rows_truncated": 0, "tokens": 0, "tokens_trained_on": 0}
+    for row, prompt, chosen, rejected in _tokenized(rows, tokenizer, where):
+        start = compat.answer_start(prompt, chosen, rejected)
+        if start >= max_length:
+            left_out["prompt fills max_length"] += 1
+        elif chosen[:max_length] == rejected[:max_length]:
+            left_out["alike when cut"] += 1
+        else:
+            used.append(row)
+            tokens = min(len(chosen), max_length) + min(len(rejected), max_length)
+            counts["rows"] += 1
+            counts["rows_truncated"] += max(len(chosen), len(rejected)) > max_length
+            counts["tokens"] += tokens
+            counts["tokens_trained_on"] += tokens - 2 * start
+    if not used:
+        fills, alike = left_out.values()
+        raise UserError(
+            f"No row of {where} can be trained on at train.max_length={max_length}: the prompt fills it in {fills} of "
+            f"{len(rows)} rows, and both answers have the same tokens in {alike}. Raise train.max_length."
+        )
+    fingerprint = hashlib.sha256(f"{preferences_hash(used)} {base_sha256}".encode()).hexdigest()
+    return compat.salted(datasets.Dataset.from_list(used), fingerprint), counts, left_out
+
+
+def _tokenized(
+    rows: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, where: str
+) -> Iterator[tuple[Preference, list[int], list[int], list[int]]]:
+    """Each row with the token ids of its prompt, and of the prompt with either answer."""
     check_template(rows[0]["prompt"] + rows[0]["chosen"], f"{where}, example 1", tokenizer)
 
     def ids(chats: list[Chat], first: int, **options: Any) -> list[list[int]]:
         texts = [
-            apply_template(chat, f"{where}, example {first + number}", tokenizer, **options)
-            for number, chat in enumerate(chats)
+            apply_template(chat, f"{where}, example {number}", tokenizer, **options)
+            for number, chat in enumerate(chats, first)
         ]
-        encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return encoded
+        tokens: list[list[int]] = encode(texts, tokenizer, offsets=False)["input_ids"]
+        return tokens
 
-    kept: list[Preference] = []
-    dropped = alike = truncated = trained = total = 0
-    for begin in range(0, len(rows), BATCH):
-        batch = rows[begin : begin + BATCH]
-        prompts = ids([row["prompt"] for row in batch], begin + 1, add_generation_prompt=True)
-        both = (ids([row["prompt"] + row[key] for row in batch], begin + 1) for key in ANSWERS)
-        for row, prompt, chosen, rejected in zip(batch, prompts, *both, strict=True):
-            at = min(_common(prompt, chosen), _common(prompt, rejected))
-            if at >= max_length:
-                dropped += 1
-                continue
-            if chosen[:max_length] == rejected[:max_length]:
-                alike += 1
-                continue
-            kept.append(row)
-            truncated += max(len(chosen), len(rejected)) > max_length
-            sizes = [min(len(whole), max_length) for whole in (chosen, rejected)]
-            trained += sum(sizes) - 2 * at
-            total += sum(sizes)
-    if not kept:
-        raise UserError(
-            f"Nothing to learn from the {len(rows)} rows of {where} at train.max_length={max_length}: {dropped} have "
-            f"prompts that fill it, {alike} have the same tokens left of both answers. Raise train.max_length."
-        )
-    dataset = datasets.Dataset.from_list(kept)
-    salted = hashlib.sha256(f"{preferences_hash(kept)} {start}".encode()).hexdigest()
-    dataset = dataset.select(range(len(kept)), new_fingerprint=salted)
-    return Prepared(dataset, len(kept), dropped, alike, truncated, trained, total)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        prompts = ids([row["prompt"] for row in batch], start + 1, add_generation_prompt=True)
+        chosen, rejected = (ids([row["prompt"] + row[key] for row in batch], start + 1) for key in ANSWERS)
+        yield from zip(batch, prompts, chosen, rejected, strict=True)
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def settings(kind: str, beta: float) -> dict[str, Any]:
-    """What a DPOConfig says besides the training arguments; max_length is the same key as SFTConfig's."""
-    return {
-        "beta": beta,
+def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:
+    """The class of the trainer's arguments, and what DPO sets in them."""
+    return trl.DPOConfig, {
+        "beta": config.dpo.beta,
         "loss_type": ["sigmoid"],
-        "precompute_ref_log_probs": kind == "precomputed",
-        "router_aux_loss_coef": 0.0,  # the loss is DPO's alone, also of a mixture of experts
+        "precompute_ref_log_probs": config.dpo.reference == "precomputed",
+        "router_aux_loss_coef": 0.0,  # the loss is that of DPO alone, also for a mixture of experts
     }
 
 
-def reference(kind: str, model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
-    """The model that DPO compares with: the weights that training starts from, which must be those of `model` now.
+def reference_model(kind: str, model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+    """The model that DPO compares with: it has the weights that training starts from, which `model` has now.
 
     Args:
-        kind: "full" is a second model in memory. "shared" is one whose frozen parameters are the very ones of `model`,
-            and only the others are copies. "precomputed" is None: TRL then lets `model` itself say its log-
-            probabilities of all rows before the first step, and stores them beside the data set.
-        model: after `freeze`, before a trainer or an engine has seen it.
-        load: loads the start's model once more.
+        kind: "full" is a second model in memory. "shared" is a model whose frozen parameters are those of `model`, and
+            only the updated ones are copies. "precomputed" is None: TRL then lets `model` compute its log-probabilities
+            of all rows before the first step, and stores them beside the data set.
+        model: with its final `requires_grad`, before a trainer or an engine is built on it.
+        load: loads the weights that training starts from once more.
     """
     if kind == "precomputed":
         return None
     if kind == "full":
-        made = load()
+        reference = load()
     else:
-        # deepcopy takes what is in the memo as it is. The same Parameter, not another over the same storage: moved to
-        # a GPU or cast, it stays one.
-        made = copy.deepcopy(model, {id(own): own for own in model.parameters() if not own.requires_grad})
-    made.requires_grad_(False)
-    made.eval()
-    return made
+        # deepcopy keeps what is in its memo. The same Parameter, not another one on the same storage, stays one when
+        # it is moved to a GPU or cast.
+        reference = copy.deepcopy(model, {id(value): value for value in model.parameters() if not value.requires_grad})
+    reference.requires_grad_(False)
+    reference.eval()
+    return reference
 
 
-def dpo_trainer(
-    model: PreTrainedModel,
-    compared_with: PreTrainedModel | None,
-    arguments: DPOConfig,
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    callbacks: Sequence[Any],
-) -> Any:
-    """TRL's DPOTrainer over rows that `prepare` made, with the reference that `reference` made.
+def build_trainer(parts: TrainerParts, session: Session) -> Any:
+    """TRL's DPOTrainer for a phase, with its reference and the check of its first step."""
+    config, counts = session.job.config, session.counts
+    reference = reference_model(config.dpo.reference, parts.model, lambda: load_model(session.job.model, config))
+    check = FirstStep(config.dpo.beta, counts["tokens_trained_on"] / (2 * counts["rows"]), config.model.dtype)
+    return dpo_trainer(replace(parts, callbacks=[*parts.callbacks, check]), reference)
 
-    With a precomputed reference this is where it is computed, or read if this run has done so before: `model` must
-    hold the start's weights, also when training then resumes from a checkpoint. Collective over the ranks.
+
+def dpo_trainer(parts: TrainerParts, reference: PreTrainedModel | None) -> Any:
+    """TRL's DPOTrainer over the data set of `prepare`, with the reference of `reference_model`.
+
+    A precomputed reference is computed here, or read if this run has computed it before: the model must hold the
+    weights that training starts from, also when training then resumes from a checkpoint. Collective over the ranks.
 
     Raises:
-        RuntimeError: TRL left out rows that were counted as used: it has changed its rules.
-        ValueError: no reference, and none to be precomputed: TRL would load one from wherever the model came from.
+        RuntimeError: if TRL drops rows that were counted as used, because its rules have changed.
+        ValueError: without a reference that is not to be precomputed: TRL would load one from the model's own path.
     """
-    from trl import DPOTrainer
-
-    if (compared_with is None) != arguments.precompute_ref_log_probs:
+    if (reference is None) != parts.arguments.precompute_ref_log_probs:
         raise ValueError("pass a reference, or None with precompute_ref_log_probs=True")
-
-    class Trainer(DPOTrainer):  # type: ignore[misc]
-        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            # Under DeepSpeed in bfloat16 all inputs are cast to it, these sums too: -1710.2 would become -1712.
-            exact = {key: inputs[key].to(self.args.device) for key in REFERENCE_COLUMNS if key in inputs}
-            return {**super()._prepare_inputs(inputs), **exact}
-
-    trainer = Trainer(
-        model=model,
-        ref_model=compared_with,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[*callbacks, first_loss("bfloat16" if arguments.bf16 else "float32")],
+    trainer = compat.ExactReferenceTrainer(
+        model=parts.model,
+        ref_model=reference,
+        args=parts.arguments,
+        train_dataset=parts.dataset,
+        processing_class=parts.tokenizer,
+        callbacks=list(parts.callbacks),
     )
-    if len(trainer.train_dataset) != len(dataset):
-        raise RuntimeError(f"TRL left out {len(dataset) - len(trainer.train_dataset)} of {len(dataset)} rows.")
-    if (engine := getattr(trainer, "_precompute_engine", None)) is not None:
-        # It has served. Under ZeRO-3 its hooks would go on gathering and releasing weights beside those of training.
-        engine.destroy()
-        trainer._precompute_engine = None
+    if len(trainer.train_dataset) != len(parts.dataset):
+        dropped = len(parts.dataset) - len(trainer.train_dataset)
+        raise RuntimeError(f"TRL dropped {dropped} of {len(parts.dataset)} rows that hft had counted as used.")
+    compat.release_precompute_engine(trainer)
     return trainer
 
 
-def first_loss(dtype: str) -> Any:
-    """A callback that stops a run whose first loss is not ln 2: before the first update policy and reference agree.
+# How far two computations of the same log-probability may be apart, relative to its size, because they add in another
+# order (another batch, another processor). bfloat16 rounds to 2^-8, each of the two. float32 rounds to 2^-24; a value
+# comes from sums of thousands of products, whose rounding adds up to about 2^8 times that.
+PRECISION = {"bfloat16": 2 * 2.0**-8, "float32": 2 * 2.0**-16}
 
-    It needs logging_first_step. A resumed run has its first step behind it and is not checked again.
+
+def first_step_tolerances(logs: Mapping[str, float], beta: float, answer_tokens: float, dtype: str) -> dict[str, float]:
+    """How far the first step's loss may be from ln 2 and its rewards from 0, if the reference is the right one.
+
+    Policy and reference are then the same model, and differ by rounding. A token's log-probability is a logit minus
+    the logarithm of a sum. It is precise to `PRECISION` x (1 + |log p|), so that of an answer to `PRECISION` x
+    (number of tokens + |log p|). A reward is beta x the difference of two log-probabilities, and the loss
+    log(1 + exp(-x)), with x the difference of two rewards, is ln 2 - x/2 + x²/8 near 0.
+
+    Args:
+        logs: what TRL has logged of the first step, with the mean log-probability of each kind of answer.
+        answer_tokens: mean number of tokens of an answer.
+        dtype: "bfloat16" or "float32", of the computation.
     """
-    from transformers import TrainerCallback
+    rewards = {
+        f"rewards/{answer}": beta * PRECISION[dtype] * (answer_tokens + abs(logs[f"logps/{answer}"]))
+        for answer in ANSWERS
+    }
+    x = sum(rewards.values())
+    return {"loss": x / 2 + x**2 / 8, **rewards}
 
-    class FirstLoss(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if state.global_step != 1 or "loss" not in logs:
-                return
-            if not abs(logs["loss"] - math.log(2)) <= TOLERANCES[dtype]:  # a NaN, too
-                raise RuntimeError(
-                    f"the reference is wrong: the first DPO loss is {logs['loss']:.4f}, and must be ln 2 = 0.6931 "
-                    f"within {TOLERANCES[dtype]} in {dtype}, as the policy and the reference are still the same model."
-                )
 
-    return FirstLoss()
+class FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Stop a run whose first loss is not ln 2: before the first update, the policy and the reference are equal.
+
+    Needs `logging_first_step`. A resumed phase has its first step behind it and is not checked again.
+    """
+
+    def __init__(self, beta: float, answer_tokens: float, dtype: str) -> None:
+        self.beta, self.answer_tokens, self.dtype = beta, answer_tokens, dtype
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if state.global_step != 1 or "loss" not in logs:
+            return
+        tolerances = first_step_tolerances(logs, self.beta, self.answer_tokens, self.dtype)
+        expected = {"loss": math.log(2)}
+        if not all(abs(logs[key] - expected.get(key, 0.0)) <= bound for key, bound in tolerances.items()):  # or NaN
+            found = ", ".join(f"{key} {logs[key]:.4f} ± {bound:.1g}" for key, bound in tolerances.items())
+            raise RuntimeError(
+                f"The DPO reference is wrong. At the first step it must equal the policy, with loss ln 2 = 0.6931 and "
+                f"rewards 0 up to rounding in {self.dtype}, but these are: {found}."
+            )

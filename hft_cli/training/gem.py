@@ -1,59 +1,50 @@
-"""GEM, gradient episodic memory (Lopez-Paz & Ranzato 2017, arXiv 1706.08840): no gradient goes against a past task.
+"""GEM, gradient episodic memory (Lopez-Paz & Ranzato 2017, arXiv 1706.08840): no step goes against a past task.
 
-Before each optimizer step, g is the batch's gradient and g_k that of the loss on all of past task k's memory, both of
-the trainable parameters only, at the weights of now, and of the mean loss per trained token. If some <g, g_k> < 0, the
-step is taken with the nearest g̃ to g that has <g̃, g_k> >= 0 for all k: g̃ = g + sum_k v_k g_k (their eq. 8 to 11).
-The paper steps by plain SGD. AdamW's moments and weight decay make another step of g̃, for which the sign is not given.
+Before each optimizer step, g is the gradient of the batch and g_k that of the loss on the whole memory of past task k.
+Both are of the mean loss per trained token, at the current weights, over the trainable parameters. If some
+<g, g_k> < 0, the step uses the gradient g̃ nearest to g with <g̃, g_k> >= 0 for all k (their equations 8 to 11):
+g̃ = g + sum_k v_k g_k. The paper takes steps of plain SGD. AdamW's moments and weight decay make another step of g̃,
+for which the sign is not guaranteed.
 
-Where: after the last micro batch of a step, before the gradient is clipped, in every engine. Clipped first and
-projected then, a step would be shorter in a single process than under DeepSpeed, which clips within its own step; and
-with a margin it could be longer than max_grad_norm.
+The projection takes place after the last micro batch of a step and before the gradient is clipped, on every engine. If
+it came after clipping, a step in a single process would be shorter than under DeepSpeed, which clips in its own step,
+and with a margin it could be longer than train.max_grad_norm.
 
-Time: a step reads every memory once, forwards and backwards. Memory: each rank holds all the g_k whole, in float32 (4
-bytes x past tasks x trainable parameters, whatever the ZeRO stage), and while it computes them one more gradient of
-the whole model in the model's precision.
+Cost: each step reads every memory once, forward and backward. Each rank holds all g_k as float32, whatever the ZeRO
+stage (4 bytes x past tasks x trainable parameters), and while it computes them one more gradient of the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from hft_cli.data.rows import read_sources
 from hft_cli.errors import UserError
+from hft_cli.training import sft
+from hft_cli.training.compat import call_before_steps, gradient, put_gradient, trained_log_probs
+from hft_cli.training.session import Projections, Session, SessionState, TrainerParts
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
 
-
-# Added to the diagonal of the memories' cosines: the multipliers of memories that are alike, or opposite, stay finite,
-# and no constraint is missed by more than about half its root, 5e-7 of |g||g_k|.
+# Added to the diagonal of the memories' cosines, so that the multipliers of memories that are alike or opposite stay
+# finite. No constraint is missed by more than about half its root, 5e-7 of |g||g_k|.
 RIDGE = 1e-12
 
-CHUNK = 1 << 21  # elements of each gradient that are in float64 at once
-
-
-@dataclass
-class Steps:
-    """What happened in the steps of this session. A resumed run may add what it had before.
-
-    Attributes:
-        steps: optimizer steps.
-        projected: those whose gradient was in conflict with a memory, and was replaced.
-    """
-
-    steps: int = 0
-    projected: int = 0
+CHUNK = 1 << 21  # elements of each gradient that are held as float64 at a time
 
 
 def multipliers(gram: Sequence[Sequence[float]], products: Sequence[float], margin: float = 0.0) -> list[float]:
     """The v of g̃ = g + sum_k v_k g_k: all 0 without a conflict, otherwise argmin ½ v'Pv + p'v over v >= margin.
 
-    The paper's eq. 11, and the margin as in the authors' code, where it is the memory strength: above 0 it pulls a
-    step that is in conflict further towards the memories than they ask for. They add 1e-3 to P's diagonal, which is
-    much for small gradients; here it is RIDGE, relative to their lengths.
+    This is equation 11 of the paper, with the margin of the authors' code (their memory strength): above 0 it pulls a
+    step that is in conflict further towards the memories than the constraints require. The authors add 1e-3 to P's
+    diagonal, which is much for small gradients; RIDGE is relative to the lengths of the gradients.
 
     Args:
         gram: P, with <g_j, g_k> for all past tasks j and k.
@@ -67,8 +58,8 @@ def multipliers(gram: Sequence[Sequence[float]], products: Sequence[float], marg
     if not (p < 0).any():
         return [0.0] * len(p)
     square = np.asarray(gram, dtype=np.float64)
-    # With v = margin + u the bound is u >= 0 and p becomes p + P margin. This is the only place where the lengths of
-    # the g_k matter; from here on u_k |g_k| is sought, whose P holds cosines.
+    # With v = margin + u the bound is u >= 0, and p becomes p + P margin. Only here do the lengths of the g_k matter:
+    # from now on the unknown is u_k |g_k|, whose P holds cosines.
     lengths = np.sqrt(square.diagonal())
     scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     shifted = (p + margin * square.sum(axis=1)) * scale
@@ -78,32 +69,36 @@ def multipliers(gram: Sequence[Sequence[float]], products: Sequence[float], marg
     root = np.sqrt(values.clip(min=0.0) + RIDGE)
     target = -(vectors.T @ shifted) / root
     size = float(np.linalg.norm(target)) or 1.0
-    found, _ = nnls(root[:, None] * vectors.T, target / size, maxiter=100 * len(p))
-    v: list[float] = (margin + found * size * scale).tolist()
+    solution, _ = nnls(root[:, None] * vectors.T, target / size, maxiter=100 * len(p))
+    v: list[float] = (margin + solution * size * scale).tolist()
     return v
 
 
 @dataclass(frozen=True)
-class _Memory:
+class Memory:
     """This rank's share of a past task's rows, in right-padded micro batches, and the trained tokens of all ranks."""
 
     batches: list[dict[str, torch.Tensor]]
     tokens: int
 
 
-def _memory(dataset: Dataset, number: int, size: int, rank: int, world: int) -> _Memory:
-    # By length, so that little is padded and the ranks' shares are alike.
+def read_memory(dataset: Dataset, task: int, micro_batch_size: int, rank: int, ranks: int) -> Memory:
+    """Divide the memory of a past task among the ranks.
+
+    Raises:
+        UserError: if no token of it is trained on.
+    """
+    # Sorted by length, so that there is little padding and the shares of the ranks are alike.
     rows = sorted(((row["input_ids"], row["labels"]) for row in dataset), key=lambda row: len(row[0]))
     tokens = sum(label != -100 for _, labels in rows for label in labels[1:])
     if not tokens:
-        raise UserError(f"The memory of past task {number} has no token with a loss, so GEM has nothing to keep.")
-    own = rows[rank::world]
-    return _Memory([_padded(own[start : start + size]) for start in range(0, len(own), size)], tokens)
+        raise UserError(f"The memory of past task {task} has no token with a loss, so GEM has nothing to keep.")
+    share = rows[rank::ranks]
+    starts = range(0, len(share), micro_batch_size)
+    return Memory([_padded(share[start : start + micro_batch_size]) for start in starts], tokens)
 
 
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
-    import torch
-
     width = max(len(ids) for ids, _ in rows)
 
     def column(lists: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
@@ -116,170 +111,138 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, to
     }
 
 
-def _gradient(trainer: Any, memory: _Memory, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """g_k: of the mean loss over the trained tokens of all ranks, a float32 tensor for each of `parameters`."""
-    import torch
-
-    total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    for batch in memory.batches:
-        inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
-        # The plain model, not DeepSpeed's engine around it, with the head that TRL's loss is computed by: of the
-        # logits there is never more than a part. In a single process its forward is under autocast already.
-        with trainer.compute_loss_context_manager():
-            found = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-            loss = -found.log_probs.sum() / memory.tokens
-        # grad, not backward: nothing is added to .grad, and ZeRO's hooks, which wait for that, do not fire.
-        for sum_, part in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if part is not None:
-                sum_.add_(part)
-    if trainer.accelerator.num_processes > 1:
-        for sum_ in total:
-            torch.distributed.all_reduce(sum_)
-    return total
+def build_trainer(parts: TrainerParts, session: Session) -> Any:
+    """TRL's SFTTrainer that projects its gradients, if the phase has past tasks."""
+    trainer = sft.build_trainer(parts, session)
+    job = session.job
+    memories = [
+        sft.tokenized(
+            job, read_sources([source], job.config.data, job.config.seed), parts.tokenizer, source.path
+        ).dataset
+        for source in job.phase.memories
+    ]
+    if memories:
+        train, continual = job.config.train, job.config.continual
+        session.state.projections = project_gradients(
+            trainer, memories, micro_batch_size=train.micro_batch_size, margin=continual.gem_margin
+        )
+        if session.checkpoint is not None:
+            session.state.projections.projected = session.checkpoint.marker["projected"]
+    return trainer
 
 
-def attach(trainer: Any, memories: Sequence[Dataset], *, micro_batch_size: int, margin: float = 0.0) -> Steps:
-    """Have `trainer` project its gradients; to be called before its train(), on every rank.
+def outcome(state: SessionState) -> dict[str, Any]:
+    """What the outcome of a phase says of GEM."""
+    counts = state.projections
+    if counts is None:
+        return {}
+    return {"steps_projected": counts.projected, "memory_rows": list(counts.memory_rows)}
+
+
+def project_gradients(
+    trainer: Any, memories: Sequence[Dataset], *, micro_batch_size: int, margin: float = 0.0
+) -> Projections:
+    """Have `trainer` project its gradients. Every rank must call this before train().
 
     Args:
-        trainer: TRL's SFTTrainer, in a single process or with DeepSpeed's ZeRO stage 1 or 2. What requires a gradient
-            is settled by now.
-        memories: one set of rows for each past task, with `input_ids` and `labels` as `data.tokenize` makes them.
-            Without any, the trainer is left as it is.
-        micro_batch_size: rows of memory that a rank computes at once.
+        trainer: TRL's SFTTrainer, in a single process or under DeepSpeed's ZeRO-1 or 2. Its model must have its final
+            `requires_grad`.
+        memories: the rows of each past task, with `input_ids` and `labels` as `tokenize` makes them; at least one.
+        micro_batch_size: rows of memory that a rank computes at a time.
         margin: see `multipliers`.
+
+    Returns:
+        Counts that training updates.
 
     Raises:
         UserError: under ZeRO-3; for a memory without a trained token; and, from train(), for a gradient that is not
             finite.
     """
-    from transformers import TrainerCallback
-
-    deepspeed = trainer.accelerator.state.deepspeed_plugin
-    if deepspeed is not None and deepspeed.zero_stage == 3:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
         raise UserError(
-            "continual=gem cannot be with engine=zero3, where no rank has a whole layer to compute a memory's gradient "
-            "by itself: use engine=single, zero1 or zero2."
+            "continual=gem does not work with engine=zero3, where no rank has a whole layer to compute a memory's "
+            "gradient with: use engine=single, zero1 or zero2."
         )
-    counted = Steps()
-    if not memories:
-        return counted
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    held = [_memory(dataset, number, micro_batch_size, rank, world) for number, dataset in enumerate(memories, start=1)]
-
-    if deepspeed is None:
-        training_step = trainer.training_step
-
-        def project_after(*args: Any, **kwargs: Any) -> Any:
-            loss = training_step(*args, **kwargs)
-            if trainer.accelerator.sync_gradients:  # the step's last micro batch
-                _project(trainer, held, margin, counted, _get, _set)
-            return loss
-
-        trainer.training_step = project_after
-        return counted
-
-    class Wrap(TrainerCallback):  # type: ignore[misc]
-        """The engine exists from the beginning of training on; its step is called right after a backward."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            engine = trainer.model_wrapped
-            engine_step = engine.step
-
-            def project_before(*args: Any, **kwargs: Any) -> Any:
-                if engine.is_gradient_accumulation_boundary():
-                    _project(trainer, held, margin, counted, _get_full, _set_full)
-                return engine_step(*args, **kwargs)
-
-            engine.step = project_before
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            del trainer.model_wrapped.step  # the class's own is back
-
-    trainer.add_callback(Wrap())
-    return counted
+    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    counts = Projections(memory_rows=tuple(map(len, memories)))
+    shares = [read_memory(dataset, task, micro_batch_size, rank, ranks) for task, dataset in enumerate(memories, 1)]
+    call_before_steps(trainer, _Projector(trainer, shares, margin, counts))
+    return counts
 
 
-def _project(
-    trainer: Any,
-    memories: Sequence[_Memory],
-    margin: float,
-    counted: Steps,
-    get: Callable[[torch.nn.Parameter], torch.Tensor],
-    put: Callable[[torch.nn.Parameter, torch.Tensor], None],
-) -> None:
-    """Replace the gradient if it is in conflict with a memory; otherwise leave its bits alone. Collective."""
-    import torch
+@dataclass(frozen=True)
+class _Projector:
+    """Replaces the gradient if it is in conflict with a memory, and leaves its bits alone otherwise. Collective."""
 
-    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    device = trainer.args.device
-    # The random numbers (dropout) that the memories use up are given back: training's own stay what they were.
-    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-        kept = [_gradient(trainer, memory, parameters) for memory in memories]
+    trainer: Any
+    memories: Sequence[Memory]
+    margin: float
+    counts: Projections
 
-    with torch.no_grad():
-        inner = torch.zeros(len(kept) + 1, len(kept) + 1, dtype=torch.float64, device=device)  # g first, then all g_k
-        for parameter, *parts in zip(parameters, *kept, strict=True):
-            for _, rows in _chunks([get(parameter), *parts]):
+    def __call__(self) -> None:
+        parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        device = self.trainer.args.device
+        # The random numbers (dropout) that the memories use are given back: those of training do not change.
+        with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+            memories = [self._gradient(memory, parameters) for memory in self.memories]
+        with torch.no_grad():
+            inner = self._inner_products(parameters, memories)
+            (_, *products), *others = inner.tolist()
+            self.counts.steps += 1
+            if min(products) >= 0:
+                return
+            self.counts.projected += 1
+            v = inner.new_tensor([1.0, *multipliers([row[1:] for row in others], products, self.margin)])
+            for parameter, *parts in zip(parameters, *memories, strict=True):
+                # g is read a second time, because under ZeRO each rank holds only its part of it.
+                projected = torch.empty(parameter.numel(), dtype=torch.float32, device=device)
+                for place, rows in _chunks([gradient(parameter), *parts]):
+                    projected[place] = (v @ rows).float()  # float64 until here: near opposites have large multipliers
+                put_gradient(parameter, projected.view_as(parameter))
+
+    def _gradient(self, memory: Memory, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """g_k, of the mean loss over the trained tokens of all ranks: a float32 tensor for each of `parameters`."""
+        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for batch in memory.batches:
+            loss = -trained_log_probs(self.trainer, batch).sum() / memory.tokens
+            # grad, not backward: nothing is added to .grad, and ZeRO's hooks, which wait for that, are not called.
+            for total, part in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                if part is not None:
+                    total.add_(part)
+        if self.trainer.accelerator.num_processes > 1:
+            for total in sums:
+                torch.distributed.all_reduce(total)
+        return sums
+
+    def _inner_products(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        memories: Sequence[list[torch.Tensor]],
+    ) -> torch.Tensor:
+        """The inner products of g and all g_k, in this order: a float64 matrix, the same on all ranks.
+
+        Raises:
+            UserError: if one is not finite.
+        """
+        size = len(memories) + 1
+        inner = torch.zeros(size, size, dtype=torch.float64, device=self.trainer.args.device)
+        for parameter, *parts in zip(parameters, *memories, strict=True):
+            for _, rows in _chunks([gradient(parameter), *parts]):
                 inner += rows @ rows.T
-        if trainer.accelerator.num_processes > 1:
-            torch.distributed.broadcast(inner, 0)  # each rank writes its part of g̃: all with the same multipliers
-        (_, *products), *others = inner.tolist()
-        if not all(map(math.isfinite, [*products, *(value for row in others for value in row)])):
+        if self.trainer.accelerator.num_processes > 1:
+            torch.distributed.broadcast(inner, 0)  # each rank writes its part of g̃, by the same multipliers
+        if not all(map(math.isfinite, inner[:, 1:].flatten().tolist())):
             raise UserError(
-                f"A gradient, of the data or of a memory, is not finite at step {trainer.state.global_step + 1}: "
+                f"A gradient of the data or of a memory is not finite at step {self.trainer.state.global_step + 1}: "
                 "training has diverged. Lower train.learning_rate, or raise train.warmup."
             )
-        counted.steps += 1
-        if min(products) >= 0:
-            return
-        counted.projected += 1
-        v = inner.new_tensor([1.0, *multipliers([row[1:] for row in others], products, margin)])
-        for parameter, *parts in zip(parameters, *kept, strict=True):
-            # Read a second time rather than kept: under ZeRO each rank holds no more than its part of g.
-            made = torch.empty(parameter.numel(), dtype=torch.float32, device=device)
-            for place, rows in _chunks([get(parameter), *parts]):
-                made[place] = (v @ rows).float()  # summed in float64: multipliers of near opposites are large
-            put(parameter, made.view_as(parameter))
+        return inner
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The tensors, flattened, as rows of a matrix in float64: some columns at a time, and their place."""
-    import torch
-
+    """Some columns at a time of the matrix whose rows are the flattened tensors, as float64, and their place."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, len(flat[0]), CHUNK):
         place = slice(start, start + CHUNK)
         yield place, torch.stack([tensor[place].double() for tensor in flat])
-
-
-def _get(parameter: torch.nn.Parameter) -> torch.Tensor:
-    import torch
-
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _set(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = value.to(parameter.dtype)
-    else:
-        parameter.grad.copy_(value)
-
-
-def _get_full(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The batch's gradient, averaged over the ranks, put together from ZeRO's parts. Collective."""
-    from deepspeed.utils import safe_get_full_grad
-
-    # Between backward and step ZeRO-1 and 2 keep it in flat buffers that only _hp_mapping leads to. A .grad would be
-    # read and written in their place, without an effect on the step; a _hp_grad is that of another optimizer.
-    if parameter.grad is not None or getattr(parameter, "_hp_grad", None) is not None:
-        raise RuntimeError("DeepSpeed has left a gradient where it is not expected: GEM would not act on the step.")
-    value: torch.Tensor = safe_get_full_grad(parameter)
-    return value
-
-
-def _set_full(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Each rank writes the part that it owns, in the precision of the buffer."""
-    from deepspeed.utils import safe_set_full_grad
-
-    safe_set_full_grad(parameter, value)

@@ -1,73 +1,79 @@
-"""LoRA as a baseline of continual learning, by PEFT: adapters in, adapters and merged matrices out (Hu et al. 2021).
+"""LoRA, the baseline of continual learning, by PEFT (Hu et al. 2021, arXiv 2106.09685).
 
-The adapters go on from round to round beside the base (TRACE's LoRASeqFT); what a round's delta holds is the base's
-matrices with the adapters merged into them, so that a run's model is one like any other.
+The adapters continue from phase to phase beside the unchanged base model (LoRASeqFT of TRACE). A phase's delta holds
+the base's matrices with the adapters merged into them, so that the run's model is a model like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hft_cli.config.training import ContinualConfig
+import torch
+
+from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-
-PREFIX = "base_model.model."  # that PEFT puts before a module's own name
-
-WEIGHTS = "adapter_model.safetensors"
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.training.compat import adapter_change, base_name, load_adapter, master_value
+from hft_cli.training.session import Session
+from hft_cli.training.weights import file_value, write_delta
 
 
-def adapt(model: Any, names: Iterable[str], continual: ContinualConfig, adapter: str | None) -> Any:
-    """The model with trainable adapters beside the named weights, all else frozen; those in `adapter` go on."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+def adapt(model: Any, job: PhaseJob) -> Any:
+    """Return the model with trainable adapters beside the updated matrices, and all else frozen.
 
-    if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    targets = {name.removesuffix(".weight") for name in names}
-    adapted = get_peft_model(
+    The adapters are those of the phase before (`job.adapter`), or new ones.
+
+    Raises:
+        UserError: if PEFT adapts other matrices than those.
+    """
+    import peft
+
+    if job.adapter is not None:
+        return peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
+    modules = {name.removesuffix(".weight") for name in job.updated}
+    continual = job.config.continual
+    adapted = peft.get_peft_model(
         model,
-        LoraConfig(
+        peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=continual.lora_rank,
-            lora_alpha=continual.lora_alpha,  # type: ignore[arg-type]  # an int by its annotation, any number in its sums
+            lora_alpha=continual.lora_alpha,  # type: ignore[arg-type]  # annotated as int, used as any number
             lora_dropout=continual.lora_dropout,
-            target_modules=sorted(targets),
+            target_modules=sorted(modules),
         ),
     )
-    made = {name.removeprefix(PREFIX).split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
-    if made != targets:  # PEFT takes some names of dense matrices for those of experts
+    trainable = (name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+    actual = {base_name(name).split(".lora_")[0] for name in trainable}
+    if actual != modules:  # PEFT takes the names of some dense matrices for those of experts
         raise UserError(
-            f"continual=lora cannot be with this model: PEFT adapts other matrices than were asked for, such as "
-            f"{min(made ^ targets)}. Use continual=seqft, replay or gem."
+            f"continual=lora does not work with this model: PEFT adapts other matrices than requested, such as "
+            f"{min(actual ^ modules)}. Use continual=seqft, replay or gem."
         )
     return adapted
 
 
-def save(model: Any, whole: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write the adapters, whose whole values (name -> tensor, float32) were put together, in PEFT's layout."""
-    model.save_pretrained(folder, state_dict=dict(whole), save_embedding_layers=False)
-
-
-def restore_masters(model: Any, adapter: str) -> None:
-    """Give DeepSpeed's float32 master weights the values of the saved adapters, which it has rounded to bfloat16."""
+def restore_masters(model: Any, session: Session) -> None:
+    """Give DeepSpeed's float32 master weights the values of the adapters' file, which it has rounded to bfloat16."""
     from deepspeed.utils import safe_set_full_fp32_param
-    from safetensors.torch import load_file
 
-    saved = load_file(Path(adapter) / WEIGHTS)
+    if session.job.adapter is None:  # new adapters have no other values
+        return
+    saved = load_adapter(Path(session.job.adapter))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, saved[name.replace(".default.", ".")].to(parameter.device))
+            safe_set_full_fp32_param(parameter, saved[name].to(parameter.device))
 
 
-def merged(model: Any, name: str, whole: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """`weight` (float32, the base's value of parameter `name`) with its adapter merged: W + (alpha / rank) B A."""
-    layer = model.get_submodule(PREFIX + name.removesuffix(".weight"))
-    a, b = (whole[f"{PREFIX}{name.removesuffix('.weight')}.lora_{part}.default.weight"].float() for part in "AB")
-    product = b @ a
-    change: torch.Tensor = product.T if layer.fan_in_fan_out else product
-    return weight + float(layer.scaling["default"]) * change
+def write_merged(model: Any, session: Session) -> None:
+    """Write the adapters, and the matrices W + (alpha / rank) B A into the delta. Collective over the ranks."""
+    adapters = {name: master_value(value) for name, value in model.named_parameters() if value.requires_grad}
+    if not session.ranks.first:
+        return
+    model.save_pretrained(session.folder.adapter, state_dict=adapters, save_embedding_layers=False)
+    files = stored_tensors(Path(session.job.model))
+
+    def merged(name: str) -> torch.Tensor:
+        return file_value(session.params[name], files) + adapter_change(model, name, adapters)
+
+    write_delta(model.get_base_model(), session, merged)

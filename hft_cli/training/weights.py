@@ -3,70 +3,124 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer
+from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
-from hft_cli.launch.jobs import PhaseJob
+from hft_cli.training.compat import local_part, master_value, unwrapped
+from hft_cli.training.session import Session
 
-if TYPE_CHECKING:
-    import torch
+# dtypes of safetensors files that models are trained from
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_model(path: str, config: RunConfig) -> PreTrainedModel:
+    """The model at `path`, in the precision in which its weights are trained.
+
+    Master weights are always float32. In a single process they are the model itself, computed under autocast; under
+    DeepSpeed they are the optimizer's copy, beside a model in bfloat16.
+    """
+    low = config.model.dtype == "bfloat16" and config.engine.zero_stage is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if low else torch.float32,
+        attn_implementation=config.model.attention,
+    )
+    model.config.use_cache = False
+    return model
+
+
+def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]) -> PreTrainedModel:
+    """Set `requires_grad` by name, and return the model.
+
+    Must be called before an engine or an optimizer exists: they ignore later changes without a message.
+
+    Raises:
+        UserError: if the names are not exactly those of the model's parameters.
+    """
+    requires_grad = dict.fromkeys(updated, True) | dict.fromkeys(frozen, False)
+    parameters = dict(model.named_parameters())
+    if requires_grad.keys() != parameters.keys():
+        names = sorted(requires_grad.keys() ^ parameters.keys())
+        raise UserError(
+            f"The model has other parameters than the draw was made for: {', '.join(names[:3])}"
+            f"{' …' if len(names) > 3 else ''} ({len(names)} differ). Do its weights and its config.json belong "
+            "together?"
+        )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(requires_grad[name])
+    return model
 
 
 def frozen_checksum(model: Any) -> int:
-    """One number over the bits of all frozen weights that this rank holds (under ZeRO-3: its shards)."""
-    import torch
-
+    """A checksum of the bits of all frozen weights that this rank holds (under ZeRO-3: of its shards)."""
     digest = hashlib.sha256()
-    for name, parameter in getattr(model, "module", model).named_parameters():
+    for name, parameter in unwrapped(model).named_parameters():
         if not parameter.requires_grad:
-            file_value = getattr(parameter, "ds_tensor", parameter).detach()
             digest.update(name.encode())
-            digest.update(file_value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes(local_part(parameter).cpu()))
     return int.from_bytes(digest.digest()[:6], "big")
 
 
-def write_delta(
-    model: Any, sealed: PhaseJob, params: Mapping[str, Param], path: Path, value: Callable[[str], torch.Tensor]
-) -> None:
-    """Stream what was trained into the delta, a parameter at a time, under the names and dtypes of the files."""
-    base = stored_tensors(Path(sealed.model))
-    announced = {stored: base[stored] for name in sealed.updated for stored in params[name].stored}
-    metadata = {"format": "pt", "round": str(sealed.phase.round), "base_sha256": sealed.base_sha256}
-    with Writer(path, announced, metadata) as writer:
-        for name in sealed.updated:
-            parts = to_stored(model, {name: value(name)}, [params[name]])
+def write_updated(model: Any, session: Session) -> None:
+    """Write the updated parameters into the phase's delta. Collective over the ranks."""
+    parameters = dict(model.named_parameters())
+    if session.ranks.first:
+        write_delta(model, session, lambda name: master_value(parameters[name]))
+    else:
+        for name in session.job.updated:
+            master_value(parameters[name])
+
+
+def write_delta(model: Any, session: Session, value: Callable[[str], torch.Tensor]) -> None:
+    """Write the phase's delta, one parameter at a time, under the names and in the dtypes of the model's files.
+
+    Args:
+        model: the model without adapters.
+        value: the whole value of an updated parameter, on the CPU.
+    """
+    job, params = session.job, session.params
+    files = stored_tensors(Path(job.model))
+    announced = {stored: files[stored] for name in job.updated for stored in params[name].stored}
+    metadata = {"format": "pt", "round": str(job.phase.round), "base_sha256": job.base_sha256}
+    with Writer(session.folder.delta, announced, metadata) as writer:
+        for name in job.updated:
+            tensors = to_stored(model, {name: value(name)}, [params[name]])
             for stored in params[name].stored:
-                writer.add(stored, [_bytes(parts[stored], announced[stored].dtype)])
+                writer.add(stored, [_bytes(tensors[stored].to(DTYPES[announced[stored].dtype]))])
 
 
-def restore_masters(model: Any, params: Mapping[str, Param], folder: Path) -> None:
-    """Give DeepSpeed's float32 master weights the values in the files, which it has rounded to bfloat16.
+def restore_masters(model: Any, session: Session) -> None:
+    """Give DeepSpeed's float32 master weights the values in the model's files, which it has rounded to bfloat16.
 
     Raises:
         UserError: for a parameter that the files hold in parts (experts) and in more than bfloat16.
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
-    files = stored_tensors(folder)
+    files = stored_tensors(Path(session.job.model))
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and files[params[name].stored[0]].dtype != "BF16":
-            safe_set_full_fp32_param(parameter, held(params[name], files).to(parameter.device))
+        param = session.params[name]
+        if parameter.requires_grad and files[param.stored[0]].dtype != "BF16":
+            safe_set_full_fp32_param(parameter, file_value(param, files).to(parameter.device))
 
 
-def held(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
-    """The float32 value that the files hold of a parameter.
+def file_value(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
+    """The value that the files hold of a parameter, as float32 on the CPU.
 
     Raises:
         UserError: if they hold it in parts (experts).
     """
-    from safetensors import safe_open
-
     tensor = files[param.stored[0]]
     if tensor.shape != param.shape:
         raise UserError(
@@ -78,22 +132,5 @@ def held(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
     return value.float()
 
 
-def full_value(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole float32 master value of a parameter, wherever ZeRO keeps it. Collective over the ranks."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        value: torch.Tensor = safe_get_full_fp32_param(parameter)
-        return value.detach().cpu()
-    return parameter.detach().cpu()
-
-
-def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
-    import torch
-
-    cast = tensor.to(getattr(torch, DTYPES[dtype])).contiguous()
-    return cast.reshape(-1).view(torch.uint8).numpy().data
-
-
-# The dtypes of a safetensors file that weights are trained from.
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -43,7 +43,6 @@ from hft_cli.launch.worker import hold_lock
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.training import run
-from hft_cli.training import resume
 
 ROUND = "rounds/01-rows"
 together = pytest.mark.xdist_group("killed")  # on one worker: they share a killed run
@@ -168,14 +167,6 @@ def test_resumed_on_other_ranks_or_stages_it_ends_nearly_alike(begun, tmp_path, 
     assert found["engine"] == f"{engine}, {to}"
 
 
-@pytest.mark.parametrize(
-    ("was", "now", "fix"), [(None, 2, "engine=single"), (3, None, "engine=zero3 or another ZeRO stage")]
-)
-def test_a_checkpoint_does_not_move_from_or_to_one_process(was, now, fix):
-    with pytest.raises(UserError, match=f"DeepSpeed converts only between its own .* Finish the round with {fix};"):
-        resume.needed({"zero_stage": was, "ranks": 1}, {"zero_stage": now, "ranks": 1})
-
-
 def test_another_round_may_have_another_engine(two_rounds, tmp_path):
     out = Path(shutil.copytree(two_rounds, tmp_path / "run"))
     for folder in (out / "model", out / "rounds/02-backwards"):
@@ -216,7 +207,7 @@ def test_a_checkpoint_of_another_draw_is_refused(killed, in_process, tmp_path):
     out = Path(shutil.copytree(killed.run.folder, tmp_path / "run"))
     for marker in (out / ROUND / "checkpoints").glob("checkpoint-*/hft.json"):
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"draw": "of another seed"}))
-    with pytest.raises(UserError, match=r"was made under another draw \(of another seed, now"):
+    with pytest.raises(UserError, match=r"was made with another draw \(of another seed, now"):
         run(replace(killed.config(), output_dir=str(out)), [])
 
 

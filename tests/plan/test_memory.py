@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import FAMILIES
-from helpers import composed, environment
+from helpers import composed, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from workloads import PARAMS, SHAPES, enlarge, families, few, fft, selections, setups, train
@@ -191,13 +188,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_job(phase_job(folder, model, stage, dtype), folder / "step.json")
         files.append(folder / "step.json")
     script = Path(__file__).with_name("measure_ranks.py")
-    binaries = str(Path(sys.executable).parent)
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *files],
-        capture_output=True, text=True,
-        env={**environment(), "DS_ACCELERATOR": "cpu", "PATH": os.pathsep.join([binaries, os.environ["PATH"]])},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    torchrun(2, script, *files)
     return out
 
 

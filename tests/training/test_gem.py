@@ -1,4 +1,4 @@
-"""hft_cli.gem: the dual problem by property; that in every engine it is the projected gradient that reaches the step.
+"""training/gem.py: the dual problem by property; on every engine the projected gradient reaches the optimizer.
 
 Run as a program, this file is a rank of the tests with DeepSpeed: `torchrun … test_gem.py OUT`.
 """
@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,17 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import environment
+from helpers import torchrun
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
 from hft_cli.errors import UserError
+from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
 from hft_cli.paths import resolve_path
 from hft_cli.training import gem
-from hft_cli.training.worker import freeze
+from hft_cli.training.session import Projections
+from hft_cli.training.weights import freeze
 
 Rows = list[tuple[list[int], int]]  # tokens, and how many of them are the prompt
 
@@ -127,18 +128,13 @@ def test_the_multipliers_solve_the_dual_problem_with_the_margin_as_their_bound(
     assert dual(v) <= other + 1e-6
 
 
-def test_importing_gem_does_not_import_torch() -> None:
-    code = "import hft_cli.training.gem, sys; assert not {'torch', 'scipy', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # -------------------------------------------------------------------------------------------------- what trains here
 
 
 @dataclass
 class Trained:
     model: Any
-    counted: gem.Steps
+    counted: Projections
     logs: list[dict[str, float]]
     start: dict[str, Any]
     reached: list[Any] = field(default_factory=list)  # of each step, the gradient that the optimizer was given
@@ -163,8 +159,7 @@ def tiny(dropout: float = 0.0) -> Any:
 def half(model: Any) -> Any:
     """Every second parameter frozen."""
     names = [name for name, _ in model.named_parameters()]
-    freeze(model, names[::2], names[1::2])
-    return model
+    return freeze(model, names[::2], names[1::2])
 
 
 @cache
@@ -208,7 +203,7 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> Trained:
-    """A few steps on all of DATA, in the order that hft_cli.train has."""
+    """A few steps on all of DATA, in the order of train_phase."""
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -241,9 +236,10 @@ def train(
         model=model, args=arguments, train_dataset=rows(DATA),
         processing_class=AutoTokenizer.from_pretrained(resolve_path("pocket:model")),
     )  # fmt: skip
-    counted = gem.Steps()
-    if projecting:
-        counted = gem.attach(trainer, [rows(made) for made in memories], micro_batch_size=2, margin=margin)
+    counted = Projections()
+    if projecting and memories:
+        datasets = [rows(made) for made in memories]
+        counted = gem.project_gradients(trainer, datasets, micro_batch_size=2, margin=margin)
     trained = Trained(model, counted, [], start)
 
     def see(get: Any) -> None:
@@ -393,13 +389,7 @@ WITH_MARGIN = {"margin": 2.0, "max_steps": 1}
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that is trained on two ranks, by one launch."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, out]
-    binaries = str(Path(sys.executable).parent)
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=300,
-        env={**environment(), "DS_ACCELERATOR": "cpu", "PATH": os.pathsep.join([binaries, os.environ["PATH"]])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, __file__, out)
     return out
 
 
@@ -451,7 +441,7 @@ def test_zero_in_bfloat16_projects_too(stage: int, two_ranks: Path) -> None:
 
 def test_zero_3_is_refused_by_message(two_ranks: Path) -> None:
     said = (two_ranks / "zero3.txt").read_text()
-    assert "continual=gem cannot be with engine=zero3" in said
+    assert "continual=gem does not work with engine=zero3" in said
     assert "use engine=single, zero1 or zero2" in said
 
 
@@ -481,9 +471,7 @@ def rank(out: Path) -> None:
         if first:
             (out / "zero3.txt").write_text(str(error))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""The trainer's arguments: the run's config in the terms of transformers and TRL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.launch.ranks import RANKS_TIMEOUT
+from hft_cli.run_dir import RoundDir
+from hft_cli.training.procedures import Procedure
+
+
+def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> Any:
+    """The arguments of the phase's trainer, of the procedure's class. Making them starts the process group."""
+    config, train, engine = job.config, job.config.train, job.config.engine
+    gpu = torch.cuda.is_available()
+    arguments, settings = procedure.settings(config)
+    if job.phase.replays and not config.continual.replay_shuffle:
+        settings["train_sampling_strategy"] = "sequential"
+    return arguments(
+        **settings,
+        output_dir=str(folder.checkpoints),
+        seed=config.seed,
+        learning_rate=train.learning_rate,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.batch_size // (train.micro_batch_size * engine.ranks),
+        max_length=train.max_length,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
+        # The fused AdamW passes over the moments once, which makes steps on the CPU bearable.
+        optim="adamw_torch_fused" if gpu or engine.offload_optimizer else "adamw_torch",
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        bf16=config.model.dtype == "bfloat16",
+        use_cpu=not gpu,
+        activation_checkpointing=train.gradient_checkpointing,
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or 0.5,
+        save_total_limit=train.save_limit,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # otherwise a loss that is not finite is logged as a finite one
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,
+        report_to=[],
+        deepspeed=job.deepspeed or None,
+        ddp_timeout=int(RANKS_TIMEOUT.total_seconds()),
+        dataloader_pin_memory=gpu,
+    )

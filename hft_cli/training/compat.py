@@ -1,0 +1,296 @@
+"""Private or undocumented behaviour of other packages that training relies on. Tests pin it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from trl import DPOTrainer
+
+# ----------------------------------------------------------------------------------- weights and gradients under ZeRO
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without DeepSpeed's engine around it.
+
+    UPSTREAM: transformers 5.23.0: callbacks are given either of them. An engine holds its model as `module`.
+    """
+    return getattr(model, "module", model)
+
+
+def local_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a parameter that this rank holds: all of them, or its shard under ZeRO-3.
+
+    UPSTREAM: deepspeed 0.19.8: a shard is in the undocumented `ds_tensor`.
+    """
+    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part.detach()
+
+
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter has all its values. Collective over the ranks.
+
+    UPSTREAM: deepspeed 0.19.8: a partitioned parameter is known by its undocumented `ds_id`.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[Any] = GatheredParameters([parameter])
+    return context if hasattr(parameter, "ds_id") else nullcontext()
+
+
+def master_value(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole float32 master value of a parameter, on the CPU. Collective over the ranks.
+
+    UPSTREAM: deepspeed 0.19.8: `safe_get_full_fp32_param` fails without an engine. A parameter that has one is known by
+    its undocumented `ds_id` (ZeRO-3) or `_hp_mapping` (ZeRO-1 and 2).
+    """
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = safe_get_full_fp32_param(parameter)
+    return parameter.detach().cpu()
+
+
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole gradient, averaged over the ranks, between backward pass and step; not under ZeRO-3. Collective.
+
+    UPSTREAM: deepspeed 0.19.8: ZeRO-1 and 2 keep it in flat buffers that only `_hp_mapping` leads to.
+    `safe_get_full_grad` would return a `.grad` or `_hp_grad` instead, and a change of those has no effect on the step.
+
+    Raises:
+        RuntimeError: if DeepSpeed keeps the gradient in one of those.
+    """
+    if not hasattr(parameter, "_hp_mapping"):
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    if parameter.grad is not None or getattr(parameter, "_hp_grad", None) is not None:
+        raise RuntimeError("DeepSpeed keeps a gradient in an unexpected place: GEM would not change the step.")
+    value: torch.Tensor = safe_get_full_grad(parameter)
+    return value
+
+
+def put_gradient(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Replace what `gradient` returns, in its precision. Each rank writes the part that it owns.
+
+    UPSTREAM: deepspeed 0.19.8: as for `gradient`.
+    """
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(parameter, value)
+    elif parameter.grad is None:
+        parameter.grad = value.to(parameter.dtype)
+    else:
+        parameter.grad.copy_(value)
+
+
+def call_before_steps(trainer: Any, function: Callable[[], None]) -> None:
+    """Have `function` called before each optimizer step, when the gradient is complete and not yet clipped.
+
+    UPSTREAM: transformers 5.23.0: no callback comes before clipping, neither here nor in DeepSpeed, which clips within
+    `engine.step`. So `training_step` of the trainer is replaced, and in it `step` of the engine.
+    """
+    training_step = trainer.training_step
+
+    def call_after(model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(model, *args, **kwargs)
+        if trainer.accelerator.sync_gradients:  # after the last micro batch of a step
+            function()
+        return loss
+
+    def call_within(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        engine_step = engine.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if engine.is_gradient_accumulation_boundary():
+                function()
+            return engine_step(*args, **kwargs)
+
+        engine.step = step
+        try:
+            return training_step(engine, *args, **kwargs)
+        finally:
+            del engine.step  # the method of the class is in force again
+
+    trainer.training_step = call_within if trainer.is_deepspeed_enabled else call_after
+
+
+def trained_log_probs(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities of a batch's labels by the plain model of TRL's SFTTrainer; 0 where a label is -100.
+
+    UPSTREAM: trl 1.16.0: its models take the undocumented `fused_lm_head=True`, with which they never hold all logits.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels`, each of shape (rows, tokens), on any device.
+    """
+    inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
+    with trainer.compute_loss_context_manager():
+        log_probs: torch.Tensor = trainer.model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+    return log_probs
+
+
+# ----------------------------------------------------------------------------------------------------------------- DPO
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # that TRL adds for a precomputed reference
+
+
+class ExactReferenceTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's DPOTrainer, with a precomputed reference in the precision in which it was computed.
+
+    UPSTREAM: transformers 5.23.0: under DeepSpeed `_prepare_inputs` casts all floating-point inputs to the training
+    dtype. In bfloat16, -1710.2 becomes -1712.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        exact = {key: inputs[key].to(self.args.device) for key in REFERENCE_COLUMNS if key in inputs}
+        return {**super()._prepare_inputs(inputs), **exact}
+
+
+def release_precompute_engine(trainer: Any) -> None:
+    """Destroy the engine by which TRL has precomputed the reference.
+
+    UPSTREAM: trl 1.16.0: it stays in `_precompute_engine`. Under ZeRO-3 its hooks would go on gathering and releasing
+    weights beside those of training.
+    """
+    if trainer._precompute_engine is not None:
+        trainer._precompute_engine.destroy()
+        trainer._precompute_engine = None
+
+
+def salted(dataset: Any, fingerprint: str) -> Any:
+    """The data set with a fingerprint that also depends on the weights.
+
+    UPSTREAM: trl 1.16.0: the file of a precomputed reference is named by hashes of the data set's `_fingerprint` and of
+    the model. Under ZeRO-3 the latter is a hash of empty parameters, and values of another model would be read.
+    """
+    return dataset.select(range(len(dataset)), new_fingerprint=fingerprint)
+
+
+def answer_start(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
+    """How many tokens of a preference pair TRL takes for the prompt.
+
+    UPSTREAM: trl 1.16.0: the answers begin where the tokens of the prompt, with the generation prompt, differ from
+    those of the prompt with either answer. Pairs with a start of at least max_length are dropped without a message.
+    """
+    for place, tokens in enumerate(zip(prompt, chosen, rejected, strict=False)):
+        if len(set(tokens)) > 1:
+            return place
+    return min(len(prompt), len(chosen), len(rejected))
+
+
+# ---------------------------------------------------------------------------------------------------------------- PEFT
+
+PREFIX = "base_model.model."  # that PEFT puts before the names of the model that it adapts
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter of an adapted model has without PEFT.
+
+    UPSTREAM: peft 0.21.2: the prefix, and `base_layer` for an adapted layer's own weight, are not documented.
+    """
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The matrices of a saved adapter, by their names in memory.
+
+    UPSTREAM: peft 0.21.2: in the file the names lack the adapter's own, `default`.
+    """
+    saved = load_file(folder / "adapter_model.safetensors")
+    return {name.replace(".weight", ".default.weight"): value for name, value in saved.items()}
+
+
+def adapter_change(model: Any, name: str, adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What an adapter adds to the parameter `name`: (alpha / rank) B A, in float32.
+
+    UPSTREAM: peft 0.21.2: the layer's `scaling` and `fan_in_fan_out` (the weight is stored as inputs by outputs) are
+    not documented. `get_delta_weight` would take the matrices from memory, where they may be rounded.
+
+    Args:
+        adapters: matrices A and B of all adapters, by their names in memory.
+    """
+    module = PREFIX + name.removesuffix(".weight")
+    a, b = (adapters[f"{module}.lora_{matrix}.default.weight"].float() for matrix in "AB")
+    layer = model.get_submodule(module)
+    product = b @ a
+    return float(layer.scaling["default"]) * (product.T if layer.fan_in_fan_out else product)
+
+
+# ----------------------------------------------------------------------------------------------- universal checkpoints
+
+OPTIMIZER_STATES = ("fp32", "exp_avg", "exp_avg_sq")  # files of each parameter: master weight and AdamW's moments
+MODEL_FILE = "mp_rank_00_model_states.pt"  # of ZeRO-1 and 2; DeepSpeed looks for one of these two names
+SHARD_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # of ZeRO-3
+
+
+def load_universal(arguments: Any) -> None:
+    """Have DeepSpeed load the checkpoint to resume from in its universal format.
+
+    UPSTREAM: transformers 5.23.0: DeepSpeed's settings are read once, into the undocumented
+    `hf_deepspeed_config.config`, before the checkpoint is known.
+    """
+    arguments.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+
+
+def complete_universal(folder: Path, stage: int) -> None:
+    """Add to a universal checkpoint what the loader of ZeRO `stage` needs, and take out what every rank would read.
+
+    UPSTREAM: deepspeed 0.19.8: `ds_to_universal` writes what the stage of the checkpoint needs. ZeRO-1 and 2 need a
+    step for each parameter and another name of the model's file, ZeRO-3 needs the settings of the optimizer.
+    """
+    file = folder / "zero" / "optimizer_state.pt"
+    state = torch.load(file, map_location="cpu", weights_only=False)
+    parameters = [path.parent for path in sorted((folder / "zero").rglob("exp_avg.pt"))]
+    if "optimizer_state_dict" in state:  # by ZeRO-3: the whole share of the first rank, without names
+        step = state["optimizer_state_dict"]["state"][0]["step"]
+        state = {key: value for key, value in state.items() if key not in ("optimizer_state_dict", "fp32_flat_groups")}
+        if stage < 3:
+            for parameter in parameters:
+                for name in OPTIMIZER_STATES:
+                    value = torch.load(parameter / f"{name}.pt", weights_only=False)
+                    torch.save({"param": value}, parameter / f"{name}.pt")
+                torch.save(step, parameter / "step.pt")
+            (folder / SHARD_FILE).rename(folder / MODEL_FILE)
+    else:
+        step = torch.load(parameters[0] / "step.pt", weights_only=False)
+        if stage == 3:
+            (folder / MODEL_FILE).rename(folder / SHARD_FILE)
+    if stage == 3:
+        # The loader gives all groups the settings of the first one: norms would get the weight decay of matrices.
+        settings = {key: value for key, value in state["param_groups"][0].items() if key != "weight_decay"}
+        state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": [settings]}
+    else:
+        from deepspeed import __version__
+
+        state.setdefault("ds_version", __version__)
+    torch.save(state, file)
+
+
+def repair_step_counts(optimizer: Any, step: int) -> None:
+    """Give each parameter group its own step count, on its device, after a universal checkpoint was loaded.
+
+    UPSTREAM: deepspeed 0.19.8: the loaders leave the counts on the CPU, and that of ZeRO-3 gives all groups one tensor,
+    which each group would count up. torch's optimizer is within DeepSpeed's, and that within accelerate's.
+
+    Raises:
+        RuntimeError: if a count is not `step`.
+    """
+    for parameter, state in optimizer.optimizer.optimizer.state.items():
+        state["step"] = torch.as_tensor(state["step"]).to(parameter.device, copy=True)
+        if state["step"] != step:
+            raise RuntimeError(f"DeepSpeed restored step {int(state['step'])} of a checkpoint at step {step}.")
+
+
+def universal_value(folder: Path, name: str, state: str) -> torch.Tensor:
+    """One of the `OPTIMIZER_STATES` of a parameter in a universal checkpoint, flat, on the CPU.
+
+    UPSTREAM: deepspeed 0.19.8: the file holds a tensor, or a dict with it as `param`, depending on the ZeRO stage.
+    """
+    content = torch.load(folder / "zero" / name / f"{state}.pt", map_location="cpu", weights_only=False)
+    value: torch.Tensor = content["param"] if isinstance(content, dict) else content
+    return value.reshape(-1)

@@ -1,0 +1,115 @@
+"""The training of one phase, from its job to its delta."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.data.templates import chat_template
+from hft_cli.files import read_json, write_json, write_text
+from hft_cli.launch.jobs import PhaseJob, Progress
+from hft_cli.launch.ranks import Ranks, join_ranks
+from hft_cli.method.selection import names_hash
+from hft_cli.run_dir import RoundDir
+from hft_cli.training import universal
+from hft_cli.training.arguments import trainer_arguments
+from hft_cli.training.callbacks import peak_memory, phase_callbacks
+from hft_cli.training.compat import load_universal
+from hft_cli.training.procedures import Procedure, procedure_of
+from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
+from hft_cli.training.session import Session, SessionState, TrainerParts
+from hft_cli.training.weights import load_model
+
+
+def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
+    """Train one phase and write delta.safetensors and then outcome.json; neither of them if a stop is requested.
+
+    Raises:
+        UserError: for data with nothing to train on; for a checkpoint made with another draw or other data, or by a
+            single process where DeepSpeed is to continue, or the other way round.
+    """
+    config, procedure = job.config, procedure_of(job)
+    # Read before DeepSpeed's settings exist: with ZeRO-3 they would partition the model without weights that this may
+    # build. The arguments come before the ranks join, and both before the model is loaded.
+    params = {param.name: param for param in parameters_from_folder(job.model, config.model.kinds)}
+    arguments = trainer_arguments(job, folder, procedure)
+    ranks = Ranks()
+    if config.engine.zero_stage is not None:
+        progress.activity("joining the ranks")
+        ranks = join_ranks()
+
+    progress.activity("tokenizing")
+    tokenizer = load_tokenizer(job, folder, ranks)
+    dataset, counts = load_rows(job, folder, tokenizer, ranks, procedure)
+    progress.activity("loading the model")
+    set_seed(config.seed)
+    model = procedure.prepare_model(load_model(job.model, config), job)
+
+    zero_optimization = job.deepspeed.get("zero_optimization")
+    identity = Identity(
+        names_hash(job.updated), counts["sha256"], ranks.count, config.engine.zero_stage, zero_optimization
+    )
+    checkpoint = newest_checkpoint(folder.checkpoints, identity, ranks)
+    if checkpoint and universal.needs_conversion(checkpoint.marker, identity):
+        universal.convert(checkpoint.folder, identity, ranks)
+        load_universal(arguments)
+        checkpoint = replace(checkpoint, converted=True)
+    state = SessionState.resumed(checkpoint.marker if checkpoint else {})
+    session = Session(job, folder, ranks, params, counts, identity, checkpoint, state)
+
+    callbacks = phase_callbacks(session, procedure, progress)
+    trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
+    if not ranks.maximum(stop_requested(folder, ranks)):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        if not state.stopped:
+            progress.activity("writing the delta")
+            procedure.write_delta(model, session)
+            if ranks.first:
+                write_outcome(session, trainer.state.global_step, result.training_loss, procedure)
+    ranks.leave()
+
+
+def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the run's chat template, which is also written into the phase's folder."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    tokenizer.chat_template = chat_template(job.config.model.chat_template, tokenizer)
+    if ranks.first:
+        write_text(folder.template, tokenizer.chat_template)
+    return tokenizer
+
+
+def load_rows(
+    job: PhaseJob, folder: RoundDir, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, procedure: Procedure
+) -> tuple[Dataset, dict[str, Any]]:
+    """The phase's rows and their counts, made once by the first rank and read from files by all."""
+    counts_file = folder.tokens / "counts.json"
+    if ranks.first and not counts_file.exists():
+        shutil.rmtree(folder.tokens, ignore_errors=True)
+        dataset, counts = procedure.rows(job, tokenizer)
+        dataset.save_to_disk(str(folder.tokens))
+        write_json(counts_file, counts)
+    ranks.barrier()
+    return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def write_outcome(session: Session, steps: int, session_loss: float, procedure: Procedure) -> None:
+    """Write outcome.json after `steps` optimizer steps of the phase; `session_loss` is the mean of this session's."""
+    state = session.state
+    outcome = {
+        "steps": steps,
+        "loss": state.mean_loss(session_loss, steps),
+        "train_seconds": round(state.seconds(), 3),
+        "tokens_per_second": round(state.tokens_per_second(), 1),
+        "peak_memory_bytes": peak_memory(),
+        "engines": state.engines,
+        **state.metrics,
+        **state.checkpoint,
+        **procedure.outcome(state),
+        **session.counts,
+    }
+    write_json(session.folder.outcome, outcome)

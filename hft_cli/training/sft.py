@@ -1,0 +1,68 @@
+"""SFT, supervised fine-tuning on chats, by TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import trl
+
+from hft_cli.config.schema import RunConfig
+from hft_cli.data.rows import Chat, content_hash, read_sources
+from hft_cli.data.tokenization import Tokenized, tokenize
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.training.session import Session, TrainerParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
+    """The data set of an SFT phase, and its counts and hash for the outcome.
+
+    Raises:
+        UserError: for a bad row, or if no row is left.
+    """
+    chats = read_sources(job.phase.sources, job.config.data, job.config.seed)
+    data = tokenized(job, chats, tokenizer, job.phase.data)
+    return data.dataset, {
+        "rows": data.rows,
+        "rows_dropped": data.dropped,
+        "rows_truncated": data.truncated,
+        "tokens": data.total_tokens,
+        "tokens_trained_on": data.trained_tokens,
+        "rows_prompt_cut": data.cut,
+        "sha256": content_hash(chats),
+    }
+
+
+def tokenized(job: PhaseJob, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokenized:
+    """Chats as tokens, by the settings of the run; `where` is what errors call them."""
+    data = job.config.data
+    return tokenize(
+        chats,
+        tokenizer,
+        max_length=job.config.train.max_length or sys.maxsize,
+        loss=data.loss,
+        long_prompts=data.long_prompts,
+        where=where,
+    )
+
+
+def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:
+    """The class of the trainer's arguments, and what SFT sets in them."""
+    packing = config.train.packing
+    # Rows that are not packed are tokenized and cut already.
+    return trl.SFTConfig, {"packing": packing, "dataset_kwargs": None if packing else {"skip_prepare_dataset": True}}
+
+
+def build_trainer(parts: TrainerParts, session: Session) -> Any:
+    """TRL's SFTTrainer for a phase."""
+    return trl.SFTTrainer(
+        model=parts.model,
+        args=parts.arguments,
+        train_dataset=parts.dataset,
+        processing_class=parts.tokenizer,
+        callbacks=list(parts.callbacks),
+    )

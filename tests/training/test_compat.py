@@ -1,0 +1,331 @@
+"""training/compat.py: what it relies on is still there, and the repairs are still needed.
+
+Run as a program, this file is the rank of the tests with DeepSpeed: `torchrun … test_compat.py OUT`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import BASE, torchrun
+from torch.nn.functional import cross_entropy
+
+from hft_cli.launch.compat import exit_rank
+from hft_cli.launch.ranks import join_ranks
+from hft_cli.training import compat
+
+
+def tiny(**settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**size, num_attention_heads=2, **settings))
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+# ----------------------------------------------------------------------------------- weights and gradients under ZeRO
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank of ZeRO-2 and one of ZeRO-3 have seen."""
+    out = tmp_path_factory.mktemp("engines") / "seen.json"
+    torchrun(1, __file__, out)
+    return json.loads(out.read_text())
+
+
+def rank(out: Path) -> None:
+    """Train a step under both stages, and write down what the functions of compat find."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    join_ranks()
+    seen: dict[str, Any] = {}
+    for stage in (2, 3):
+        model = tiny()
+        start = {name: value.detach().clone() for name, value in model.named_parameters()}
+        expected = torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.parameters()))
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        config = {**settings, "zero_allow_untested_optimizer": True}
+        engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        parameters = dict(compat.unwrapped(engine).named_parameters())
+        found = seen[f"zero{stage}"] = {
+            "unwrapped": compat.unwrapped(engine) is model,
+            "masters": all(torch.equal(compat.master_value(value), start[name]) for name, value in parameters.items()),
+            "local parts": sum(compat.local_part(value).numel() for value in parameters.values()),
+            "elements": sum(value.numel() for value in start.values()),
+            "hidden": sum(value.numel() == 0 for value in parameters.values()),
+            "torch's optimizer": type(optimizer.optimizer).__name__,
+        }
+        with compat.gathered(parameters["lm_head.weight"]):
+            found["gathered"] = torch.equal(parameters["lm_head.weight"], start["lm_head.weight"])
+        engine.backward(engine(IDS, labels=IDS).loss)
+        if stage == 2:
+            pairs = zip(parameters.values(), expected, strict=True)
+            found["gradients"] = all(torch.allclose(compat.gradient(value), grad, atol=1e-6) for value, grad in pairs)
+            found["boundary"] = engine.is_gradient_accumulation_boundary()
+            for name, value in parameters.items():
+                compat.put_gradient(value, torch.ones_like(value) if name == "lm_head.weight" else 0 * value)
+            found["put"] = bool((safe_get_full_grad(parameters["lm_head.weight"]) == 1).all())
+            engine.step()
+            found["moved"] = [
+                name for name, value in parameters.items() if not torch.equal(compat.master_value(value), start[name])
+            ]
+    out.write_text(json.dumps(seen))
+    exit_rank()
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_weights_are_found_under_zero(stage: str, engines: dict[str, Any]) -> None:
+    seen = engines[stage]
+    assert seen["unwrapped"]
+    assert seen["masters"]
+    assert seen["gathered"]
+    assert seen["local parts"] == seen["elements"]
+    assert (seen["hidden"] > 0) == (stage == "zero3")  # there a parameter itself is empty, and its shard is elsewhere
+    assert seen["torch's optimizer"] == "AdamW"
+
+
+def test_a_gradient_put_under_zero_is_that_of_the_step(engines: dict[str, Any]) -> None:
+    seen = engines["zero2"]
+    assert seen["gradients"]
+    assert seen["boundary"]
+    assert seen["put"]
+    assert seen["moved"] == ["lm_head.weight"]
+
+
+def test_a_gradient_in_another_place_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter._hp_mapping = parameter.grad = torch.ones(2)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="GEM would not change the step"):
+        compat.gradient(parameter)
+
+
+def test_plain_gradients_are_read_and_replaced() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    assert not compat.gradient(parameter).any()
+    for value in (1.0, 2.0):
+        compat.put_gradient(parameter, torch.full((2,), value))
+        assert compat.gradient(parameter).tolist() == [value, value]
+
+
+def test_transformers_clips_before_its_callback() -> None:
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("clip_grad_norm") < source.index("on_pre_optimizer_step")
+
+
+def test_the_call_comes_between_backward_pass_and_step_of_the_engine() -> None:
+    calls: list[str] = []
+
+    class Engine:
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return True
+
+        def step(self) -> None:
+            calls.append("step")
+
+    def training_step(engine: Engine) -> None:
+        calls.append("backward")
+        engine.step()
+
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, training_step=training_step)
+    compat.call_before_steps(trainer, lambda: calls.append("call"))
+    engine = Engine()
+    trainer.training_step(engine)
+    assert calls == ["backward", "call", "step"]
+    assert "step" not in vars(engine)
+
+
+def test_the_fused_head_gives_the_log_probabilities_of_labels(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = SFTTrainer(
+        model=tiny(), args=SFTConfig(str(tmp_path), **settings), processing_class=AutoTokenizer.from_pretrained(BASE),
+        train_dataset=Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}),
+    )  # fmt: skip
+    labels = IDS.clone()
+    labels[0, :2] = -100
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels}
+    found = compat.trained_log_probs(trainer, batch)
+    logits = tiny()(IDS).logits[0, :-1]
+    expected = -cross_entropy(logits, labels[0, 1:], reduction="none")
+    assert torch.allclose(found[0], expected, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- DPO
+
+
+def test_a_precomputed_reference_is_not_rounded_as_other_inputs_are() -> None:
+    trainer = object.__new__(compat.ExactReferenceTrainer)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    trainer.is_deepspeed_enabled = True
+    inputs = dict.fromkeys([*compat.REFERENCE_COLUMNS, "other"], torch.tensor([-1710.2]))
+    prepared = trainer._prepare_inputs(inputs)
+    assert {key: value.item() for key, value in prepared.items()} == {
+        **dict.fromkeys(compat.REFERENCE_COLUMNS, pytest.approx(-1710.2)),
+        "other": -1712.0,
+    }
+
+
+def test_trl_keeps_the_engine_of_the_reference() -> None:
+    from trl import DPOTrainer
+
+    assert "self._precompute_engine = prepare_deepspeed(" in inspect.getsource(DPOTrainer._precompute_ref_logps)
+    destroyed: list[bool] = []
+    engine = SimpleNamespace(destroy=lambda: destroyed.append(True))
+    trainer = SimpleNamespace(_precompute_engine=engine)
+    for _ in range(2):
+        compat.release_precompute_engine(trainer)
+    assert destroyed == [True]
+
+
+def test_trl_names_its_cache_by_the_fingerprint() -> None:
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    assert compat.salted(Dataset.from_list([{"a": 1}]), "ours")._fingerprint == "ours"
+    source = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert "Hasher.hash((dataset._fingerprint, model_hash))" in source
+    assert "dataset._get_cache_file_path(fingerprint)" in source
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "start"),
+    [
+        ([1, 2], [1, 2, 3], [1, 2, 4], 2),
+        ([1, 2, 9], [1, 2, 3], [1, 2, 3, 4], 2),  # a token across the border between prompt and answer
+        ([1, 2], [1, 2, 3, 4], [1, 2, 3, 5], 2),  # the answers have a beginning in common
+        ([1, 2, 3], [1, 2], [1, 2, 3, 4], 2),
+    ],
+)
+def test_answers_start_where_tokens_differ(
+    prompt: list[int], chosen: list[int], rejected: list[int], start: int
+) -> None:
+    assert compat.answer_start(prompt, chosen, rejected) == start  # test_dpo.py compares the counts with TRL's
+
+
+# ---------------------------------------------------------------------------------------------------------------- PEFT
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed"])
+def test_adapters_are_found_by_their_names_and_merged(kind: str, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    transposed = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = tiny() if kind == "linear" else AutoModelForCausalLM.from_config(transposed)
+    names = {name for name, _ in model.named_parameters()}
+    module = "model.layers.0.mlp.up_proj" if kind == "linear" else "transformer.h.0.mlp.c_fc"
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=[module], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapters = {name: value.detach() for name, value in adapted.named_parameters() if value.requires_grad}
+
+    assert {compat.base_name(name) for name, _ in adapted.named_parameters() if name not in adapters} == names
+    assert {compat.base_name(name).split(".lora_")[0] for name in adapters} == {module}
+    adapted.save_pretrained(tmp_path)
+    saved = compat.load_adapter(tmp_path)
+    assert saved.keys() == adapters.keys()
+    assert all(torch.equal(saved[name], adapters[name]) for name in saved)
+    layer = adapted.get_submodule(compat.PREFIX + module)
+    change = compat.adapter_change(adapted, f"{module}.weight", adapters)
+    assert torch.allclose(change, layer.get_delta_weight("default"), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- universal checkpoints
+
+
+def test_the_universal_format_is_asked_for_where_transformers_reads_it() -> None:
+    from deepspeed.runtime import constants
+    from transformers.integrations import deepspeed
+
+    arguments = SimpleNamespace(hf_deepspeed_config=deepspeed.HfTrainerDeepSpeedConfig({"zero_optimization": {}}))
+    compat.load_universal(arguments)
+    block = arguments.hf_deepspeed_config.config[constants.CHECKPOINT]
+    assert block == {constants.LOAD_UNIVERSAL_CHECKPOINT: True}
+    assert "hf_deepspeed_config" in inspect.getsource(deepspeed.deepspeed_init)
+
+
+def test_the_converter_and_the_loaders_have_the_names_that_are_relied_on() -> None:
+    from deepspeed.checkpoint import constants, ds_to_universal
+    from deepspeed.runtime.zero import stage3
+
+    assert (constants.OPTIMIZER_STATE_DICT, constants.PARAM) == ("optimizer_state_dict", "param")
+    assert constants.FP32_FLAT_GROUPS == "fp32_flat_groups"
+    tool = inspect.getsource(ds_to_universal)
+    assert all(name in tool for name in ("--inject_missing_state", "optimizer_state.pt", "step.pt", "latest_universal"))
+    loader = inspect.getsource(stage3.DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3)
+    assert "['state'][0]['step']" in loader
+    assert '["param_groups"][0].items()' in loader  # without a weight decay for each group: still to be left out
+
+
+def universal(folder: Path, stage: int) -> Path:
+    """What the tool writes of a checkpoint of `stage` with one parameter, at step 7."""
+    parameter = folder / "zero" / "weight"
+    parameter.mkdir(parents=True)
+    for name in compat.OPTIMIZER_STATES:
+        torch.save(torch.ones(2, 1) if stage == 3 else {"param": torch.ones(2, 1)}, parameter / f"{name}.pt")
+    state: dict[str, Any] = {"param_groups": [{"lr": 0.5, "weight_decay": 0.1}]}
+    if stage == 3:
+        state |= {"optimizer_state_dict": {"state": {0: {"step": 7}}}, "fp32_flat_groups": [torch.ones(9)]}
+    else:
+        torch.save(7, parameter / "step.pt")
+    torch.save(state, folder / "zero" / "optimizer_state.pt")
+    (folder / (compat.SHARD_FILE if stage == 3 else compat.MODEL_FILE)).touch()
+    return folder
+
+
+@pytest.mark.parametrize("to", [2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_universal_checkpoint_has_what_its_loader_reads(stage: int, to: int, tmp_path: Path) -> None:
+    folder = universal(tmp_path / "universal", stage)
+    compat.complete_universal(folder, to)
+    state = torch.load(folder / "zero" / "optimizer_state.pt", weights_only=False)
+    assert "fp32_flat_groups" not in state
+    assert (folder / (compat.SHARD_FILE if to == 3 else compat.MODEL_FILE)).exists()
+    if to == 3:
+        settings = {"state": {0: {"step": 7}}, "param_groups": [{"lr": 0.5}]}
+        assert state["optimizer_state_dict"] == settings
+    else:
+        assert "ds_version" in state
+        assert torch.load(folder / "zero" / "weight" / "step.pt") == 7
+        assert torch.load(folder / "zero" / "weight" / "exp_avg.pt")["param"].shape == (2, 1)
+    assert compat.universal_value(folder, "weight", "fp32").tolist() == [1.0, 1.0]
+
+
+def test_step_counts_are_checked_and_no_longer_shared() -> None:
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+
+    shared = torch.tensor(7.0)
+    state = {torch.nn.Parameter(torch.zeros(1)): {"step": shared} for _ in range(2)}
+    zero = SimpleNamespace(optimizer=SimpleNamespace(state=state), param_groups=[], overflow=False)
+    wrapper = object.__new__(DeepSpeedOptimizerWrapper)
+    wrapper.optimizer = zero  # as AcceleratedOptimizer sets it
+    compat.repair_step_counts(wrapper, 7)
+    first, second = (each["step"] for each in state.values())
+    first += 1
+    assert (int(second), int(shared)) == (7, 7)
+    with pytest.raises(RuntimeError, match="restored step 8 of a checkpoint at step 7"):
+        compat.repair_step_counts(wrapper, 7)
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]))
