@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from hft_cli.launch.jobs import WORKERS, Progress, read_job
+from hft_cli.launch.compat import exit_rank
+from hft_cli.launch.jobs import Progress, read_job
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
+from hft_cli.training.worker import train
 
 held: dict[str, int] = {}  # part -> bytes
 
@@ -86,18 +87,14 @@ def main(files: list[Path]) -> None:
     wrap(DeepSpeedZeroOptimizer, "reduce_gradients", before=note_gradients)  # stage 1, before any is given away
     wrap(DeepSpeedZeroOptimizer, "get_all_grad_tensors", before=note_gradients)  # stage 2, when the newest are added
     wrap(DeepSpeedEngine, "step", after=note_state)
-    worker = WORKERS["training"]
-    module, _, function = worker.function.partition(":")
     for file in files:
         held.clear()
         folder = RoundDir(file.parent)
         progress = Progress(folder.progress, rank=int(os.environ["RANK"]))
-        getattr(import_module(module), function)(read_job(worker.job, file), folder, progress)
+        train(read_job("PhaseJob", file), folder, progress)
         (file.parent / f"held.{os.environ['RANK']}").write_text(json.dumps(held))
     dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -185,8 +185,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, dtype in MEASURED:
         folder = out / f"zero{stage}-{dtype}"
         folder.mkdir()
-        write_job(phase_job(folder, model, stage, dtype), folder / "step.json")
-        files.append(folder / "step.json")
+        files.append(write_job(phase_job(folder, model, stage, dtype), folder))
     script = Path(__file__).with_name("measure_ranks.py")
     torchrun(2, script, *files)
     return out
@@ -197,7 +196,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("stage", "dtype"), MEASURED)
 def test_ranks_of_deepspeed_hold_what_is_planned(stage: int, dtype: str, measured: Path):
     folder = measured / f"zero{stage}-{dtype}"
-    job: Any = read_job(PhaseJob, folder / "step.json")
+    job: Any = read_job("PhaseJob", folder / "step.json")
     params = parameters_from_folder(job.model)
     shape = model_shape(json.loads((Path(job.model) / "config.json").read_text()), params)
     setup = Setup(stage, 2, dtype, 2, 64, accumulation=2)
