@@ -15,12 +15,11 @@ from hft_cli.config.settings import REQUIRED, Setting, leaves
 from hft_cli.paths import group_options
 
 USAGE = {
-    "train": "hft train +method=METHOD [group=option …] [key=value …]",
-    "plan": "hft plan +method=METHOD [group=option …] [key=value …]   takes all that hft train takes, and more keys",
+    "train": "hft train method=METHOD [group=option …] [key=value …]",
+    "plan": "hft plan method=METHOD [group=option …] [key=value …]   takes all that hft train takes, and more keys",
     "eval": "hft eval run=RUN|model.path=FOLDER suite=SUITE [key=value …]",
 }
-COLUMN = 40  # where the help of a key begins
-WIDTH = 120
+WIDTH = 120  # characters of a line
 
 
 def help_text(command: str) -> str:
@@ -34,7 +33,7 @@ def help_text(command: str) -> str:
             USAGE[command],
             "-m with key=a,b,c runs a sweep. --cfg job prints what the command composes.",
             "\nGroups and their options:",
-            *(f"  {group:<11} {', '.join(names)}" for group, names in sorted(options.items())),
+            *(_two_columns(f"  {group}", ", ".join(names), 14) for group, names in sorted(options.items())),
             *_sections(schema, ""),
         ]
     )
@@ -64,10 +63,14 @@ def _sections(cls: type[Any], where: str) -> Iterator[str]:
 
 def _entry(key: str, default: Any, about: Setting) -> str:
     """A key with its default, and its help beside it."""
-    value = "(from its group)" if default == REQUIRED else default if isinstance(default, str) else json.dumps(default)
+    value = "(set in conf/)" if default == REQUIRED else default if isinstance(default, str) else json.dumps(default)
     text = about.help + (f" [{about.limits}]" if about.limits else "")
-    lines = textwrap.wrap(text, WIDTH - COLUMN, break_on_hyphens=False)
-    head = f"  {key}={value} "
-    if len(head) > COLUMN:
+    return _two_columns(f"  {key}={value}", text, 40)
+
+
+def _two_columns(head: str, text: str, column: int) -> str:
+    """`head`, and `text` in lines that begin at `column`; on the line of the head if that leaves room."""
+    lines = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False)
+    if len(head) >= column:
         lines.insert(0, "")
-    return head.ljust(COLUMN) + ("\n" + " " * COLUMN).join(lines)
+    return (head.ljust(column) + ("\n" + " " * column).join(lines)).rstrip()

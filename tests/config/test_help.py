@@ -22,10 +22,10 @@ def test_help_lists_every_key_once_with_its_default(command):
 
 
 def test_help_of_train_lists_every_option_of_every_group():
-    lines = {line.split()[0]: line for line in help_text("train").splitlines() if line.startswith("  ")}
+    text = " ".join(help_text("train").split())
     for group in ("data", "engine", "method", "model", "recipe", "selection", "suite", "tracking", "continual"):
-        assert all(option in lines[group] for option in group_options(group))
-    assert all(name in lines["experiment"] for name in experiments())
+        assert f" {group} {', '.join(group_options(group))} " in text
+    assert f" experiment {', '.join(experiments())} " in text
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,15 @@ def test_help_of_train_lists_every_option_of_every_group():
         "selection.ratio=0.5 Share of the matrices in the transformer layers that is updated.",
         "[one of auto, messages, prompt_completion, alpaca, sharegpt, trace]",
         "train.max_steps=null Optimizer steps of each round; null: as train.epochs says. [steps; at least 1]",
-        "model.path=(from its group)",
+        "model.path=(set in conf/)",
     ],
 )
 def test_a_key_is_shown_with_default_help_and_limits(entry):
     assert entry in " ".join(help_text("train").split())
 
 
-def test_help_fits_into_a_line_except_for_lists_of_options():
-    options = help_text("plan").split("\n\n")[1].splitlines()
-    assert [line for line in help_text("plan").splitlines() if len(line) > WIDTH and line not in options] == []
+def test_no_line_of_help_is_too_long():
+    assert [line for line in help_text("plan").splitlines() if len(line) > WIDTH] == []
 
 
 def test_limits_end_a_message():
