@@ -190,3 +190,15 @@ def test_only_compat_files_import_private_names_of_upstream():
         if re.search(r"\._(?!_)", name)
     ]
     assert not private
+
+
+def test_only_compat_files_use_private_attributes_of_others():
+    private = [
+        f"{module(path)} line {node.lineno}: {ast.unparse(node)}"
+        for path in sources()
+        if path not in COMPAT
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"_[^_].*[^_]", node.attr)
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    ]
+    assert not private
