@@ -202,3 +202,9 @@ def test_only_compat_files_use_private_attributes_of_others():
         if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
     ]
     assert not private
+
+
+def test_few_lines_are_exempt_from_lint():
+    lines = [line for path in sources() for line in path.read_text().splitlines()]
+    exempt = [line.strip() for line in lines if "# noqa" in line]
+    assert len(exempt) <= 3
