@@ -32,6 +32,10 @@ from hft_cli.training import gem
 from hft_cli.training.session import Projections
 from hft_cli.training.weights import freeze
 
+# How far a cosine of two gradients may be off in bfloat16, on any processor. Each operation of two layers rounds to 2^-8,
+# forward and backward, and the errors add up as their squares do. Without projection it is below -0.1.
+ROUNDED = 4 * 2**-8
+
 Rows = list[tuple[list[int], int]]  # tokens, and how many of them are the prompt
 
 # The same prompts with other answers: what lowers one loss raises the other.
@@ -342,7 +346,7 @@ def test_in_bfloat16_the_memory_is_read_under_autocast_as_the_data_is(tmp_path: 
     assert same.cosines().min() > 0.999
     found = train(tmp_path, [AGAINST], dtype="bfloat16")
     assert found.counted.projected == 4
-    assert found.cosines().abs().max() < 1e-2
+    assert found.cosines().abs().max() < ROUNDED
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -435,7 +439,7 @@ def test_on_zero_without_gem_the_same_steps_go_against_the_memories(stage: int, 
 def test_zero_in_bfloat16_projects_too(stage: int, two_ranks: Path) -> None:
     found = json.loads((two_ranks / f"zero{stage} bfloat16.json").read_text())
     assert found["counted"] == [4, 4]
-    assert min(itertools.chain(*found["cosines"])) > -2e-3  # as g̃ is rounded
+    assert min(itertools.chain(*found["cosines"])) > -ROUNDED
     assert found["moved"] == found["trainable"]
 
 
