@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from hft_cli.data.rows import read_sources
 from hft_cli.errors import UserError
 from hft_cli.training import sft
 from hft_cli.training.compat import call_before_steps, gradient, put_gradient, trained_log_probs
@@ -99,44 +99,30 @@ def read_memory(dataset: Dataset, task: int, micro_batch_size: int, rank: int, r
 
 
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
-    width = max(len(ids) for ids, _ in rows)
-
-    def column(lists: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([[*values, *[fill] * (width - len(values))] for values in lists])
-
+    ids, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))
     return {
-        "input_ids": column([ids for ids, _ in rows], 0),
-        "attention_mask": column([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": column([labels for _, labels in rows], -100),
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
 
 
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer that projects its gradients, if the phase has past tasks."""
-    trainer = sft.build_trainer(parts, session)
-    job = session.job
-    memories = [
-        sft.tokenized(
-            job, read_sources([source], job.config.data, job.config.seed), parts.tokenizer, source.path
-        ).dataset
-        for source in job.phase.memories
-    ]
+    trainer, job, checkpoint = sft.build_trainer(parts, session), session.job, session.checkpoint
+    memories = [sft.tokenized(job, [source], parts.tokenizer)[0].dataset for source in job.phase.memories]
     if memories:
-        train, continual = job.config.train, job.config.continual
-        session.state.projections = project_gradients(
-            trainer, memories, micro_batch_size=train.micro_batch_size, margin=continual.gem_margin
-        )
-        if session.checkpoint is not None:
-            session.state.projections.projected = session.checkpoint.marker["projected"]
+        rows, margin = job.config.train.micro_batch_size, job.config.continual.gem_margin
+        projections = project_gradients(trainer, memories, micro_batch_size=rows, margin=margin)
+        projections.projected = checkpoint.marker["projected"] if checkpoint else 0
+        session.state.projections = projections
     return trainer
 
 
 def outcome(state: SessionState) -> dict[str, Any]:
     """What the outcome of a phase says of GEM."""
     counts = state.projections
-    if counts is None:
-        return {}
-    return {"steps_projected": counts.projected, "memory_rows": list(counts.memory_rows)}
+    return {"steps_projected": counts.projected, "memory_rows": list(counts.memory_rows)} if counts else {}
 
 
 def project_gradients(
@@ -216,9 +202,7 @@ class _Projector:
         return sums
 
     def _inner_products(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        memories: Sequence[list[torch.Tensor]],
+        self, parameters: Sequence[torch.nn.Parameter], memories: Sequence[list[torch.Tensor]]
     ) -> torch.Tensor:
         """The inner products of g and all g_k, in this order: a float64 matrix, the same on all ranks.
 

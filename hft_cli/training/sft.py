@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.rows import Chat, content_hash, read_sources
+from hft_cli.data.rows import Chat, Source, content_hash, read_sources
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
@@ -24,8 +24,7 @@ def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    chats = read_sources(job.phase.sources, job.config.data, job.config.seed)
-    data = tokenized(job, chats, tokenizer, job.phase.data)
+    data, chats = tokenized(job, job.phase.sources, tokenizer)
     return data.dataset, {
         "rows": data.rows,
         "rows_dropped": data.dropped,
@@ -37,17 +36,21 @@ def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     }
 
 
-def tokenized(job: PhaseJob, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokenized:
-    """Chats as tokens, by the settings of the run; `where` is what errors call them."""
+def tokenized(
+    job: PhaseJob, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokenized, list[Chat]]:
+    """The rows of `sources` as tokens, by the settings of the run, and as chats."""
     data = job.config.data
-    return tokenize(
+    chats = read_sources(sources, data, job.config.seed)
+    tokens = tokenize(
         chats,
         tokenizer,
         max_length=job.config.train.max_length or sys.maxsize,
         loss=data.loss,
         long_prompts=data.long_prompts,
-        where=where,
+        where=", ".join(source.path for source in sources),
     )
+    return tokens, chats
 
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:

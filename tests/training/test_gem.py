@@ -32,8 +32,8 @@ from hft_cli.training import gem
 from hft_cli.training.session import Projections
 from hft_cli.training.weights import freeze
 
-# How far a cosine of two gradients may be off in bfloat16, on any processor. Each operation of two layers rounds to 2^-8,
-# forward and backward, and the errors add up as their squares do. Without projection it is below -0.1.
+# How far a cosine of two gradients may be off in bfloat16, on any processor: each operation of two layers, forward and
+# backward, rounds to 2^-8, and the errors add up as their squares do. Without projection a cosine is below -0.1.
 ROUNDED = 4 * 2**-8
 
 Rows = list[tuple[list[int], int]]  # tokens, and how many of them are the prompt
