@@ -45,7 +45,8 @@ def test_experts_in_more_than_bfloat16_are_not_rounded_silently():
 
 @pytest.mark.parametrize(
     ("strategy", "stage", "expected"),
-    [("seqft", "sft", "sft"), ("replay", "sft", "sft"), ("seqft", "dpo", "dpo"), ("gem", "sft", "gem"), ("lora", "sft", "lora")],
+    [("seqft", "sft", "sft"), ("replay", "sft", "sft"), ("seqft", "dpo", "dpo"),
+     ("gem", "sft", "gem"), ("lora", "sft", "lora")],
 )  # fmt: skip
 def test_a_strategy_has_its_own_procedure_or_that_of_the_stage(strategy, stage, expected, tmp_path):
     config = composed("+method=fft", f"output_dir={tmp_path}", f"continual={strategy}")
