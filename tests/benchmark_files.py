@@ -1,4 +1,4 @@
-"""Hand-made rows of benchmarks, in the shapes of the files that they are published as."""
+"""Hand-made rows of benchmarks, in the shapes of the published files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ HUMANEVAL = [
 
 
 def write(root: Path) -> Path:
-    """Put the rows below `root` as suite.data_dir has them."""
+    """Write the rows below `root` in the layout of suite.data_dir, and return `root`."""
 
     def lines(place: str, rows: list[dict]) -> None:
         path = root / place

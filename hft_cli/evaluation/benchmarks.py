@@ -88,7 +88,8 @@ def benchmark_settings(name: str, values: Mapping[str, Any] | None) -> Benchmark
     if any(not 1 <= k <= config.samples for k in config.pass_at):
         raise UserError(f"{key}.pass_at={list(config.pass_at)} needs k from 1 to {key}.samples={config.samples}.")
     if (config.samples > 1 or config.pass_at) and not BENCHMARKS[name].runs_code:
-        raise UserError(f"{key}: samples and pass_at are for humaneval.")
+        runs_code = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.runs_code)
+        raise UserError(f"{key}: samples and pass_at are for {runs_code}.")
     return config
 
 

@@ -26,7 +26,7 @@ ONE_RANK = (
 
 @pytest.fixture(scope="module")
 def scored(data_dir, tmp_path_factory) -> tuple[Path, str]:
-    """Where some benchmarks were scored, and what the command printed."""
+    """The folder in which some benchmarks were scored, and what the command printed."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     out = tmp_path_factory.mktemp("scored")
     done = hft(*ONE_RANK, f"suite.data_dir={data_dir}", f"output_dir={out}")
@@ -40,8 +40,8 @@ def lines(path: Path) -> list[dict]:
 
 def test_a_suite_is_scored_from_local_files(scored):
     folder = scored[0] / "eval"
-    one = json.loads((folder / "quick.json").read_text())["models"]["model"]
-    scores, details = one["eval"]["quick"], one["details"]
+    record = json.loads((folder / "quick.json").read_text())["models"]["model"]
+    scores, details = record["eval"]["quick"], record["details"]
     assert set(scores) == {"nq_open", "hotpotqa", "truthfulqa_mc2", "mmlu", "humaneval"}
     assert list(scores["mmlu"])[:2] == ["acc", "acc_stderr"]
     assert scores["nq_open"]["items"] == 2
@@ -57,22 +57,22 @@ def test_a_suite_is_scored_from_local_files(scored):
 
 def test_a_score_is_the_mean_over_the_items_of_its_file(scored):
     folder = scored[0] / "eval"
-    one = json.loads((folder / "quick.json").read_text())["models"]["model"]
-    for name, scores in one["eval"]["quick"].items():
+    record = json.loads((folder / "quick.json").read_text())["models"]["model"]
+    for name, scores in record["eval"]["quick"].items():
         metric, mean = next(iter(scores.items()))
-        values = [item[metric] for item in lines(folder / one["details"][name]["items"])]
+        values = [item[metric] for item in lines(folder / record["details"][name]["items"])]
         assert sum(values) / len(values) == pytest.approx(mean)
 
 
 def test_finished_benchmarks_are_skipped_and_other_results_stay(scored, data_dir):
-    out, said = scored
+    out, table = scored
     files = {path: path.stat().st_mtime_ns for path in (out / "eval" / "model" / "quick").iterdir()}
     results = json.loads((out / "eval" / "quick.json").read_text())
-    one_of_them = ("suite.only=[nq_open]", "suite.batch_size=3")
-    again = hft(*ONE_RANK, *one_of_them, f"suite.data_dir={data_dir}", f"output_dir={out}")
+    selection = ("suite.only=[nq_open]", "suite.batch_size=3")
+    again = hft(*ONE_RANK, *selection, f"suite.data_dir={data_dir}", f"output_dir={out}")
     assert again.status == 0, again.err
     assert "Scoring" not in again.err
-    assert again.out == said
+    assert again.out == table
     assert json.loads((out / "eval" / "quick.json").read_text()) == results
     assert {path: path.stat().st_mtime_ns for path in (out / "eval" / "model" / "quick").iterdir()} == files
 
@@ -88,17 +88,16 @@ def test_two_ranks_give_the_scores_of_one(scored, data_dir, tmp_path):
     for file in files:
         alone, shared = lines(scored[0] / "eval" / "model" / "quick" / file.name), lines(file)
         assert [item["prompt"] for item in alone] == [item["prompt"] for item in shared]
-        numbers = [{key: value for key, value in item.items() if isinstance(value, float)} for item in alone]
-        assert all(numbers)
-        assert [{key: item[key] for key in own} for own, item in zip(numbers, shared, strict=True)] == [
-            pytest.approx(own, abs=1e-5) for own in numbers
-        ]
+        for item, other in zip(alone, shared, strict=True):
+            numbers = {key: value for key, value in item.items() if isinstance(value, float)}
+            assert numbers
+            assert {key: other[key] for key in numbers} == pytest.approx(numbers, abs=1e-5)
     log = (tmp_path / "eval" / "model" / "worker.log").read_text()
     assert "Running generate_until requests: 100%|██████████| 1/1" in log  # half of the two
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["suite=knowlege"], "Unknown suite 'knowlege'. Did you mean 'knowledge'?"),
         (["suite=knowledge", "suite.data_dir=/nowhere"], "suite.data_dir=/nowhere is not a folder"),
@@ -109,10 +108,10 @@ def test_two_ranks_give_the_scores_of_one(scored, data_dir, tmp_path):
         (["suite=none"], "suite=none has nothing to score"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_the_fix(arguments, said, tmp_path):
+def test_a_mistake_is_one_line_with_the_fix(arguments, message, tmp_path):
     done = hft("eval", *arguments, cwd=tmp_path)
     assert done.status == 2
-    assert said in done.err
+    assert message in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -108,7 +108,7 @@ def test_first_character_compares_the_option_letter_only():
 
 
 def test_rouge_l_equals_a_value_computed_by_hand():
-    # "the cat … mat" is common: 3 of 4 words and 3 of 6.
+    # The common subsequence is "the cat mat": 3 of 4 words and 3 of 6.
     assert rouge_l("p", "The cat! Red mat.", "the cat is on the mat") == pytest.approx(2 * 3 / (4 + 6))
 
 
@@ -176,9 +176,9 @@ def test_sari_equals_published_values(prediction, published):
 
 
 def test_sari_uses_the_recall_of_the_paper_and_0_of_0_is_1():
-    # The example of cocoxu/simplification, issue 6. Words: of "b" kept, half is right, and 1 of the 3 that the
-    # references keep; "a" is deleted wrongly; nothing is added, rightly. Pairs: none is kept, but one reference keeps
-    # "a b", so its deletion is half right. There is no longer n-gram.
+    # The example of cocoxu/simplification, issue 6. Words: the kept "b" has precision 1/2 and recall 1/3, "a" is
+    # deleted wrongly, and nothing had to be added. Pairs: "a b" is deleted, but one of two references keeps it, so the
+    # precision is 1/2. There are no longer n-grams.
     one_word = (2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3) + 0 + 1) / 3
     two_words = (0 + 1 / 2 + 1) / 3
     assert sari_with_references("a b", "b", ["a b", "a"]) == pytest.approx((one_word + two_words + 1 + 1) / 4)
@@ -195,12 +195,13 @@ def test_sari_of_the_reference_is_1_if_the_source_has_no_repeats(source, answer)
 
 
 def test_sari_of_the_reference_is_below_1_if_the_source_repeats():
-    # One "a" of two is deleted, and the reference has an "a": no word is deleted rightly.
+    # One of two "a" is deleted, but the reference contains an "a": the deletion is wrong.
     assert sari("a a", "a", "a") == pytest.approx(((1 + 0 + 1) / 3 + 3) / 4)
 
 
 def test_sari_of_a_wrong_copy_equals_a_value_by_hand():
-    # Kept: 1 of 2 words rightly, all that should be kept. Deleted: nothing. To add: "c", "a c". No longer n-gram.
+    # Words: keep has precision 1/2 and recall 1, nothing is deleted, "c" is not added. Pairs: "a b" is kept wrongly,
+    # "a c" is not added. There are no longer n-grams.
     one_word = (2 * (1 / 2) * 1 / (1 / 2 + 1) + 0 + 1) / 3
     two_words = (0 + 0 + 1) / 3
     assert sari("a b", "a b", "a c") == pytest.approx((one_word + two_words + 1 + 1) / 4)
@@ -222,10 +223,10 @@ def test_sari_ignores_case_and_splits_off_punctuation():
 
 
 def test_sari_of_an_empty_prediction_counts_its_deletions():
-    # 4 of the 5 words are deleted rightly, and all pairs and longer n-grams; "a" is not kept, and longer n-grams there
-    # are none to keep. Nothing of "x y z w" is added.
+    # Correct deletions: 4 of 5 words, all longer n-grams. "a" is not kept; no longer n-gram is to be kept. Nothing of
+    # "x y z w" is added.
     assert sari("a b c d e", "", "a x y z w") == pytest.approx(((0 + 0 + 4 / 5) + 3 * (1 + 0 + 1)) / 3 / 4)
-    # Where nothing is to add, the empty word still counts as one added wrongly, as in `evaluate`.
+    # If nothing has to be added, the empty word still counts as a wrong addition, as in `evaluate`.
     assert sari("a b c d e", "", "a") == pytest.approx(((0 + 0 + 4 / 5) + 3 * (1 + 1 + 1)) / 3 / 4)
 
 

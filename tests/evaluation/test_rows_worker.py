@@ -1,0 +1,83 @@
+"""The worker of sets of rows: exact match without decoding, generated answers, and parameters set back in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hft_cli.config.schema import ModelConfig
+from hft_cli.config.training import GenerationConfig
+from hft_cli.evaluation.rows_worker import score_rows
+from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
+from hft_cli.paths import resolve_path
+from hft_cli.run_dir import RoundDir
+
+MODEL = resolve_path("pocket:model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Facts that the model knows, and the same questions with the answers of other facts."""
+    lines = Path(resolve_path("pocket:facts.jsonl")).read_text().splitlines()[:40:4]
+    facts = [json.loads(line)["messages"] for line in lines]
+    wrong = [[*fact[:-1], other[-1]] for fact, other in zip(facts, facts[1:] + facts[:1], strict=True)]
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in facts + wrong))
+    return file
+
+
+def score(out: Path, task: RowsTask, model: str = MODEL, **reset) -> tuple[dict, list[dict]]:
+    """The scores of a model on a task, and its items."""
+    generation = GenerationConfig(max_new_tokens=24, batch_size=6)
+    job = RowsJob(ModelConfig(), model, {"s": {"t": task}}, 7, generation, seed=1, **reset)
+    out.mkdir(exist_ok=True)
+    score_rows(job, RoundDir(out), Progress(out / "progress.json"))
+    items = (out / "s" / "t.jsonl").read_text().splitlines()
+    return json.loads((out / "s" / "t.json").read_text()), [json.loads(item) for item in items]
+
+
+def test_exact_match_is_what_greedy_decoding_gives(rows, tmp_path):
+    scores, items = score(tmp_path / "forced", RowsTask(str(rows)))
+    generated, answers = score(tmp_path / "generated", RowsTask(str(rows), metric="accuracy"))
+    assert [item["exact_match"] for item in items] == [answer["accuracy"] for answer in answers]
+    assert scores["exact_match"] == generated["accuracy"] == 0.5
+    assert scores["items"] == generated["items"] == 20
+    assert answers[0]["prediction"] == answers[0]["answer"]
+    assert json.loads((tmp_path / "forced" / "progress.json").read_text())["step"] == 20
+
+
+def test_nll_is_the_mean_over_the_tokens_of_all_answers(rows, tmp_path):
+    scores, items = score(tmp_path, RowsTask(str(rows)))
+    assert scores["nll"] == pytest.approx(sum(item["nll"] for item in items) / sum(item["tokens"] for item in items))
+    correct, wrong = items[:10], items[10:]
+    assert max(item["nll"] / item["tokens"] for item in correct) < min(item["nll"] / item["tokens"] for item in wrong)
+
+
+def test_reset_parameters_have_the_values_of_the_base(rows, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(MODEL, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    changed = [name for name in weights if "mlp" in name]
+    save_file(
+        {name: torch.zeros_like(value) if name in changed else value for name, value in weights.items()},
+        tuned / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    task = RowsTask(str(rows))
+    assert score(tmp_path / "tuned scores", task, str(tuned))[0]["exact_match"] == 0
+    partly = score(tmp_path / "partly", task, str(tuned), base=MODEL, reset=tuple(changed[1:]))
+    wholly = score(tmp_path / "wholly", task, str(tuned), base=MODEL, reset=tuple(changed))
+    assert wholly == score(tmp_path / "base", task)
+    assert partly != wholly
+
+
+def test_a_finished_task_is_skipped(rows, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "t.json").write_text('{"exact_match": 0.25}')
+    (tmp_path / "s" / "t.jsonl").touch()
+    assert score(tmp_path, RowsTask(str(rows))) == ({"exact_match": 0.25}, [])
