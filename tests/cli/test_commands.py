@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import command, environment, hft
-
-from hft_cli.errors import UserError, choose
+from helpers import hft
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,49 +48,3 @@ def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(name, tmp_path):
     if "-m" not in arguments:
         assert ended.out == ""
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("trian",), r"Unknown command 'trian'\. Did you mean 'train'\? Available: train, plan, eval, verify"),
-        (("verify", "nowhere"), r"There is no run directory nowhere"),
-        (("verify", "."), r"is not the directory of a run"),
-        (("show", "draws", "."), r"Cannot read draws\.json: No such file"),
-        (("report", "."), r"There is no run in \."),
-    ],
-)
-def test_other_commands_say_a_mistake_in_one_line_too(arguments, said, tmp_path):
-    ended = hft(*arguments, cwd=tmp_path)
-    assert (ended.status, ended.out) == (2, "")
-    assert re.search(said, ended.err)
-    assert len(ended.err.strip().splitlines()) == 1
-
-
-def test_help_comes_without_torch_or_hydra_and_at_once():
-    code = "import sys, hft_cli.cli.main as c; sys.argv=['hft','--help']\ntry: c.main()\nexcept SystemExit: pass\n"
-    code += "print(sorted({'torch','hydra','transformers'} & set(sys.modules)))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "hft train method=METHOD" in said
-    assert said.endswith("[]\n")
-    times = []
-    for _ in range(5):
-        start = os.times()  # of children's processor, not the clock: other tests run beside this one
-        subprocess.run(command("--help"), capture_output=True, check=True)
-        end = os.times()
-        times.append(end.children_user + end.children_system - start.children_user - start.children_system)
-    assert min(times) < 0.3
-
-
-def test_composing_a_run_does_not_import_torch():
-    code = (
-        "import sys, hft_cli.runner.training, hft_cli.cli.main, hft_cli.report.write; "
-        "print(sorted({'torch','transformers','deepspeed','trl'} & set(sys.modules)))"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
-    assert said.stdout == "[]\n"
-
-
-def test_the_error_for_an_unknown_name_gives_the_nearest_and_all():
-    with pytest.raises(UserError, match=r"Unknown thing 'aple'\. Did you mean 'apple'\? Available: apple, pear\."):
-        choose("thing", "aple", ["apple", "pear"])
