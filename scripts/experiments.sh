@@ -1,12 +1,12 @@
 #!/bin/bash
-# The paper's experiments, as the lines to type. This prints them; run some by | bash:
+# Prints a command for each of the paper's experiments. To run some of them, pipe into bash:
 #   scripts/experiments.sh pocket                     a laptop: the embedded model, three seeds, minutes each
-#   scripts/experiments.sh node                       one node with 8 GPUs: Llama 2, the runs of a sweep in turn
-#   scripts/experiments.sh slurm --partition=gpu      SLURM: the runs of a sweep side by side, each a job on one node
+#   scripts/experiments.sh node                       one node with 8 GPUs: Llama 2, the runs of a sweep one by one
+#   scripts/experiments.sh slurm --partition=gpu      SLURM: each run of a sweep is a job on one node
 #   scripts/experiments.sh slurm | grep ratio | bash
-# In the environment: MODELS (llama2_7b llama2_13b), TRACE, the folder with its files (/data/TRACE), and OUT (runs).
-# What follows `slurm` goes to each line as settings of the jobs, such as --partition=NAME, --account=NAME, --qos=NAME,
-# --timeout_min=N, --cpus_per_task=N, --mem_gb=N. After each line: hft report FOLDER…
+# Variables: MODELS (llama2_7b llama2_13b), TRACE (/data/TRACE, the folder of its files), OUT (runs).
+# What follows `slurm` is a setting of every job: --partition=NAME, --account=NAME, --qos=NAME, --timeout_min=N,
+# --cpus_per_task=N, --mem_gb=N. When the runs are done: hft report FOLDER…
 set -eu
 where=${1:-}
 case $where in
@@ -24,7 +24,7 @@ if [ "$where" = slurm ]; then
     done
 fi
 
-# The line of an experiment: its name, its folder, and what else it needs.
+# Print the command of an experiment: line NAME FOLDER [OTHER ARGUMENTS].
 line() {
     echo "hft train -m experiment=$1 ${3:+$3 }output_dir=$out/$2$more"
 }

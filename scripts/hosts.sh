@@ -1,10 +1,10 @@
 #!/bin/bash
-# One run over several hosts, without a scheduler: starts the same `hft train` on each by ssh, and waits for all.
+# One run on several hosts without a scheduler: starts the same `hft train` on each host by ssh, and waits for all.
 #   scripts/hosts.sh gpu1 gpu2 -- +method=hft model=llama2_70b data=tulu_v2 engine=zero3 engine.num_processes=8 \
 #       output_dir=/shared/runs/llama2-70b-hft
-# The first host leads. All need ssh without a password, this folder at the same path, with the model, the data and
-# output_dir where they all see them, and `hft` on the PATH (or HFT=/path/to/hft). They meet at the first host, under the
-# name given here, at ports HFT_PORT (29400) and the next. Ctrl-C ends all with a checkpoint, and the same line goes on.
+# The first host leads. All hosts need ssh without a password, this folder at the same path, `hft` on the PATH (or
+# HFT=/path/to/hft), and must see the model, the data and output_dir. They meet at the first host, by the name given
+# here, at port HFT_PORT (29400) and the next one. Ctrl-C stops all with a checkpoint, and the same command continues.
 set -u
 hosts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -24,7 +24,7 @@ case " $*" in
     ;;
 esac
 
-# Node 0 tells the others when it is stopped; its process is known by this file on the first host.
+# A signal to node 0 stops all nodes. The number of its process is in this file on the first host.
 port=${HFT_PORT:-29400}
 pid=/tmp/hft-$(id -un)-$port.pid
 trap 'ssh "${hosts[0]}" "kill -TERM \$(cat $pid)"' INT TERM
@@ -39,7 +39,7 @@ for i in "${!hosts[@]}"; do
     started+=($!)
 done
 
-# The status of the first host that ended badly; a signal interrupts `wait`, and then it waits on.
+# Exit with the status of the first host that failed. A signal interrupts `wait`, so wait again.
 status=0
 for one in "${started[@]}"; do
     wait "$one"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# make test-slurm: a SLURM of two nodes, both this machine, without accounting; in it tests/end_to_end/test_slurm.py; and all gone
-# at the end. Wants Debian's packages slurm-wlm and munge, and installs them if it may.
+# make test-slurm: starts a SLURM with two nodes on this machine, without accounting, runs the tests in
+# tests/end_to_end/test_slurm.py, and removes it. Needs Debian's packages slurm-wlm and munge; as root it installs them.
 #   scripts/slurm_test.sh PYTHON [ARGUMENTS OF PYTEST]
 set -euo pipefail
 python=$1
@@ -12,7 +12,7 @@ if ! command -v "${needed[@]}" >/dev/null || [ "$(command -v "${needed[@]}" | wc
         echo "make test-slurm needs SLURM: as root, apt-get install slurm-wlm slurm-wlm-basic-plugins munge" >&2
         exit 2
     fi
-    # Debian starts the daemons that it installs; this says no, and is taken away again.
+    # Keeps Debian from starting the daemons that it installs. Removed afterwards.
     policy=/usr/sbin/policy-rc.d
     [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && trap 'rm -f $policy' EXIT; }
     apt-get update -qq
@@ -26,10 +26,10 @@ home=$(mktemp -d "${TMPDIR:-/tmp}/hft-slurm-XXXXXX")
 chmod 755 "$home"
 daemons=()
 tests=
-set -m # each in a group of its own, out of reach of Ctrl-C, which is for this script
+set -m # a process group for each daemon, so that Ctrl-C reaches this script only
 export SLURM_CONF=$home/slurm.conf
 
-# Also when a test fails or somebody presses Ctrl-C: no job, no daemon and no file stays.
+# Remove all jobs, daemons and files, also after a failed test or Ctrl-C.
 down() {
     status=$?
     trap '' INT TERM
@@ -53,7 +53,7 @@ down() {
         kill "${daemons[i]}" 2>/dev/null || true
         wait "${daemons[i]}" 2>/dev/null || true
     done
-    for pid in $(pgrep -x slurmstepd || true); do # one that hangs; only of this SLURM
+    for pid in $(pgrep -x slurmstepd || true); do # one that hangs; of this SLURM only
         if grep -zqxF "SLURM_CONF=$SLURM_CONF" "/proc/$pid/environ" 2>/dev/null; then
             kill -KILL "$pid"
         fi
@@ -71,10 +71,10 @@ trap 'exit 143' TERM
 
 read -r -a port <<<"$("$python" - <<'END'
 import socket
-held = [socket.socket() for _ in range(3)]
-for one in held:
-    one.bind(("127.0.0.1", 0))
-print(*(one.getsockname()[1] for one in held))
+sockets = [socket.socket() for _ in range(3)]
+for sock in sockets:
+    sock.bind(("127.0.0.1", 0))
+print(*(sock.getsockname()[1] for sock in sockets))
 END
 )"
 mkdir "$home/state" "$home/n1" "$home/n2"
@@ -86,7 +86,7 @@ SlurmctldPort=${port[0]}
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-# A requeued job starts again after this many seconds; 120 if it is not said.
+# Seconds after which a requeued job starts again; the default is 120.
 AuthInfo=socket=$home/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$home/state
@@ -146,4 +146,4 @@ fi
 cd "$(dirname "$0")/.."
 HFT_TEST_SLURM=1 "$python" -m pytest tests/end_to_end/test_slurm.py "$@" &
 tests=$!
-wait "$tests" # so that a signal to this script is heeded at once
+wait "$tests" # in the background, so that this script reacts to a signal at once

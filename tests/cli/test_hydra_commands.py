@@ -1,14 +1,11 @@
-"""What a user types and what a mistake says: exit status 2, one line, no traceback, nothing left behind."""
+"""Mistakes in `hft train`, `plan` and `eval`: exit status 2, one line, no traceback, no files."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from helpers import hft
-
-ROOT = Path(__file__).parents[2]
 
 # ruff: noqa: E501
 MISTAKES = {
@@ -32,19 +29,37 @@ MISTAKES = {
     "accents": (("+method=hft", "data.path=données.jsonl"), r"No such file or folder: 'données\.jsonl'"),
     "spaces": (("+method=hft", "data.path=a (1) = b's.jsonl"), r"No such file or folder: 'a \(1\) = b's\.jsonl'"),
     "positions": (("+method=hft", "train.max_length=4096"), r"more than the 512 positions of model\. Set train\.max_length=512"),
+    "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'\? Available: single, zero1"),
+    "unknown launcher": (("+method=hft", "hydra/launcher=jobli"), r"Unknown hydra/launcher 'jobli'\. Did you mean 'joblib'"),
+    "unknown flag": (("+method=hft", "--nope"), r"Unknown option '--nope'\."),
+    "value of a flag": (("+method=hft", "--cfg", "jop"), r"invalid choice: 'jop' .*More: hft train --hydra-help"),
+    "key of hydra": (("+method=hft", "hydra.nope=1"), r"hydra\.nope: Could not override"),
+    "sweep of nodes": (("-m", "+method=hft", "engine.num_nodes=2", "seed=1,2"), r"needs a job of its own for each run"),
     "not a folder": (("+method=hft", "output_dir=/dev/null/x"), r"Not a directory: /dev/null/x"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(name, tmp_path):
-    arguments, said = MISTAKES[name]
+def test_a_mistake_is_one_line_and_leaves_nothing(name, tmp_path):
+    arguments, message = MISTAKES[name]
     ended = hft("train", *arguments, cwd=tmp_path)
     assert ended.status == 2, ended
-    assert re.search(said, ended.err), ended.err
+    assert re.search(message, ended.err), ended.err
     assert ended.err.startswith("hft: ")
     lines = [line for line in ended.err.strip().splitlines() if not line.startswith("hft: failed: ")]  # a sweep's jobs
     assert len(lines) == 1
     if "-m" not in arguments:
         assert ended.out == ""
         assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_takes_a_run_or_a_model_and_not_both():
+    ended = hft("eval", "run=x", "model=pocket")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == "hft: run=… scores the run's own models: leave out model and model.path, or leave out run.\n"
+
+
+def test_overrides_may_stand_on_both_sides_of_a_flag():
+    ended = hft("train", "+method=hft", "--cfg", "job", "seed=7")
+    assert (ended.status, ended.err) == (0, "")
+    assert "\nseed: 7\n" in ended.out
