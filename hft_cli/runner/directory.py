@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from hft_cli.config.schema import EngineConfig, RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
-from hft_cli.method.selection import Draw
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.prepare import FREE, Prepared
 
@@ -26,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_unfinished(config: RunConfig) -> RunDir:
-    """The newest unfinished run of the same configuration among the runs in folders named by date and time.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The newest unfinished run of this configuration among the runs in folders named by date; UserError if none."""
     root = Path(config.output_dir).parent.parent
     plans = sorted(root.glob("*/*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for run in (RunDir(path.parent) for path in plans):
@@ -43,11 +38,7 @@ def find_unfinished(config: RunConfig) -> RunDir:
 
 
 def refuse_other_files(run: RunDir) -> None:
-    """Check that a directory is new, empty, or has only the files of a start that was cut off.
-
-    Raises:
-        UserError: if it is not.
-    """
+    """Raise UserError unless a directory is new, empty, or has only the files of a start that was cut off."""
     if not run.folder.exists():
         return
     if not run.folder.is_dir():
@@ -66,22 +57,17 @@ def seal(run: RunDir, prepared: Prepared, overrides: Sequence[str]) -> None:
     write_text(run.overrides, yaml.safe_dump(list(overrides), sort_keys=False))
     write_json(run.environment, environment())
     write_json(run.plan, prepared.record)
-    write_json(run.draws, ledger([phase.name for phase in prepared.phases], prepared.draws))
+    entries = [
+        {"name": phase.name, **draw.as_dict()} for phase, draw in zip(prepared.phases, prepared.draws, strict=True)
+    ]
+    write_json(run.draws, {"rounds": entries})
     write_text(run.config, yaml.safe_dump(asdict(prepared.config), sort_keys=False))
 
 
-def ledger(names: Iterable[str], draws: Iterable[Draw]) -> dict[str, Any]:
-    """The content of draws.json: an entry for each phase."""
-    return {"rounds": [{"name": name, **draw.as_dict()} for name, draw in zip(names, draws, strict=True)]}
-
-
 def continue_run(run: RunDir, prepared: Prepared) -> None:
-    """Check that the directory holds an unfinished run of this configuration, model and data.
+    """Raise UserError unless the directory holds an unfinished run of this configuration, model and data.
 
     The model may be in another folder than before if it has the same weights: plan.json then records the new folder.
-
-    Raises:
-        UserError: if anything differs that may not.
     """
     require_same_config(run, prepared.config, free=("model.path",))
     recorded, record = read_json(run.plan), prepared.record
@@ -92,11 +78,7 @@ def continue_run(run: RunDir, prepared: Prepared) -> None:
 
 
 def require_same_config(run: RunDir, config: RunConfig, free: Sequence[str] = ()) -> None:
-    """Check that a run has this configuration, except for the keys that may differ on resuming and those in `free`.
-
-    Raises:
-        UserError: with the first three keys that differ.
-    """
+    """Raise UserError if a run has another configuration, in other keys than RESUMED and `free`."""
     if different := _differences(run, config, free):
         raise UserError(
             f"{run.folder} holds a run of another configuration ({'; '.join(different[:3])}"

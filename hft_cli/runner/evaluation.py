@@ -62,11 +62,7 @@ def run_eval(config: EvalConfig) -> Path:
 
 
 def _read_suite(config: EvalConfig) -> Suite:
-    """The suite with its files.
-
-    Raises:
-        UserError: if it has nothing to score.
-    """
+    """The suite with its files; UserError if it has nothing to score."""
     suite = read_suite(config.suite)
     if not suite.hashes:
         reason = f": {'; '.join(suite.left_out)}" if suite.left_out else ""
@@ -78,11 +74,7 @@ def _read_suite(config: EvalConfig) -> Suite:
 
 
 def _models(config: EvalConfig) -> dict[str, ScoredModel]:
-    """The models to score, by the name of their folder of results: those of a run, or one model.
-
-    Raises:
-        UserError: if one of them is missing, or the weights that the run started from have changed.
-    """
+    """The models to score, by the name of their folder of results: those of a run, or one model."""
     if config.run is None:
         path = model_folder(resolve_path(config.model.path))
         models = {"model": ScoredModel(path, config.model, weights_hash(path))}

@@ -47,13 +47,7 @@ class Position:
 
 
 def run_phase(session: Session, phase: Phase, draw: Draw, start: Position) -> Position:
-    """Run a phase, unless it is finished, and write the model after it.
-
-    Raises:
-        UserError: for a mistake that only the worker could see.
-        subprocess.CalledProcessError: if the worker fails.
-        NodeError: if another node fails.
-    """
+    """Run a phase, unless it is finished, and write the model after it. Raises what `run_worker` does."""
     run, config = session.run, session.prepared.config
     folder = run.round(phase.number, phase.name)
     if not folder.outcome.exists():

@@ -59,12 +59,10 @@ class Prepared:
 
 
 def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
-    """The folder of the model to start from, downloaded if it is a hub's, and the config with the model's limits.
+    """The config with the model's limits, and the folder of the model to start from, downloaded if it is a hub's.
 
-    If `run` is an unfinished run of a hub's model, the commit that it started from is taken.
-
-    Raises:
-        UserError: if there is no such model, or it cannot do what the config asks for.
+    If `run` is an unfinished run of a hub's model, the commit that it started from is taken. Raises UserError if there
+    is no such model, or it cannot do what the config asks for.
     """
     path = config.model.path
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path))
@@ -72,12 +70,7 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
 
 
 def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
-    """Read the data, draw the selections and estimate the costs of a run.
-
-    Args:
-        config: with the limits of the model (`fetch_model`).
-        base: folder of the model to start from.
-        run: the run's directory, which may be missing or hold an unfinished run.
+    """Read the data, draw the selections and estimate the costs of a run; `config` and `base` are from `fetch_model`.
 
     Raises:
         UserError: for a mistake in the config or the data, or a machine that cannot do the run.
@@ -117,26 +110,17 @@ def node_facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def half_reset_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig) -> dict[str, list[StoredTensor]]:
-    """The tensors that a Half-Reset writes over those of the model in `tuned`.
-
-    Raises:
-        UserError: if the two models do not fit each other.
-    """
+    """The tensors that a Half-Reset writes over those of the model in `tuned`; UserError if the models do not fit."""
     folders = (tuned, model_folder(resolve_path(phase.data), "model.base"))
     tuned_params, base_params = (parameters_from_folder(folder, config.model.kinds) for folder in folders)
     return reset_tensors(tuned_params, base_params, folders, draw.updated, config.method.shared_rows)
 
 
 def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
-    """What plan.json records of a phase's data.
+    """What plan.json records of a phase's data; UserError for a bad row.
 
-    Returns:
-        `data_sha256` (of a Half-Reset: the hash of the weights that it resets to) and `rows`, their number. With a test
-        set its `test_sha256`, and for SFT `rows_repeated` and `rows_in_test`: training rows that repeat an earlier row,
-        or are in the test set too.
-
-    Raises:
-        UserError: for a bad row.
+    These are `data_sha256` (of a Half-Reset: the hash of the weights to reset to), `rows`, and with a test set
+    `test_sha256` and, for SFT, the number of rows that repeat an earlier one or are in the test set too.
     """
     data = config.data
     if phase.stage == "half_reset":

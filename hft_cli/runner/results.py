@@ -21,13 +21,9 @@ def results(
     before_after: Mapping[str, Scores],
     round_scores: Sequence[Scores],
 ) -> dict[str, Any]:
-    """The content of results.json.
+    """The content of results.json. `outcomes` and `proofs` have an item for each phase (no proofs without a model).
 
-    Args:
-        outcomes: outcome.json of each phase.
-        proofs: the verification of each phase; empty if the run wrote no model.
-        before_after: the scores under `before` and `after`.
-        round_scores: scores after each round; empty for a single round.
+    `before_after` has the scores `before` and `after`, `round_scores` those after each of several rounds.
     """
     config, first = prepared.config, prepared.phases[0]
     engines = dict.fromkeys(engine["name"] for outcome in outcomes for engine in outcome.get("engines", []))

@@ -45,13 +45,8 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> RunDir | None:
     """Do what `hft train` is asked for. An unfinished run in the same directory is continued.
 
-    Args:
-        config: as composed.
-        overrides: what the user typed, for overrides.yaml.
-        search: with resume=true, continue the newest unfinished run of this configuration beside output_dir.
-
-    Returns:
-        The finished run; None on a node that follows node 0.
+    `overrides` is what the user typed. With `search` and resume=true the newest unfinished run of this configuration
+    beside output_dir is continued. Returns the finished run, or None on a node that follows node 0.
 
     Raises:
         UserError: for a mistake in the config or the data, before anything is written.
@@ -118,12 +113,7 @@ def _walk_with_nodes(run: RunDir, prepared: Prepared, followers: Followers | Non
 
 
 def _follow(config: RunConfig, node: Node) -> None:
-    """The part of a node that follows node 0.
-
-    Raises:
-        UserError: for a mistake in the config or the data, or on another node.
-        NodeError: if node 0 fails, goes away, or does not answer.
-    """
+    """The part of a node that follows node 0. An error here is told to node 0, and one of another node is raised."""
     run = RunDir(Path(config.output_dir).expanduser())
     leader: Peer | None = None
     try:
@@ -166,10 +156,7 @@ class TasksToScore:
 
 
 def _walk(session: Session) -> RunDir:
-    """Score the base, run the phases in order, score their models, verify the files and write the results.
-
-    Everything that an earlier session finished is skipped.
-    """
+    """Score the base, run the phases, score their models, and verify the files. What is finished is skipped."""
     run, prepared = session.run, session.prepared
     config, tasks = prepared.config, _all_tasks(prepared)
     base = ScoredModel(prepared.base, config.model, prepared.record["base_sha256"], shared=True)
@@ -244,11 +231,7 @@ def _score(session: Session, when: str, model: ScoredModel, tasks: TasksToScore,
 
 
 def _finish(session: Session, before_after: dict[str, Scores], round_scores: Sequence[Scores], steps: int) -> RunDir:
-    """Verify the files, write results.json, and last DONE.
-
-    Raises:
-        RuntimeError: if the run does not verify.
-    """
+    """Verify the files, write results.json, and last DONE."""
     run, prepared = session.run, session.prepared
     outcomes = [read_json(run.round(phase.number, phase.name).outcome) for phase in prepared.phases]
     proofs = verify(run, base=prepared.base) if prepared.config.method.save_model else ()

@@ -59,13 +59,12 @@ def verify(
     """Check every phase of a run.
 
     Args:
-        run: a run whose training has ended.
         model: folder of the final model; None takes RUN/model.
         base: where the model that the run started from is now; None takes what the run recorded.
         tick: called with the name of each tensor that is read.
 
     Raises:
-        UserError: if the run wrote no model, or its base or a file of it is missing.
+        UserError: if the run wrote no model, or its base is missing.
     """
     config = read_config(run)
     if not config.method.save_model:
