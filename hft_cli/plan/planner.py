@@ -227,14 +227,18 @@ def _full(model: Model, setup: Setup) -> Workload:
 
 
 def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows: int | None) -> PlannedPhase:
-    own: PlanConfig = phase_config(config, phase)
-    setup = make_setup(own, phase, model.shape.hidden)
+    phase_settings: PlanConfig = phase_config(config, phase)
+    setup = make_setup(phase_settings, phase, model.shape.hidden)
     if phase.stage == "half_reset":
         return PlannedPhase(phase, draw, setup, rows)
-    work, full, batch = workload(config, model, draw.updated, setup), _full(model, setup), own.train.batch_size
-    tokens = setup.length if own.train.packing else min(config.row_tokens or setup.length, setup.length)
+    work, full, batch = (
+        workload(config, model, draw.updated, setup),
+        _full(model, setup),
+        phase_settings.train.batch_size,
+    )
+    tokens = setup.length if phase_settings.train.packing else min(config.row_tokens or setup.length, setup.length)
     step_flops = flops(work, batch, tokens)
-    steps = _count_steps(own, rows)
+    steps = _count_steps(phase_settings, rows)
     setup_flops = 0.0
     if phase.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
         setup_flops = flops(work, rows, tokens).forward
