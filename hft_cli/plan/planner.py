@@ -231,13 +231,9 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
     setup = make_setup(phase_settings, phase, model.shape.hidden)
     if phase.stage == "half_reset":
         return PlannedPhase(phase, draw, setup, rows)
-    work, full, batch = (
-        workload(config, model, draw.updated, setup),
-        _full(model, setup),
-        phase_settings.train.batch_size,
-    )
-    tokens = setup.length if phase_settings.train.packing else min(config.row_tokens or setup.length, setup.length)
-    step_flops = flops(work, batch, tokens)
+    train, work, full = phase_settings.train, workload(config, model, draw.updated, setup), _full(model, setup)
+    tokens = setup.length if train.packing else min(config.row_tokens or setup.length, setup.length)
+    step_flops = flops(work, train.batch_size, tokens)
     steps = _count_steps(phase_settings, rows)
     setup_flops = 0.0
     if phase.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
@@ -256,7 +252,7 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
         full=memory(full),
         host=host_memory(work),
         flops=step_flops,
-        full_flops=flops(full, batch, tokens),
+        full_flops=flops(full, train.batch_size, tokens),
         setup_flops=setup_flops,
         network=network(work),
         hours=duration,

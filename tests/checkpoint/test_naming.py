@@ -86,6 +86,13 @@ def test_nothing_is_guessed(name: str) -> None:
         make_params({name: (4, 4)}, {name: (name,)}, {})
 
 
+def test_merged_experts_have_three_dimensions_and_their_bias_two() -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert classify(name, (4, 8, 8)) == classify(f"{name}_bias", (4, 8)) == ("feed_forward", 0)
+    assert classify(name, (4, 8)) is None
+    assert classify(f"{name}_bias", (4, 8, 8)) is None
+
+
 def test_an_unplaced_parameter_is_named_with_its_override() -> None:
     config = AutoConfig.for_model("mamba", vocab_size=48, hidden_size=16, num_hidden_layers=3, state_size=4)
     with pytest.raises(UserError, match=r"'backbone\.layers\.0\.mixer\.A_log' \(and \d+ more\)") as error:

@@ -105,8 +105,10 @@ def test_an_incomplete_file_never_gets_its_name(tmp_path, wrong):
 
 def test_same_bytes_compares_bits_not_values(tmp_path: Path) -> None:
     values = {"zero": 0.0, "minus": -0.0, "nan": float("nan"), "other nan": float("nan")}
-    save_file({name: torch.full((1000,), value) for name, value in values.items()}, tmp_path / "x.safetensors")
+    arrays = {name: torch.full((1000,), value) for name, value in values.items()}
+    save_file(arrays | {"integers": torch.zeros(1000, dtype=torch.int32)}, tmp_path / "x.safetensors")
     tensors = read_header(tmp_path / "x.safetensors")
+    assert not same_bytes(tensors["zero"], tensors["integers"])
     assert not same_bytes(tensors["zero"], tensors["minus"])
     assert same_bytes(tensors["nan"], tensors["other nan"])
 

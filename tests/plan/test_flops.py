@@ -69,6 +69,7 @@ def test_there_is_no_backward_pass_below_the_lowest_parameter(family):
     inputs = [each.inputs for each in operations]
     assert inputs == sorted(set(inputs), reverse=True)
     assert len(inputs) == layers
+    assert flops(train("llama", ["lm_head.weight"], setup), 1, 8).inputs == 0
     assert operations[-1].recompute == pytest.approx(operations[0].recompute / layers)
 
 
