@@ -77,7 +77,7 @@ def test_size_pocket_is_the_embedded_model_and_paper_the_default(name):
 
 
 @pytest.mark.parametrize("name", BOTH_SIZES)
-def test_the_small_size_sweeps_what_the_paper_sweeps_with_three_seeds(name):
+def test_the_small_size_sweeps_the_same_with_three_seeds(name):
     paper, pocket = (sweep_params(f"{size}/{name}") for size in SIZES)
     assert list(pocket)[: len(paper)] == list(paper)
     assert pocket["seed"] == "1,2,3"
@@ -115,7 +115,7 @@ def test_an_experiment_that_sweeps_needs_the_flag():
     assert hydra_arguments("train", ["+method=hft", "experiment=sft_then_dpo"])[-1] == "experiment=pocket/sft_then_dpo"
 
 
-def test_an_experiment_has_the_papers_size_unless_it_has_one_only():
+def test_an_experiment_has_the_papers_size_by_default():
     assert experiment_option("trace", None) == "paper/trace"
     assert experiment_option("trace", "pocket") == experiment_option("pocket/trace", None) == "pocket/trace"
     assert experiment_option("demo", None) == "pocket/demo"

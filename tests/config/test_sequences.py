@@ -65,7 +65,7 @@ def test_what_cannot_work_is_refused_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_test_rows_of_a_task_have_the_format_of_its_training_rows():
+def test_rows_of_a_tasks_test_have_the_format_of_its_training():
     """Even if a row fits two formats: what is trained is what is scored."""
     assert format_of_test_rows(DataConfig(name="d", path="p", tasks=["a"], format="trace")) == "trace"
     assert format_of_test_rows(DataConfig(name="d", path="p", format="trace")) == "auto"

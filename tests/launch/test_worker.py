@@ -76,7 +76,7 @@ def test_the_bar_shows_the_activity_and_then_the_count(tmp_path):
     assert bar.bar_format == worker.WITH_COUNT
 
 
-def test_ranks_are_started_by_torchrun_and_do_not_read_an_outer_one(monkeypatch):
+def test_ranks_do_not_read_the_settings_of_an_outer_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "outer")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("MASTER_ADDR", "outer")

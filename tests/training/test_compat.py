@@ -128,7 +128,7 @@ def test_transformers_clips_before_its_callback() -> None:
     assert source.index("clip_grad_norm") < source.index("on_pre_optimizer_step")
 
 
-def test_the_call_comes_between_backward_pass_and_step_of_the_engine() -> None:
+def test_the_call_comes_between_backward_pass_and_step() -> None:
     calls: list[str] = []
 
     class Engine:
@@ -172,7 +172,7 @@ def test_the_fused_head_gives_the_log_probabilities_of_labels(tmp_path: Path) ->
 # ----------------------------------------------------------------------------------------------------------------- DPO
 
 
-def test_a_precomputed_reference_is_not_rounded_as_other_inputs_are() -> None:
+def test_a_precomputed_reference_is_not_rounded() -> None:
     trainer = object.__new__(compat.ExactReferenceTrainer)
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     trainer.args = SimpleNamespace(device=torch.device("cpu"))
@@ -253,7 +253,7 @@ def test_adapters_are_found_by_their_names_and_merged(kind: str, tmp_path: Path)
 # ----------------------------------------------------------------------------------------------- universal checkpoints
 
 
-def test_the_universal_format_is_asked_for_where_transformers_reads_it() -> None:
+def test_transformers_reads_the_universal_format_from_the_config() -> None:
     from deepspeed.runtime import constants
     from transformers.integrations import deepspeed
 
@@ -264,7 +264,7 @@ def test_the_universal_format_is_asked_for_where_transformers_reads_it() -> None
     assert "hf_deepspeed_config" in inspect.getsource(deepspeed.deepspeed_init)
 
 
-def test_the_converter_and_the_loaders_have_the_names_that_are_relied_on() -> None:
+def test_the_converter_and_the_loaders_have_the_expected_names() -> None:
     from deepspeed.checkpoint import constants, ds_to_universal
     from deepspeed.runtime.zero import stage3
 

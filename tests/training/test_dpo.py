@@ -188,7 +188,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize("kind", ["precomputed", "shared"])
-def test_every_reference_gives_the_losses_and_rewards_of_a_full_one(kind: str, full: Trained, tmp_path: Path) -> None:
+def test_every_reference_gives_the_losses_of_a_full_one(kind: str, full: Trained, tmp_path: Path) -> None:
     found = train(tmp_path, kind)
     assert_same_logs(found.logs, full.logs)
     assert found.logs[0]["loss"] == pytest.approx(LN2, abs=1e-5)
@@ -240,7 +240,7 @@ def test_only_the_first_step_is_judged(step: int, change: dict[str, float], stop
         check.on_log(None, TrainerState(global_step=step), None, logs=FIRST | change)
 
 
-def test_a_resumed_run_reads_what_was_precomputed_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_precomputed_and_ends_the_same(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
     whole = train(tmp_path, "precomputed", **saving)
     cached = sorted(path.name for path in (tmp_path / "tokens").iterdir())
@@ -253,7 +253,7 @@ def test_a_resumed_run_reads_what_was_precomputed_and_ends_with_the_same_bits(tm
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == cached
 
 
-def test_a_shared_reference_copies_what_is_updated_and_nothing_else() -> None:
+def test_a_shared_reference_copies_only_what_is_updated() -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

@@ -86,7 +86,7 @@ ONE = np.array([1.0, 0.0])
 @example((-ONE, np.array([ONE, ONE, ONE])))
 @example((-ONE, np.array([ONE, 0 * ONE, -ONE])))
 @example((-ONE, np.array([0 * ONE])))
-def test_the_projection_is_the_nearest_gradient_without_a_conflict(case: tuple[Any, Any]) -> None:
+def test_the_projection_is_the_nearest_without_a_conflict(case: tuple[Any, Any]) -> None:
     g, memories = case
     v = solve(g, memories)
     assert (v >= 0).all()
@@ -100,7 +100,7 @@ def test_the_projection_is_the_nearest_gradient_without_a_conflict(case: tuple[A
 
 @settings(deadline=None)
 @given(directions(st.floats(-1, 1, width=32)), st.integers(-9, 9), st.lists(st.integers(-9, 9), min_size=4, max_size=4))
-def test_of_whatever_length_and_however_near_opposite_the_gradients_are(
+def test_gradients_of_any_length_and_any_angle_are_projected(
     case: tuple[Any, Any], length: int, lengths: list[int]
 ) -> None:
     g, memories = case[0] * 10.0**length, case[1] * 10.0 ** np.array(lengths)[: len(case[1]), None]
@@ -112,9 +112,7 @@ def test_of_whatever_length_and_however_near_opposite_the_gradients_are(
 
 @settings(deadline=None)
 @given(directions(whole), st.sampled_from([0.0, 0.5, 2.0]))
-def test_the_multipliers_solve_the_dual_problem_with_the_margin_as_their_bound(
-    case: tuple[Any, Any], margin: float
-) -> None:
+def test_the_multipliers_solve_the_dual_problem(case: tuple[Any, Any], margin: float) -> None:
     g, memories = case
     v = solve(g, memories, margin)
     if (memories @ g >= 0).all():
@@ -291,7 +289,7 @@ def test_without_gem_the_steps_go_against_the_memory(tmp_path: Path) -> None:
     assert (train(tmp_path, [AGAINST], projecting=False).cosines()[0] < -0.1).all()
 
 
-def test_the_gradient_that_reaches_the_optimizer_is_not_against_the_memory(tmp_path: Path) -> None:
+def test_the_optimizers_gradient_is_not_against_the_memory(tmp_path: Path) -> None:
     plain = train(tmp_path, [AGAINST], projecting=False)
     found = train(tmp_path, [AGAINST])
     assert (found.counted.steps, found.counted.projected) == (4, 4)
@@ -340,7 +338,7 @@ def test_a_margin_pulls_further_and_clipping_has_the_last_word(tmp_path: Path) -
     assert clipped.logs[0]["grad_norm"] == pytest.approx(float(wanted.norm()), rel=1e-5)
 
 
-def test_in_bfloat16_the_memory_is_read_under_autocast_as_the_data_is(tmp_path: Path) -> None:
+def test_in_bfloat16_the_memory_is_read_under_autocast(tmp_path: Path) -> None:
     same = train(tmp_path, [DATA], dtype="bfloat16", max_steps=1, per_device_train_batch_size=8,
                  gradient_accumulation_steps=1)  # fmt: skip
     assert same.cosines().min() > 0.999
@@ -430,7 +428,7 @@ def assert_same_weights(saved: Path, trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_on_zero_without_gem_the_same_steps_go_against_the_memories(stage: int, two_ranks: Path) -> None:
+def test_without_gem_the_same_steps_go_against_the_memories(stage: int, two_ranks: Path) -> None:
     found = json.loads((two_ranks / f"zero{stage} plain.json").read_text())
     assert min(found["cosines"][0]) < -0.1
 
