@@ -52,8 +52,8 @@ def run_phase(session: Session, phase: Phase, draw: Draw, start: Position) -> Po
     folder = run.round(phase.number, phase.name)
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
-        step = _half_reset if phase.stage == "half_reset" else _train
-        step(session, phase, draw, start)
+        run_stage = _half_reset if phase.stage == "half_reset" else _train
+        run_stage(session, phase, draw, start)
     session.tracker.send_metrics(run.metrics, phase.name, start.steps)
     return Position(
         model=_write_model(session, folder, start) if config.method.save_model else start.model,

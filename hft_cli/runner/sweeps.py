@@ -15,18 +15,18 @@ from hft_cli.runner.compat import parse_overrides, split_sweep
 LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
-def folder_name(job: Sequence[str], given: Sequence[str]) -> str:
+def folder_name(job: Sequence[str], sweep: Sequence[str]) -> str:
     """The name of a job's folder: its values of the swept keys. An extended sweep so finds its earlier jobs.
 
     Args:
         job: the job's overrides, with one value for each key.
-        given: the overrides of the whole sweep: what was typed, and what an experiment's file sweeps over.
+        sweep: the overrides of the whole sweep: what was typed, and what an experiment's file sweeps over.
     """
-    overrides = parse_overrides([text for text in given if "=" in text and text[0] != "-"])
+    overrides = parse_overrides([text for text in sweep if "=" in text and text[0] != "-"])
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     pairs = [text.lstrip("+").partition("=") for text in job]
-    named = sorted((key != "method", key, value) for key, _, value in pairs if key in swept)
-    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{key}={value}" for _, key, value in named)) or "run"
+    swept_pairs = sorted((key != "method", key, value) for key, _, value in pairs if key in swept)
+    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{key}={value}" for _, key, value in swept_pairs)) or "run"
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -43,7 +43,7 @@ def jobs(sweep: Path) -> list[tuple[Path, list[str]]]:
 
     try:
         hydra = yaml.safe_load(sweep.read_text())["hydra"]
-        given = [*params(hydra["sweeper"]), *map(str, hydra["overrides"]["task"])]
-        return [(sweep.parent / folder_name(job, given), job) for job in split_sweep(given)]
+        overrides = [*params(hydra["sweeper"]), *map(str, hydra["overrides"]["task"])]
+        return [(sweep.parent / folder_name(job, overrides), job) for job in split_sweep(overrides)]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, HydraException):
         return []
