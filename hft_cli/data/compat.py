@@ -12,8 +12,8 @@ def render_with_marks(
 
     UPSTREAM: transformers 5.23.0: `apply_chat_template(return_assistant_tokens_mask=True)` maps the spans to tokens
     itself, and loses its place with tokenizers that trim blanks off their offsets (Llama 3, GPT-2). The spans
-    themselves come from `render_jinja_template`, which is not documented. Can go when that is fixed or the spans are
-    public.
+    themselves come from `render_jinja_template`, which is not documented. transformers 5.24.0 gives the right mask, so
+    this can go when pyproject.toml requires it.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
