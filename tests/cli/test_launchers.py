@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import QUICK, environment, hft, wait_for_step
+from helpers import HANGS_AFTER, QUICK, environment, hft, wait_for_step
 
 from hft_cli.cli import launchers
 from hft_cli.cli.launchers import launcher_arguments
@@ -118,7 +118,7 @@ def test_hosts_start_together_and_stop_with_a_checkpoint(tmp_path):
     with subprocess.Popen(words, env=settings, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run / "rounds/01-order/progress.json", process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=HANGS_AFTER)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert list(run.glob("rounds/01-order/checkpoints/checkpoint-*/hft.json"))
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import QUICK, command, environment, hft, train, wait_for_step, wait_until_gone, weights
+from helpers import HANGS_AFTER, QUICK, command, environment, hft, train, wait_for_step, wait_until_gone, weights
 
 pair = pytest.mark.xdist_group("nodes")
 SETTINGS = ("+method=hft", "engine=zero3", "train.micro_batch_size=2", "train.max_steps=40", "train.save_every=10")
@@ -42,20 +42,20 @@ def test_two_nodes_stopped_and_resumed_end_with_the_bits_of_one(one_node, port, 
     first, second = (start(out, port, rank) for rank in (0, 1))
     wait_for_step(out / "rounds/01-order/progress.json", first)
     second.send_signal(signal.SIGUSR1)
-    told = [node.communicate(timeout=120)[0] for node in (first, second)]
+    told = [node.communicate(timeout=HANGS_AFTER)[0] for node in (first, second)]
     assert (first.returncode, second.returncode) == (128 + signal.SIGUSR1,) * 2, told
     assert list((out / "rounds/01-order/checkpoints").glob("checkpoint-*/hft.json")), told
     assert not (out / "rounds/01-order/outcome.json").exists()
     wait_until_gone(out)
 
     first, second = (start(out, port, rank) for rank in (0, 1))
-    told = [node.communicate(timeout=120)[0] for node in (first, second)]
+    told = [node.communicate(timeout=HANGS_AFTER)[0] for node in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), told
     assert "Continuing the run" in told[0]
     assert weights(out) == weights(one_node)
     assert hft("verify", out).status == 0
     done = [start(out, port, rank) for rank in (1, 0)]  # a finished run keeps nobody waiting
-    assert ["nothing to do" in node.communicate(timeout=20)[0] for node in done] == [False, True]
+    assert ["nothing to do" in node.communicate(timeout=HANGS_AFTER)[0] for node in done] == [False, True]
     assert [node.returncode for node in done] == [0, 0]
 
 
@@ -73,7 +73,7 @@ def test_plain_torchrun_starts_the_nodes_too(one_node, port, tmp_path):
         )
         for _ in range(2)
     ]  # fmt: skip
-    told = [host.communicate(timeout=180)[0] for host in hosts]
+    told = [host.communicate(timeout=HANGS_AFTER)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], told
     assert weights(out) == weights(one_node)
 
@@ -85,7 +85,7 @@ def test_when_a_node_dies_the_other_ends_its_ranks_and_says_so(dies, port, tmp_p
     both = [start(out, port, rank, "train.max_steps=4000", "train.save_every=null") for rank in (0, 1)]
     wait_for_step(out / "rounds/01-order/progress.json", both[0])
     both[dies].kill()
-    told = both[1 - dies].communicate(timeout=60)[0]
+    told = both[1 - dies].communicate(timeout=HANGS_AFTER)[0]
     both[dies].communicate()
     assert both[1 - dies].returncode == 1
     assert f"Node {dies}" in told.splitlines()[-1]
@@ -104,7 +104,7 @@ def test_a_mistake_on_several_nodes_ends_all_and_leaves_nothing(tmp_path, port):
     both = [
         start(tmp_path / "run", port, rank, "data.path=nowhere.jsonl") for rank in (0, 1)
     ]  # each sees it, and no one waits for the other
-    told = [node.communicate(timeout=40)[0] for node in both]
+    told = [node.communicate(timeout=HANGS_AFTER)[0] for node in both]
     assert [node.returncode for node in both] == [2, 2]
     assert all("nowhere.jsonl" in text for text in told)
     assert not (tmp_path / "run").exists()
