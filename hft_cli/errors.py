@@ -48,6 +48,11 @@ def file_error_text(error: OSError) -> str:
     return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`.
 

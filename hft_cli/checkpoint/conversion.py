@@ -13,7 +13,7 @@ from hft_cli.checkpoint.architectures import Shapes
 from hft_cli.checkpoint.compat import NameMapping, file_tensors
 from hft_cli.checkpoint.naming import Param, parameter_order
 from hft_cli.checkpoint.tensors import StoredTensor
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +40,10 @@ def meta_model(config_or_path: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # a faulty config fails in many ways in the code of the model
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         where = config_or_path if isinstance(config_or_path, (str, Path)) else type(config).__name__
-        raise UserError(f"transformers cannot build a causal language model from {where}: {reason[0]}") from error
+        raise UserError(
+            f"transformers cannot build a causal language model from {where}: {first_line(error)}"
+        ) from error
 
 
 def shapes_of(model: Any) -> Shapes:

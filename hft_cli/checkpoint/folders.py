@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.tensors import StoredTensor, read_header
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, first_line
 from hft_cli.files import read_json
 from hft_cli.paths import ARCHITECTURES
 
@@ -63,7 +63,7 @@ def _download(function: str, repository: str, **options: Any) -> Path:
     try:
         return Path(getattr(huggingface_hub, function)(repository, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        raise OSError(first_line(error)) from error
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 
 from hft_cli.cli.launchers import LAUNCHERS
+from hft_cli.config.conf import groups
 from hft_cli.config.help import config_keys, limits_text
 from hft_cli.config.schema import SCHEMAS
 from hft_cli.errors import UserError, choose, nearest_hint
-from hft_cli.paths import conf_dir, group_options
+from hft_cli.paths import group_options
 
 NOISE = r"reference_type|object_type|See https|Available options|Config search|full_key:|Error merging override"
 
@@ -44,7 +45,7 @@ def _unknown_option(text: str) -> str | None:
 def _unknown_key(text: str, argv: Sequence[str], name: str) -> str | None:
     """`train.learning_rat=1`: there is no such key."""
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' (?:is )?not in", text)
-    keys = [*config_keys(SCHEMAS[name]), *(path.name for path in conf_dir().iterdir() if path.is_dir())]
+    keys = [*config_keys(SCHEMAS[name]), *groups()]
     if match is None or match[1] in keys:
         return None
     typed = [word.split("=")[0] for word in argv]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError, choose
+from hft_cli.files import flatten, read_json
 
 # Settings of a user's JSON that hft accepts: they change neither which weights train nor the bits of frozen weights.
 FREE = (
@@ -64,10 +65,14 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     path = config.engine.deepspeed
     if path is None:
         return generated
-    settings = _read(path)
+    try:
+        settings = read_json(Path(path).expanduser())
+    except UserError as error:
+        raise UserError(f"engine.deepspeed: {error}") from None
     fixed = _fixed_values(config)
-    for key, value in _leaves(settings):
-        _check(key, value, fixed, path)
+    for key, value in flatten(settings).items():
+        if value != {}:  # an empty block sets nothing
+            _check(key, value, fixed, path)
     return _filled(settings, generated)
 
 
@@ -102,7 +107,7 @@ def _fixed_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "train_batch_size": (train.batch_size, "train.batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (
-            train.batch_size // (train.micro_batch_size * engine.ranks),
+            config.accumulation,
             "train.batch_size / (train.micro_batch_size x ranks)",
         ),
         "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
@@ -167,27 +172,6 @@ def _check_zero_value(name: str, value: Any, what: str) -> None:
             raise UserError(f"{what}. It must be true or false.")
     elif value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
         raise UserError(f'{what}. It must be a number of elements, or "auto".')
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).expanduser().read_text())
-    except OSError as error:
-        raise UserError(f"engine.deepspeed={path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"engine.deepspeed={path} is not JSON ({error}).") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"engine.deepspeed={path} does not hold a JSON object.")
-    return settings
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) of each setting that is not a block."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _filled(settings: Mapping[str, Any], generated: Mapping[str, Any]) -> dict[str, Any]:

@@ -270,6 +270,11 @@ class RunConfig:
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each rank processes in an optimizer step."""
+        return self.train.batch_size // (self.train.micro_batch_size * self.engine.ranks)
+
 
 @dataclass
 class PlanConfig(RunConfig):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
@@ -102,9 +102,9 @@ def _rows_of_hub(name: str, split: str, stream: bool) -> Iterator[tuple[str, Any
     try:
         rows = datasets.load_dataset(name, split=split, streaming=stream)
     except Exception as error:  # the exceptions of the hub and its cache have no common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{name}' is no local file or folder, and its split '{split}' could not be loaded from the hub: {reason}"
+            f"'{name}' is no local file or folder, and its split '{split}' could not be loaded from the hub: "
+            f"{first_line(error)}"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{name} ({split}), row {number}", row

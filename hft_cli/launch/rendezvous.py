@@ -45,8 +45,8 @@ class Peer:
         rank: number of the other node.
     """
 
-    def __init__(self, sock: socket.socket, name: str, rank: int = 0) -> None:
-        self.sock, self.name, self.rank = sock, name, rank
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.sock, self.name, self.rank = sock, name, 0
         self._received = b""
         # A machine without power closes no connection: after a minute of silence, ask it every ten seconds.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

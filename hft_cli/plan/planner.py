@@ -182,7 +182,7 @@ def make_setup(config: PlanConfig, phase: Phase, hidden: int) -> Setup:
         dtype=config.model.dtype,
         rows=train.micro_batch_size,
         length=int(train.max_length or 0),
-        accumulation=train.batch_size // (train.micro_batch_size * engine.ranks),
+        accumulation=config.accumulation,
         attention=config.model.attention or "sdpa",  # the default of transformers
         checkpointing=train.gradient_checkpointing,
         stage=phase.stage,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import TrackingConfig
-from hft_cli.errors import UserError, choose
+from hft_cli.errors import UserError, choose, first_line
 from hft_cli.files import flatten, read_json, write_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.compat import trackio_last_step
@@ -208,7 +208,7 @@ def _wandb(target: Target) -> Connection:
         _start(tracker)
     except (wandb.errors.Error, ValueError) as error:
         raise UserError(
-            f"tracking=wandb did not start: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account.)"
+            f"tracking=wandb did not start: {first_line(error)} (WANDB_MODE=offline needs no account.)"
         ) from None
     run = tracker.tracker
     run.define_metric("*", step_metric="step")
@@ -237,7 +237,7 @@ def _trackio(target: Target) -> Connection:
     try:
         _start(tracker)
     except ValueError as error:
-        raise UserError(f"tracking=trackio did not start: {str(error).splitlines()[0]}") from None
+        raise UserError(f"tracking=trackio did not start: {first_line(error)}") from None
     run = tracker.tracker
     if state is not None and run.id != state["id"]:
         run.finish()
