@@ -42,7 +42,6 @@ class PlannedPhase:
         host: bytes of host memory of a rank, with offload.
         flops: of a step.
         full_flops: of a step of full fine-tuning.
-        setup_flops: operations before the first step (the precomputed reference of DPO).
         network: of a step.
         hours: None unless steps and tflops=N are known.
     """
@@ -58,7 +57,6 @@ class PlannedPhase:
     host: float = 0
     flops: Flops = field(default_factory=Flops)
     full_flops: Flops = field(default_factory=Flops)
-    setup_flops: float = 0.0
     network: Network = field(default_factory=Network)
     hours: float | None = None
 
@@ -235,12 +233,12 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
     tokens = setup.length if train.packing else min(config.row_tokens or setup.length, setup.length)
     step_flops = flops(work, train.batch_size, tokens)
     steps = _count_steps(phase_settings, rows)
-    setup_flops = 0.0
-    if phase.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
-        setup_flops = flops(work, rows, tokens).forward
     duration = None
     if config.tflops is not None and steps is not None:
-        duration = hours(step_flops.total * steps + setup_flops, setup.ranks, config.tflops, config.utilization)
+        operations = step_flops.total * steps
+        if phase.stage == "dpo" and config.dpo.reference == "precomputed" and rows is not None:
+            operations += flops(work, rows, tokens).forward
+        duration = hours(operations, setup.ranks, config.tflops, config.utilization)
     return PlannedPhase(
         phase=phase,
         draw=draw,
@@ -253,7 +251,6 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
         host=host_memory(work),
         flops=step_flops,
         full_flops=flops(full, train.batch_size, tokens),
-        setup_flops=setup_flops,
         network=network(work),
         hours=duration,
     )

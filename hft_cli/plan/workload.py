@@ -29,7 +29,6 @@ class Shape:
     kv_heads: int
     head_width: int
     inner: int
-    vocabulary: int
     experts: int = 1
     experts_used: int = 1
     gated: bool = True
@@ -42,7 +41,7 @@ def model_shape(config: Mapping[str, Any], params: Sequence[Param]) -> Shape:
         return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), default)
 
     embedding = max((p for p in params if p.kind == "embedding"), key=lambda p: p.elements, default=None)
-    vocabulary, width = embedding.shape if embedding and len(embedding.shape) == 2 else (0, 0)
+    width = embedding.shape[1] if embedding and len(embedding.shape) == 2 else 0
     hidden = first("hidden_size", "n_embd", "d_model", default=width)
     heads = first("num_attention_heads", "n_head", default=1)
     experts = first("num_local_experts", "num_experts", "n_routed_experts", default=1)
@@ -54,7 +53,6 @@ def model_shape(config: Mapping[str, Any], params: Sequence[Param]) -> Shape:
         kv_heads=first("num_key_value_heads", "num_kv_heads", default=heads),
         head_width=first("head_dim", default=hidden // heads),
         inner=first("moe_intermediate_size", default=inner) if experts > 1 else inner,
-        vocabulary=first("vocab_size", default=vocabulary),
         experts=experts,
         experts_used=first("num_experts_per_tok", "num_experts_per_token", default=1) if experts > 1 else 1,
         gated=any(p.is_gate for p in params),
