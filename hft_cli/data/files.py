@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ PARQUET_BATCH = 1000  # rows read at a time
 _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
 
 
-def read_rows(path: str, split: str, *, stream: bool) -> Iterator[tuple[str, Any]]:
+def read_rows(path: str, split: str, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows at a path (see `rows.read_chats`), each with its place for errors: "FILE, line 3".
 
-    `stream` loads a hub data set row by row instead of downloading it first. A UserError if the path does not exist, or
-    a file cannot be read.
+    At most `max_rows` rows are read; None reads all. With a limit, a hub data set is loaded row by row instead of being
+    downloaded first. A UserError if the path does not exist, a file cannot be read, or a row is not an object.
     """
+    for place, row in islice(_values(path, split, stream=max_rows is not None), max_rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not an object but {json_type(row)}.")
+        yield place, row
+
+
+def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
     local = Path(path).expanduser()
     if local.is_dir():
         for file in _files_of_split(local, split):

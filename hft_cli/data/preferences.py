@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-from hft_cli.data.files import json_type, read_rows
+from hft_cli.data.files import read_rows
 from hft_cli.data.rows import Chat, Row, check_chat, content_hash, turns_or_text
 from hft_cli.errors import UserError, choose
 
@@ -58,10 +57,8 @@ def read_preferences(
     choose("dpo.ties", ties, TIES)
     rows: list[Preference] = []
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
-    for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
+    for place, row in read_rows(path, split, max_rows):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"not an object but {json_type(row)}.")
             preference = _preference(row)
             reason = _reason_to_leave_out(preference) or ("tied scores" if ties == "drop" and _is_tied(row) else None)
         except UserError as error:

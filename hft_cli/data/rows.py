@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
@@ -87,10 +86,8 @@ def read_chats(path: str, *, format: str = "auto", split: str = "train", max_row
     """
     choose("data.format", format, ("auto", *READERS))
     chats: list[Chat] = []
-    for place, row in islice(read_rows(path, split, stream=max_rows is not None), max_rows):
+    for place, row in read_rows(path, split, max_rows):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"not an object but {json_type(row)}.")
             if format == "auto":
                 format = _shape_of(row)
             keys, read = READERS[format]

@@ -103,14 +103,14 @@ def read_relations(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]
         UserError: for a line without the required keys.
     """
     facts: dict[str, dict[Fact, None]] = {}
-    for place, row in _read_objects(config.facts):
+    for place, row in read_rows(config.facts, "train"):
         fact = _fact(row, place)
         facts.setdefault(fact.relation, {})[fact] = None
     patterns: dict[str, list[str]] = {}
     if config.patterns is None:
         patterns = {relation: [QUESTION] for relation in facts}
     else:
-        for place, row in _read_objects(config.patterns):
+        for place, row in read_rows(config.patterns, "train"):
             if not all(isinstance(row.get(key), str) for key in ("relation", "pattern")):
                 raise UserError(f"{place}: a pattern has relation and pattern, each a text.")
             if ENDS_IN_OBJECT.match(row["pattern"]):
@@ -120,13 +120,6 @@ def read_relations(config: ProbeConfig) -> dict[str, tuple[list[Fact], list[str]
         for relation, relation_facts in facts.items()
         if relation in patterns and len({fact.answer.casefold() for fact in relation_facts}) > 1
     }
-
-
-def _read_objects(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, row in read_rows(file, "train", stream=False):
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not an object.")
-        yield place, row
 
 
 def _fact(row: Mapping[str, Any], place: str) -> Fact:
