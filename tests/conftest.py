@@ -45,6 +45,9 @@ def begun(runs) -> Callable[[str], tuple[Path, Path]]:
     @cache
     def begin(engine: str) -> tuple[Path, Path]:
         whole, part = runs / engine, runs / f"{engine}-part"
+        return once(whole, lambda out: finish(engine, out, part)), part
+
+    def finish(engine: str, whole: Path, part: Path) -> Path:
         process = start(whole, *DECAYED, f"engine={engine}", *TWO_RANKS)
         folder = whole / "rounds/01-order"
         wait_for(folder / "checkpoints/checkpoint-2/hft.json", process)
@@ -57,7 +60,7 @@ def begun(runs) -> Callable[[str], tuple[Path, Path]]:
             (part / "rounds/01-order" / name).unlink()
         shutil.rmtree(part / "rounds/01-order/checkpoints/checkpoint-4")
         assert process.wait() == 0
-        return whole, part
+        return whole
 
     return begin
 
