@@ -191,7 +191,8 @@ class Followers:
 
         Raises:
             Stopped: if a node received a signal, unless this node is `stopping` already.
-            NodeError: if the ranks of a node failed, or the node is lost.
+            NodeError: if the ranks of a node failed, unless this node is `stopping`, or if the node is lost. While a
+                run stops, the status says nothing: a scheduler may signal torchrun too, which then ends with status 1.
         """
         for peer in self.peers:
             while (message := peer.receive()) is not None:
@@ -199,7 +200,7 @@ class Followers:
                     raise Stopped(int(message["stop"]))
                 if "ended" in message:
                     self.running -= 1
-                    if message["ended"] != 0:
+                    if message["ended"] != 0 and not stopping:
                         raise NodeError(
                             f"{peer.name}: its ranks ended with exit status {message['ended']}. Its log: "
                             f"{message.get('log')}"
