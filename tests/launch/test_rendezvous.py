@@ -13,7 +13,7 @@ import pytest
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.launch import rendezvous
 from hft_cli.launch.nodes import Node
-from hft_cli.launch.rendezvous import connect, introduce, is_goodbye, listen
+from hft_cli.launch.rendezvous import Followers, Peer, connect, introduce, is_goodbye, listen
 
 FACTS = {
     "versions": {"torch": "2.13.0", "trl": "1.16.0"},
@@ -185,3 +185,34 @@ def test_a_node_that_waits_to_start_ends_as_node_0_ends(error, kind, port, tmp_p
         fail()
     thread.join()
     assert isinstance(ended[0], kind)
+
+
+@pytest.fixture
+def node_one(port):
+    """Node 0 with ranks running on node 1, and node 1's end of their connection."""
+    with (
+        socket.create_server(("127.0.0.1", port)) as listener,
+        socket.create_connection(("127.0.0.1", port)) as theirs,
+        listener.accept()[0] as ours,
+    ):
+        followers = Followers(Node(0, 2, "127.0.0.1", port), listener, [Peer(ours, "Node 1")], running=1)
+        yield followers, Peer(theirs, "Node 0")
+
+
+def check_until_ended(followers: Followers, stopping: bool = False) -> None:
+    while followers.running:
+        followers.check(stopping)
+
+
+def test_a_nodes_failed_ranks_fail_a_run_that_goes_on(node_one):
+    followers, peer = node_one
+    peer.send(ended=1, log="worker-node1.log")
+    with pytest.raises(NodeError, match=r"its ranks ended with exit status 1\. Its log: worker-node1\.log"):
+        check_until_ended(followers)
+
+
+def test_the_status_of_ranks_fails_no_run_that_stops(node_one):
+    """A scheduler may signal torchrun too, which then ends with status 1 after its ranks kept a checkpoint."""
+    followers, peer = node_one
+    peer.send(ended=1, log="worker-node1.log")
+    check_until_ended(followers, stopping=True)
