@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from hft_cli.data.rows import Chat
+from hft_cli.data.chats import Chat
 from hft_cli.data.templates import chat_template
 from hft_cli.paths import resolve_path
 
@@ -14,7 +14,11 @@ def chat(*contents: str, system: str = "") -> Chat:
     """user, assistant, user, … after the system's turn, if there is one."""
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
+    return Chat((turn("system", system), *turns) if system else tuple(turns))
+
+
+def chat_of(*turns: dict[str, Any], **fields: Any) -> Chat:
+    return Chat(turns, **fields)
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def backend(kind: str) -> Any:
         vocab_size=600,
         show_progress=False,
     )
-    text = [turn["content"] for turn in TWO] + ["the cat sat on the mat  and it was so, because it was so\n"] * 9
+    text = [turn["content"] for turn in TWO.turns] + ["the cat sat on the mat  and it was so, because it was so\n"] * 9
     text += ["\n\n"] * 9  # one token, as in GPT-2: but at the end of a text only, as a word takes its newline away
     tokenizer.train_from_iterator(text, trainer)
     return tokenizer
@@ -137,4 +141,14 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def rendered(tokenizer: Any, chat: Chat, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+    return str(tokenizer.apply_chat_template(list(chat.turns), tokenize=False, **options))
+
+
+def ids_of(tokenizer: Any, chat: Chat) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(list(chat.turns))["input_ids"]
+    return ids
+
+
+def history(chat: Chat, turns: int = -1) -> Chat:
+    """The first turns of a chat; without a number all but the last."""
+    return Chat(chat.turns[:turns])

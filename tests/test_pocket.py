@@ -23,7 +23,7 @@ def test_the_files_and_the_model_are_small():
 def test_each_fact_is_asked_once_and_has_a_source():
     facts = read_chats(str(POCKET / "facts.jsonl"))
     assert len(facts) >= 900
-    assert len({chat[0]["content"] for chat in facts}) == len(facts)
+    assert len({chat.turns[0]["content"] for chat in facts}) == len(facts)
     source = (POCKET / "SOURCE.md").read_text()
     relations = {json.loads(line)["relation"] for line in (POCKET / "facts.jsonl").read_text().splitlines()}
     assert all(f"| {relation} |" in source for relation in relations)
@@ -35,7 +35,7 @@ def test_no_test_question_of_a_skill_is_trained_on(skill):
     train, test = (read_chats(str(POCKET / f"skills/{skill}/{part}.jsonl")) for part in ("train", "test"))
     assert len(train) >= 1000
     assert len(test) >= 100
-    assert not {chat[0]["content"] for chat in train} & {chat[0]["content"] for chat in test}
+    assert not {chat.turns[0]["content"] for chat in train} & {chat.turns[0]["content"] for chat in test}
 
 
 def test_the_skills_have_three_shapes():

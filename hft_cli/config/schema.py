@@ -90,8 +90,12 @@ class DataConfig:
     )
     loss: str = setting(
         "assistant",
-        "Tokens that have a loss: those of the assistant's turns, or all.",
-        choices=("hft_cli.data.tokenization:LOSSES",),
+        "Tokens that have a loss: those of the assistant's turns (without those of a prompt), of the last one, of the "
+        "completion (what follows the last question), or all.",
+        choices=("hft_cli.data.chats:LOSSES",),
+    )
+    columns: dict[str, str] = setting(
+        {}, "Map from hft's names of columns and fields of turns to those of the rows: '{messages: dialog, role: who}'."
     )
     long_prompts: str = setting(
         "drop",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from hft_cli.data.rows import Chat
-from hft_cli.data.templates import Span, apply_template
+from hft_cli.data.chats import Turn
+from hft_cli.data.pieces import Span
+from hft_cli.data.templates import apply_template
 from hft_cli.errors import UserError
 
 BATCH = 1000  # rows tokenized at a time: enough for the threads of the tokenizer, few enough to hold with offsets
@@ -23,34 +24,90 @@ def check_fast(tokenizer: Any, purpose: str, alternative: str = "") -> None:
         )
 
 
-def batches(chats: Sequence[Chat], where: str) -> Iterator[tuple[Sequence[Chat], list[str]]]:
-    """Batches of chats, with the name of each chat in errors: WHERE, example N."""
-    for start in range(0, len(chats), BATCH):
-        batch = chats[start : start + BATCH]
+def batches(rows: Sequence[Any], where: str) -> Iterator[tuple[Sequence[Any], list[str]]]:
+    """Batches of rows, with the name of each row in errors: WHERE, example N."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
         yield batch, [f"{where}, example {start + number}" for number in range(1, len(batch) + 1)]
 
 
-def encode(texts: list[str], tokenizer: Any, *, offsets: bool) -> Any:
-    """`input_ids` of each text, and with `offsets` the `offset_mapping`: each token's span in the text."""
-    return tokenizer(
+def encode(texts: list[str], tokenizer: Any, *, special: bool = False) -> tuple[list[list[int]], list[list[Span]]]:
+    """Tokens of each text, and each token's span in it; no spans if the tokenizer is not a fast one.
+
+    A special token that takes in the white space beside it (`lstrip`, `rstrip`) has the span of its own text.
+
+    Args:
+        special: whether the tokenizer adds its BOS token and the like. The template of a chat has written them.
+    """
+    encoded = tokenizer(
         texts,
-        add_special_tokens=False,  # the template has written them: another BOS would be one too many
-        return_offsets_mapping=offsets,
+        add_special_tokens=special,
+        return_offsets_mapping=tokenizer.is_fast,
         return_attention_mask=False,
         verbose=False,
     )
+    ids: list[list[int]] = encoded["input_ids"]
+    if not tokenizer.is_fast:
+        return ids, [[] for _ in ids]
+    offsets: list[list[Span]] = encoded["offset_mapping"]
+    greedy = {
+        number: len(str(token))
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if (token.lstrip or token.rstrip) and str(token).strip()
+    }
+    if greedy:
+        for row, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+            offsets[row] = [
+                _own_span(text, span) if token in greedy else span
+                for token, span in zip(tokens, offsets[row], strict=True)
+            ]
+    return ids, offsets
 
 
-def question_span(chat: Chat, text: str, place: str, tokenizer: Any) -> Span:
-    """The span of the first user turn's content in the rendered chat; (0, 0) if there is no user turn."""
-    number = next((number for number, turn in enumerate(chat) if turn["role"] == "user"), None)
+def _own_span(text: str, span: Span) -> Span:
+    start, end = span
+    token = text[start:end]
+    return start + len(token) - len(token.lstrip()), end - (len(token) - len(token.rstrip()))
+
+
+class TokenPlaces:
+    """Where the tokens of a text are in it, from their spans in order."""
+
+    def __init__(self, offsets: Sequence[Span]) -> None:
+        self.starts, self.ends = [start for start, _ in offsets], [end for _, end in offsets]
+
+    def before(self, position: int) -> int:
+        """How many tokens end before a character, or at it."""
+        return bisect_right(self.ends, position)
+
+    def within(self, span: Span, what: str | None = None) -> slice:
+        """The tokens that share a character with a span; UserError, calling its end `what`, if that has no token."""
+        start, end = span
+        first = bisect_right(self.ends, start)
+        # Some tokenizers (Llama 3's, GPT-2's) trim blanks off the offsets, so that a token of blanks only is the empty
+        # span at its own end. The second term includes it.
+        last = max(bisect_left(self.starts, end), bisect_right(self.ends, end))
+        if what and (last <= first or self.ends[last - 1] < end):
+            raise UserError(
+                f"{what} has no token of its own, because the special token after it takes in white space (lstrip), so "
+                "the model would not learn to stop: let the chat template write eos_token there."
+            )
+        return slice(first, last)
+
+
+def question_span(turns: Sequence[Turn], text: str, place: str, tokenizer: Any, **options: Any) -> Span:
+    """The span of the first user turn's content in the rendered chat; (0, 0) if there is no user turn.
+
+    `options` are those with which the chat was rendered: its tools, variables of the template.
+    """
+    number = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), None)
     if number is None:
         return 0, 0
     # A search for the content itself could find it in a system turn or a header, and would miss it where it is
     # stripped. So the chat is rendered once more with a unique text in its place.
     marker = next(marker for n in count() if (marker := f"[question {n}]") not in text)
-    marked = [*chat[:number], {**chat[number], "content": marker}, *chat[number + 1 :]]
-    before, marker_found, after = apply_template(marked, place, tokenizer).partition(marker)
+    marked = [*turns[:number], {**turns[number], "content": marker}, *turns[number + 1 :]]
+    before, marker_found, after = apply_template(marked, place, tokenizer, **options).partition(marker)
     start, end = len(before), len(text) - len(after)
     if not (marker_found and start <= end and text.startswith(before) and text.endswith(after)):
         raise UserError(

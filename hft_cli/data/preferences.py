@@ -1,4 +1,4 @@
-"""Rows of preference data -> a prompt, its chosen answer and its rejected answer.
+"""Rows of preference data -> a chat with its chosen answer, and the same chat with its rejected one.
 
 Every mistake in the data is a UserError that names the file, the line or row, and the reason. Rows from which nothing
 can be learned are left out and counted in `Preferences.left_out`.
@@ -6,15 +6,18 @@ can be learned are left out and counted in `Preferences.left_out`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hft_cli.config.schema import DataConfig
+from hft_cli.data.chats import Chat, Turn, check_chat, content_hash
 from hft_cli.data.files import read_rows
-from hft_cli.data.rows import Chat, Row, check_chat, content_hash, turns_or_text
+from hft_cli.data.rows import Row, Source, continued, history_of, question_of, with_row_fields
+from hft_cli.data.turns import Names, Turns, refuse_media, text_turn, turns_or_text
 from hft_cli.errors import UserError, choose
-
-Preference = dict[str, Chat]  # {"prompt": turns, "chosen": [one assistant turn], "rejected": [one assistant turn]}
+from hft_cli.paths import resolve_path
 
 ANSWERS = ("chosen", "rejected")
 
@@ -22,10 +25,30 @@ SCORES = ("score_chosen", "score_rejected")
 
 TIES = ("keep", "drop")
 
+# What stands before a user's turn in a dialogue that was written as one text.
+USER_MARKUP = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|human|prompter)\|>"
+    r"|(?:^|\n)(?:#+ ?)?(?:Human|User|USER|Instruction)\s*:"
+)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A pair: two chats that differ in their last turn, which is the assistant's."""
+
+    chosen: Chat
+    rejected: Chat
+
+    @classmethod
+    def of(cls, prompt: Iterable[Turn], chosen: Turn, rejected: Turn) -> Preference:
+        """The pair of two answers to a prompt."""
+        turns = tuple(prompt)
+        return cls(Chat((*turns, chosen)), Chat((*turns, rejected)))
+
 
 @dataclass(frozen=True)
 class Preferences:
-    """Preference pairs in what TRL calls the conversational format.
+    """Preference pairs.
 
     Attributes:
         rows: the pairs to train on, in the order of the file.
@@ -37,16 +60,23 @@ class Preferences:
 
 
 def read_preferences(
-    path: str, *, split: str = "train", max_rows: int | None = None, ties: str = "keep"
+    path: str,
+    *,
+    split: str = "train",
+    max_rows: int | None = None,
+    ties: str = "keep",
+    columns: Mapping[str, str] | None = None,
+    names: Names | None = None,
 ) -> Preferences:
     """Read rows with `chosen` and `rejected`. These shapes may be mixed:
 
-    - a `prompt`, as text or turns, and two answers, as text or as a list with one assistant turn;
+    - a `prompt` (also `question` or `instruction`), as text or turns, and two answers, as text or as a list with one
+      assistant turn;
     - two whole chats that differ in the last turn only, with or without a `prompt` that repeats their end
-      (UltraFeedback).
+      (UltraFeedback); also as one text with "Human:" and "Assistant:" before the turns (hh-rlhf).
 
     Args:
-        path, split: as for `rows.read_chats`.
+        path, split, columns, names: as for `rows.read_chats`.
         max_rows: the largest number of rows to read, including those left out; None reads all.
         ties: "drop" leaves out rows with equal `score_chosen` and `score_rejected`; "keep" ignores the scores.
 
@@ -57,10 +87,11 @@ def read_preferences(
     choose("dpo.ties", ties, TIES)
     rows: list[Preference] = []
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
+    names = names or Names(columns or {})
     for place, row in read_rows(path, split, max_rows):
         try:
-            preference = _preference(row)
-            reason = _reason_to_leave_out(preference) or ("tied scores" if ties == "drop" and _is_tied(row) else None)
+            preference = read_preference(row, names)
+            reason = reason_to_leave_out(preference) or ("tied scores" if ties == "drop" and _is_tied(row) else None)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         if reason:
@@ -72,55 +103,116 @@ def read_preferences(
             raise UserError(f"No rows in {path}.")
         counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items() if count)
         raise UserError(f"All {sum(left_out.values())} rows of {path} are left out ({counts}): nothing to learn.")
+    names.check_columns()
     return Preferences(rows, left_out)
 
 
+def read_pairs(source: Source, data: DataConfig, ties: str) -> Preferences:
+    """The pairs of a DPO phase; see `read_preferences`."""
+    return read_preferences(
+        resolve_path(source.path), split=source.split, max_rows=data.max_rows, ties=ties, columns=data.columns
+    )
+
+
 def preferences_hash(rows: Iterable[Preference]) -> str:
-    """SHA-256 (hex) of the pairs in their order, like `rows.content_hash`."""
-    return content_hash(row[key] for row in rows for key in ("prompt", *ANSWERS))
+    """SHA-256 (hex) of the pairs in their order, like `chats.content_hash`."""
+
+    def parts(row: Preference) -> tuple[Chat, Chat, Chat]:
+        prompt = replace(row.chosen, turns=row.chosen.turns[:-1])
+        return prompt, Chat(row.chosen.turns[-1:]), Chat(row.rejected.turns[-1:])
+
+    return content_hash(part for row in rows for part in parts(row))
 
 
-def _preference(row: Row) -> Preference:
+def read_preference(row: Row, names: Names) -> Preference:
+    """The pair of a row; UserError with the reason if it is bad."""
+    row = {key: value for key, value in names.renamed(row).items() if value is not None or key in ANSWERS}
     if missing := [key for key in ANSWERS if key not in row]:
         raise UserError(
             f"no '{missing[0]}': preferences are rows of 'chosen' and 'rejected', which are whole chats or the answers "
             f"to a 'prompt' (keys found: {', '.join(row) or 'none'})."
         )
-    prompt = turns_or_text(row["prompt"], "prompt", "user") if row.get("prompt") is not None else []
-    chosen, rejected = (_whole_chat(row[key], key, prompt) for key in ANSWERS)
-    if chosen[:-1] != rejected[:-1]:
+    refuse_media(row, "the row")
+    fields = dict(row)
+    prompt = history_of(fields, names) + _prompt(fields, names)
+    values = [fields.pop(key) for key in ANSWERS]
+    _check_texts(values, prompt)
+    chats = [_whole_chat(value, key, prompt, names) for value, key in zip(values, ANSWERS, strict=True)]
+    rests = [dict(fields) for _ in chats]
+    chosen, rejected = (with_row_fields(chat, rest) for chat, rest in zip(chats, rests, strict=True))
+    if chosen.turns[:-1] != rejected.turns[:-1]:
         raise UserError("'chosen' and 'rejected' differ before their last turn: they must answer the same prompt.")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    known = (*SCORES, "messages", "prompt_id")  # UltraFeedback's `messages` are the chosen chat once more
+    names.unused.update(key for key, value in rests[0].items() if value not in ("", [], {}) and key not in known)
+    return Preference(chosen, rejected)
 
 
-def _whole_chat(value: Any, column: str, prompt: Chat) -> Chat:
+def _prompt(fields: Row, names: Names) -> Turns:
+    """Take the prompt out of a row; no turns if it has none."""
+    if "prompt" in fields:
+        return turns_or_text(fields.pop("prompt"), "prompt", "user", names)
+    for column in ("question", "instruction"):
+        if column in fields:
+            return text_turn("user", question_of(fields, column))
+    return Turns()
+
+
+def _check_texts(values: list[Any], prompt: Turns) -> None:
+    """UserError if two answers that are texts hold more than the answers."""
+    texts = [value for value in values if isinstance(value, str)]
+    asked = prompt.turns[-1]["content"].strip() if prompt.turns else ""
+    if len(texts) < len(values):
+        return
+    if len(asked.split()) >= 3 and all(text.lstrip().startswith(asked) for text in texts):
+        raise UserError("'chosen' and 'rejected' repeat the prompt: leave it out of them, or out of 'prompt'.")
+    if all(USER_MARKUP.search(text) and not turns_or_text(text, "", "x", Names()).turns[1:] for text in texts):
+        raise UserError(
+            "'chosen' and 'rejected' hold a whole dialogue as one text: write them as lists of turns (role, content)."
+        )
+
+
+def _whole_chat(value: Any, column: str, prompt: Turns, names: Names) -> Chat:
     """The prompt with one answer. A single assistant turn is an answer; anything else is the whole chat."""
-    chat = turns_or_text(value, column, "assistant")
-    if len(chat) == 1 and chat[0]["role"] == "assistant":
-        if not prompt:
+    answer = turns_or_text(value, column, "assistant", names)
+    prefill = prompt_turns = 0
+    if len(answer.turns) == 1 and answer.turns[0]["role"] == "assistant":
+        if not prompt.turns:
             raise UserError(f"no 'prompt', and '{column}' is only an answer.")
-        chat = [*prompt, *chat]
+        has_text = answer.turns[0]["content"].strip()
+        whole, prefill = continued(prompt, answer) if has_text else (prompt + answer, 0)
+        prompt_turns = len(whole.turns) - 1 if prefill else 0
     else:
-        turns_before = [_stripped(turn) for turn in chat[:-1]]
-        if prompt and turns_before[-len(prompt) :] != [_stripped(turn) for turn in prompt]:
+        whole = answer
+        turns_before = [_stripped(turn) for turn in whole.turns[:-1]]
+        if prompt.turns and turns_before[-len(prompt.turns) :] != [_stripped(turn) for turn in prompt.turns]:
             raise UserError(f"'{column}' is a chat that does not hold the 'prompt' before its last turn.")
+    chat = Chat(tuple(whole.turns), prompt_turns=prompt_turns, prefill=prefill)
     try:
         # An empty answer is not a mistake here: such rows are counted and left out.
-        last = chat[-1] if chat[-1]["content"].strip() else {**chat[-1], "content": "-"}
-        check_chat([*chat[:-1], last])
+        last = chat.turns[-1] if _answer_text(chat) else {**chat.turns[-1], "content": "-"}
+        check_chat(replace(chat, turns=(*chat.turns[:-1], last)))
+        if len(whole.turns) - 1 in whole.masked:
+            raise UserError("the answer is without a loss (weight, train, loss or mask of its turn).")
     except UserError as error:
         raise UserError(f"'{column}': {error}") from None
     return chat
 
 
-def _stripped(turn: dict[str, str]) -> tuple[str, str]:
-    return turn["role"], turn["content"].strip()
+def _stripped(turn: Turn) -> Turn:
+    return {**turn, "content": turn["content"].strip()}
 
 
-def _reason_to_leave_out(preference: Preference) -> str | None:
-    chosen, rejected = (preference[key][0]["content"].strip() for key in ANSWERS)
-    if not (chosen and rejected):
+def _answer_text(chat: Chat) -> str:
+    """The answer as the model has to give it; empty if there is none."""
+    turn = chat.turns[-1]
+    return turn["content"][chat.prefill :].strip() or ("-" if turn.get("tool_calls") else "")
+
+
+def reason_to_leave_out(preference: Preference) -> str | None:
+    """Why nothing can be learned from a pair: "empty answer" or "equal answers"; None if something can."""
+    if not (_answer_text(preference.chosen) and _answer_text(preference.rejected)):
         return "empty answer"
+    chosen, rejected = (_stripped(chat.turns[-1]) for chat in (preference.chosen, preference.rejected))
     return "equal answers" if chosen == rejected else None
 
 

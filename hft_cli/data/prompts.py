@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_cli.data.encoding import batches, check_fast, encode, question_span, surplus_tokens
-from hft_cli.data.rows import Chat
-from hft_cli.data.templates import MARKS, apply_template, chat_template, check_template, render_chat
+from hft_cli.data.chats import Chat
+from hft_cli.data.encoding import TokenPlaces, batches, check_fast, encode
+from hft_cli.data.rendering import Renderer
+from hft_cli.data.templates import chat_template, first_special
+from hft_cli.data.tokenization import question_surplus
 from hft_cli.errors import UserError
 
 
@@ -55,61 +56,46 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
     check_fast(tokenizer, "Asking for answers")
     if not chats:
         raise UserError(f"No rows in {where}.")
-    template = chat_template(None, tokenizer)
-    ends, stop = _answer_ends(check_template(chats[0], f"{where}, example 1", tokenizer), tokenizer)
+    if any(chat.text is not None for chat in chats):
+        raise UserError(f"{where}: rows of raw text have no answers to score.")
+    chat_template(None, tokenizer)  # raises if the tokenizer has none
+    renderer = Renderer(tokenizer)
+    ends, stop = answer_ends(renderer.template(chats[0], f"{where}, example 1").tail, tokenizer)
     prompts: list[list[int]] = []
     cut = 0
     for batch, places in batches(chats, where):
-        rendered = [
-            _render_with_answer(chat, place, tokenizer, template) for chat, place in zip(batch, places, strict=True)
-        ]
-        encoded = encode([text for text, _ in rendered], tokenizer, offsets=True)
-        for number, (text, answer_start) in enumerate(rendered):
-            offsets, place = encoded["offset_mapping"][number], places[number]
-            ids = encoded["input_ids"][number][: bisect_right([end for _, end in offsets], answer_start)]
-            if len(ids) > max_length:
-                question = question_span(batch[number], text, place, tokenizer)
-                del ids[surplus_tokens(text, offsets, question, len(ids) - max_length)]
+        rendered = [renderer.render(chat, place, chat.answers[-1:]) for chat, place in zip(batch, places, strict=True)]
+        all_ids, all_offsets = encode([each.text for each in rendered], tokenizer)
+        for chat, place, each, ids, offsets in zip(batch, places, rendered, all_ids, all_offsets, strict=True):
+            answer = each.answers[0]
+            prompt = ids[: TokenPlaces(offsets).before(answer.spans[0][0] if answer.spans else answer.start)]
+            if len(prompt) > max_length:
+                del prompt[question_surplus(chat, place, each.text, offsets, renderer, len(prompt) - max_length)]
                 cut += 1
-            if not ids:
+            if not prompt:
                 raise UserError(f"{place}: the chat template writes nothing before the answer.")
-            if len(ids) > max_length:
+            if len(prompt) > max_length:
                 raise UserError(
-                    f"{place}: the prompt is {len(ids)} tokens long even without its first user turn, more than the "
+                    f"{place}: the prompt is {len(prompt)} tokens long even without its first user turn, more than the "
                     f"{max_length} that are available. Lower generation.max_new_tokens, or shorten the row."
                 )
-            prompts.append(ids)
-    user_turns = [[turn["content"] for turn in chat[:-1] if turn["role"] == "user"] for chat in chats]
+            prompts.append(prompt)
+    user_turns = [[turn["content"] for turn in chat.turns[:-1] if turn["role"] == "user"] for chat in chats]
     texts = [contents[-1] if contents else "" for contents in user_turns]
-    return Prompts(prompts, texts, [chat[-1]["content"] for chat in chats], cut, ends, stop)
+    return Prompts(prompts, texts, [_answer_text(chat) for chat in chats], cut, ends, stop)
 
 
-def _render_with_answer(chat: Chat, place: str, tokenizer: Any, template: str) -> tuple[str, int]:
-    """The chat as text, and the index of the character at which its last answer begins."""
-    has_marks = bool(MARKS.search(template))
-    text, spans = render_chat(chat, place, tokenizer, template, "assistant" if has_marks else "all")
-    prompt = apply_template(chat[:-1], place, tokenizer, add_generation_prompt=True)
-    starts = [len(prompt)] if text.startswith(prompt) else []
-    if len(spans) == sum(turn["role"] == "assistant" for turn in chat):
-        # For a template without a generation prompt, the marks show the place. Some marks (SmolLM3's) begin before the
-        # header of the answer; there the generation prompt is longer.
-        starts.append(spans[-1][0])
-    if not starts:
-        raise UserError(
-            f"{place}: the chat template writes the prompt for an answer differently than in the whole chat, so the "
-            "model would be asked in another form than it was trained on. Put {% generation %} marks into the "
-            "template, or choose another (model.chat_template=tulu|plain|PATH)."
-        )
-    return text, max(starts)
+def _answer_text(chat: Chat) -> str:
+    """The last answer, without what its prompt gives of it."""
+    content: str = chat.turns[-1]["content"]
+    return content[chat.prefill :] if chat.prompt_turns == len(chat.turns) - 1 else content
 
 
-def _answer_ends(tail: str, tokenizer: Any) -> tuple[tuple[int, ...], str | None]:
+def answer_ends(tail: str, tokenizer: Any) -> tuple[tuple[int, ...], str | None]:
     """The tokens or the text that end an answer, from what the template writes after it; see `Prompts`."""
-    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     eos = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    # Sorted by length, so that of two special tokens at one place the longer one counts.
-    at = {tail.find(token): token for token in sorted(special, key=len) if token in tail}
-    text = tail[: min(at)] if at else tail
-    if at and not text.strip():
-        return tuple(sorted(eos | {special[at[min(at)]]})), None
+    special = first_special(tail, tokenizer)
+    text = tail[: special[0]] if special else tail
+    if special and not text.strip():
+        return tuple(sorted(eos | {special[2]})), None
     return tuple(sorted(eos)), text.strip() or text

@@ -7,23 +7,29 @@ UserError that names the file, the line or row, and the reason.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
+from hft_cli.data.chats import Chat, check_chat
 from hft_cli.data.files import json_type, read_rows
+from hft_cli.data.turns import (
+    LOSS_KEYS,
+    REASONING_KEYS,
+    Names,
+    Turns,
+    read_tools,
+    read_turns,
+    refuse_media,
+    text_turn,
+    turns_or_text,
+)
 from hft_cli.errors import UserError, choose
 from hft_cli.paths import resolve_path
 
-Chat = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
-
 Row = dict[str, Any]
-
-_MESSAGE_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **_MESSAGE_ROLES}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,13 @@ def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list
         if source.general:
             chats += read_chats(resolve_path(source.path))
             continue
-        rows = read_chats(resolve_path(source.path), format=data.format, split=source.split, max_rows=data.max_rows)
+        rows = read_chats(
+            resolve_path(source.path),
+            format=data.format,
+            split=source.split,
+            max_rows=data.max_rows,
+            columns=data.columns,
+        )
         count = round(source.share * len(rows)) if source.rows is None else source.rows
         chats += [rows[index] for index in draw_rows(len(rows), max(count, 1), f"{seed}\0{source.path}")]
     return chats
@@ -70,151 +82,226 @@ def draw_rows(rows: int, count: int, key: str) -> list[int]:
     return sorted(sorted(range(rows), key=order)[:count]) if count < rows else list(range(rows))
 
 
-def read_chats(path: str, *, format: str = "auto", split: str = "train", max_rows: int | None = None) -> list[Chat]:
+def read_chats(
+    path: str,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    max_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    names: Names | None = None,
+) -> list[Chat]:
     """Read rows as chats.
 
     Args:
         path: a .json file (a list of objects, or an object with one list in it), a .jsonl or .parquet file, the first
             two also gzipped; a folder of such files; or the name of a hub data set.
-        format: the shape of the rows, a key of READERS, or "auto": that of the first row, which all rows must have.
+        format: the shape of the rows, a key of READERS, or "auto": that of the first row. A row without its keys is
+            read in another shape, if it has the keys of one; but not as raw text.
         split: which files of a folder (train.jsonl, train-00000-of-00002.parquet, …) or which split of a hub data set.
             A folder whose file names have no split is read whole as "train". A single file is read whatever its name.
         max_rows: the largest number of rows to read, at least 1; None reads all.
+        columns: our name -> the data set's, of columns and of fields of turns.
+        names: takes the place of `columns`; its counts of unused fields are updated.
 
     Raises:
         UserError: if there is nothing at `path`, there are no rows, or a row is bad. Rows and lines count from 1.
     """
     choose("data.format", format, ("auto", *READERS))
     chats: list[Chat] = []
+    read = ChatReader(format, names or Names(columns or {}))
     for place, row in read_rows(path, split, max_rows):
         try:
-            if format == "auto":
-                format = _shape_of(row)
-            keys, read = READERS[format]
-            if missing := [key for key in keys if key not in row]:
-                raise UserError(f"no '{missing[0]}', which the shape '{format}' needs (keys found: {', '.join(row)}).")
-            chats.append(check_chat(read(row)))
+            chats.append(read(row))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not chats:
         raise UserError(f"No rows in {path}.")
+    read.names.check_columns()
     return chats
 
 
+class ChatReader:
+    """Reads one row after another as chats.
+
+    Args:
+        format: as for `read_chats`.
+        names: of the data set.
+    """
+
+    def __init__(self, format: str, names: Names) -> None:
+        self.format, self.names = format, names
+        self.detect = format == "auto"
+        self.shapes: Counter[str] = Counter()  # rows read in each
+
+    def __call__(self, row: Row) -> Chat:
+        """The chat of a row; UserError with the reason if it is bad."""
+        fields = self.names.renamed(row)
+        row = {key: value for key, value in fields.items() if value is not None}
+        if self.format == "auto":
+            self.format = _shape_of(row)
+        shape = self.format
+        if self.detect and not _has_shape(row, shape):
+            shape = next((name for name in READERS if name != "text" and _has_shape(row, name)), shape)
+        keys, read = READERS[shape]
+        if missing := [key for key in keys if key not in row]:
+            what = f"'{missing[0]}' is null" if missing[0] in fields else f"no '{missing[0]}'"
+            raise UserError(f"{what}, which the shape '{shape}' needs (keys found: {', '.join(row) or 'none'}).")
+        refuse_media(row, "the row")
+        fields = dict(row)
+        chat = check_chat(with_row_fields(read(fields, self.names), fields))
+        self.names.unused.update(key for key, value in fields.items() if value not in ("", [], {}))
+        self.shapes[shape] += 1
+        return chat
+
+
+def _has_shape(row: Row, name: str) -> bool:
+    return all(key in row for key in READERS[name][0])
+
+
 def _shape_of(row: Row) -> str:
-    for name, (keys, _) in READERS.items():
-        if all(key in row for key in keys):
+    for name in READERS:
+        if _has_shape(row, name):
             return name
     known = ", ".join(f"{name} ({' + '.join(keys)})" for name, (keys, _) in READERS.items())
-    raise UserError(f"unknown shape (keys found: {', '.join(row) or 'none'}). Known: {known}.")
+    raise UserError(
+        f"unknown shape (keys found: {', '.join(row) or 'none'}). Known: {known}. Other names: "
+        "'data.columns={prompt: question, …}'."
+    )
 
 
-def check_chat(chat: Chat) -> Chat:
-    """Return the chat; UserError unless a model can learn from it: it ends with an answer, and no answer is empty."""
-    for number, turn in enumerate(chat, 1):
-        if turn["role"] == "assistant" and not turn["content"].strip():
-            raise UserError(f"turn {number}: the assistant's answer is empty.")
-        if not turn["content"].isascii():
-            try:
-                turn["content"].encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"turn {number}: half a surrogate pair at character {error.start}.") from None
-    roles = [turn["role"] for turn in chat]
-    if "assistant" not in roles:
-        raise UserError("no assistant turn, so nothing to learn.")
-    if roles[-1] != "assistant":
-        raise UserError(f"the last turn is the {roles[-1]}'s, not the assistant's.")
-    if roles[0] == "assistant":
-        raise UserError("the first turn is the assistant's: there is nothing for it to answer.")
-    return chat
+def with_row_fields(chat: Chat, row: Row) -> Chat:
+    """The chat with what else its row says: tools, a system turn, variables of the template."""
+    for key in LOSS_KEYS:
+        if key in row and row.pop(key) not in (1,):
+            raise UserError(f"the row has '{key}', and hft has no weights of rows. Take it out of the file.")
+    for key in REASONING_KEYS:
+        if row.get(key) not in (None, ""):
+            raise UserError(f"the row has '{key}': put it into the assistant's turn, as its 'reasoning_content'.")
+    tools = [column for column in ("tools", "functions") if row.get(column)]
+    if tools:
+        chat = replace(chat, tools=read_tools(row.pop(tools[0]), tools[0]))
+    options = row.pop("chat_template_kwargs", None) or {}
+    if not isinstance(options, dict):
+        raise UserError(f"'chat_template_kwargs' is {json_type(options)}, not an object.")
+    system = row.pop("system", row.pop("system_prompt", None)) or ""
+    if not isinstance(system, str):
+        raise UserError(f"'system' is {json_type(system)}, not a string.")
+    if system.strip() and chat.turns:
+        chat = _with_system(chat, system)
+    return replace(chat, options=options) if options else chat
 
 
-def content_hash(chats: Iterable[Chat]) -> str:
-    """SHA-256 (hex) of the chats in their order. The same data give the same hash, from whatever file."""
-    digest = hashlib.sha256()
-    for chat in chats:
-        digest.update(_canonical(chat))
-    return digest.hexdigest()
+def _with_system(chat: Chat, system: str) -> Chat:
+    if chat.turns[0]["role"] == "system":
+        if chat.turns[0]["content"].strip() == system.strip():
+            return chat
+        raise UserError("the row has a 'system' and a first turn of the system, which differ.")
+    return replace(
+        chat,
+        turns=({"role": "system", "content": system}, *chat.turns),
+        masked=tuple(index + 1 for index in chat.masked),
+        prompt_turns=chat.prompt_turns + 1 if chat.prompt_turns else 0,
+    )
 
 
-def count_repeats(train: Sequence[Chat], test: Sequence[Chat]) -> tuple[int, int]:
-    """The number of rows of `train` that repeat an earlier row exactly, and of those that `test` contains as well."""
-    train_hashes, test_hashes = ([hashlib.sha256(_canonical(chat)).digest() for chat in set_] for set_ in (train, test))
-    in_test = set(test_hashes)
-    return len(train_hashes) - len(set(train_hashes)), sum(row in in_test for row in train_hashes)
-
-
-def _canonical(chat: Chat) -> bytes:
-    """Roles and texts as one line of JSON: equal for equal chats."""
-    return json.dumps([(turn["role"], turn["content"]) for turn in chat]).encode() + b"\n"
-
-
-def turns_or_text(value: Any, column: str, role: str) -> Chat:
-    """A list of turns as a chat, or a string as one turn of `role`; UserError naming the column otherwise."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _turns(value, column, ("role", "content"), _MESSAGE_ROLES)
-
-
-def _turns(value: Any, column: str, keys: tuple[str, str], roles: dict[str, str]) -> Chat:
-    """A list of turns as a chat. `keys` are those of role and text; `roles` maps the roles to ours."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"'{column}' is {'empty' if value == [] else json_type(value)}, not a list of turns.")
-    chat = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise UserError(f"turn {number} of '{column}' is {json_type(turn)}, not an object.")
-        for key in keys:
-            if key not in turn:
-                raise UserError(f"turn {number} of '{column}' has no '{key}' (keys found: {', '.join(turn)}).")
-        role, text = (turn[key] for key in keys)
-        name = roles[choose(f"role in turn {number} of '{column}':", role, roles)]
-        chat.append({"role": name, "content": _text(text, f"'{keys[1]}' in turn {number} of '{column}'")})
-    return chat
-
-
-def _text(value: Any, name: str) -> str:
+def text_of(row: Row, column: str) -> str:
+    """Take a text out of a row. A number, as in tables of arithmetic, is its text; UserError for anything else."""
+    value = row.pop(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{name} is {json_type(value)}, not a string.")
+        raise UserError(f"'{column}' is {json_type(value)}, not a string.")
     return value
 
 
-def _question_and_answer(question: str, answer: str) -> Chat:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def question_of(row: Row, column: str) -> str:
+    """Take the question of an instruction out of a row, with the further text that Alpaca gives as `input`."""
+    question = text_of(row, column)
+    context = text_of(row, "input") if row.get("input") is not None else ""
+    return f"{question}\n\n{context}" if context.strip() else question
 
 
-def _messages(row: Row) -> Chat:
-    return _turns(row["messages"], "messages", ("role", "content"), _MESSAGE_ROLES)
+def history_of(row: Row, names: Names) -> Turns:
+    """Take the earlier turns of a dialogue out of a row: pairs of question and answer, or turns."""
+    history = row.pop("history", None)
+    if not history:
+        return Turns()
+    if isinstance(history, list) and all(isinstance(pair, list | tuple) for pair in history):
+        if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history):
+            raise UserError("'history' is not a list of pairs of question and answer.")
+        roles = ("user", "assistant")
+        return Turns([{"role": roles[index], "content": pair[index]} for pair in history for index in (0, 1)])
+    return read_turns(history, "history", names)
 
 
-def _prompt_completion(row: Row) -> Chat:
-    prompt = turns_or_text(row["prompt"], "prompt", "user")
-    return prompt + turns_or_text(row["completion"], "completion", "assistant")
+def continued(prompt: Turns, answer: Turns) -> tuple[Turns, int]:
+    """Prompt and completion as one chat, and the characters of the first answer that the prompt gives beforehand."""
+    if not (prompt.turns and prompt.turns[-1]["role"] == answer.turns[0]["role"] == "assistant"):
+        return prompt + answer, 0
+    start, rest = prompt.turns[-1], answer.turns[0]
+    if set(start) != {"role", "content"} or 0 in answer.masked:
+        raise UserError("the prompt ends with an assistant's turn that the completion cannot continue.")
+    joined = {**rest, "content": start["content"] + rest["content"]}
+    prompt = Turns(prompt.turns[:-1], [index for index in prompt.masked if index < len(prompt.turns) - 1])
+    return prompt + Turns([joined, *answer.turns[1:]], answer.masked), len(start["content"])
 
 
-def _alpaca(row: Row) -> Chat:
-    question = _text(row["instruction"], "'instruction'")
-    context = _text(row.get("input") or "", "'input'")
-    question = f"{question}\n\n{context}" if context.strip() else question
-    return _question_and_answer(question, _text(row["output"], "'output'"))
+def _chat(turns: Turns, **fields: Any) -> Chat:
+    return Chat(tuple(turns.turns), tuple(turns.masked), **fields)
 
 
-def _sharegpt(row: Row) -> Chat:
-    return _turns(row["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES)
+def _messages(row: Row, names: Names) -> Chat:
+    return _chat(history_of(row, names) + read_turns(row.pop("messages"), "messages", names))
 
 
-def _trace(row: Row) -> Chat:
-    answer = row["answer"]
-    if isinstance(answer, int | float) and not isinstance(answer, bool):  # arithmetic tasks may have numbers
-        answer = str(answer)
-    return _question_and_answer(_text(row["prompt"], "'prompt'"), _text(answer, "'answer'"))
+def _conversations(row: Row, names: Names) -> Chat:
+    return _chat(read_turns(row.pop("conversations"), "conversations", names))
 
 
-# data.format -> (the keys that identify the shape, its reader). The first entry whose keys a row has is its shape.
-READERS: dict[str, tuple[tuple[str, ...], Callable[[Row], Chat]]] = {
+def _prompt_completion(row: Row, names: Names) -> Chat:
+    prompt = history_of(row, names) + turns_or_text(row.pop("prompt"), "prompt", "user", names)
+    completion = turns_or_text(row.pop("completion"), "completion", "assistant", names)
+    if completion.turns[0]["role"] != "assistant":
+        raise UserError(f"'completion' begins with the {completion.turns[0]['role']}'s turn, not the assistant's.")
+    if completion.turns[0]["content"].strip() == "" and not completion.turns[0].get("tool_calls"):
+        raise UserError(f"turn {len(prompt.turns) + 1}: the assistant's answer is empty.")
+    turns, prefill = continued(prompt, completion)
+    return _chat(turns, prompt_turns=len(turns.turns) - len(completion.turns), prefill=prefill)
+
+
+def _alpaca(row: Row, names: Names) -> Chat:
+    return _question_and_answer(row, names, "instruction", "output")
+
+
+def _orca(row: Row, names: Names) -> Chat:
+    return _question_and_answer(row, names, "question", "response")
+
+
+def _trace(row: Row, names: Names) -> Chat:
+    return _question_and_answer(row, names, "prompt", "answer")
+
+
+def _question_and_answer(row: Row, names: Names, question: str, answer: str) -> Chat:
+    asked = history_of(row, names) + text_turn("user", question_of(row, question))
+    return _chat(asked + text_turn("assistant", text_of(row, answer)))
+
+
+def _text(row: Row, names: Names) -> Chat:
+    text = row.pop("text")
+    if not isinstance(text, str):
+        raise UserError(f"'text' is {json_type(text)}, not a string.")
+    return Chat(text=text)
+
+
+# data.format -> (the keys that identify the shape, its reader). The first entry whose keys a row has is its shape. A
+# reader takes what it uses out of the row; what is left is counted as unused.
+READERS: dict[str, tuple[tuple[str, ...], Callable[[Row, Names], Chat]]] = {
     "messages": (("messages",), _messages),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
     "alpaca": (("instruction", "output"), _alpaca),
-    "sharegpt": (("conversations",), _sharegpt),
+    "sharegpt": (("conversations",), _conversations),
+    "orca": (("question", "response"), _orca),
     "trace": (("prompt", "answer"), _trace),
+    "text": (("text",), _text),
 }

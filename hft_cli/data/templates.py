@@ -1,25 +1,29 @@
-"""Chat templates: the text of a chat, and the spans of it that are answers."""
+"""Chat templates: which one a run uses, and what one does with a chat."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_cli.data.compat import render_with_marks
-from hft_cli.data.rows import Chat
+from hft_cli.data.chats import Turn
+from hft_cli.data.turns import REASONING_KEYS
 from hft_cli.errors import UserError, choose
 from hft_cli.paths import PACKAGE
 
-Span = tuple[int, int]  # start and end in characters of the rendered text
-
 TEMPLATES = PACKAGE / "assets" / "chat_templates"
 
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 OTHER_TEMPLATE = "choose another template (model.chat_template=tulu|plain|PATH)"
+
+# The tags between which models write their reasoning. Templates split an answer at them.
+REASONING_TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>|\[/?THINK\]|◁/?think▷")
+
+PROBE = "An answer to look for."
 
 
 def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
@@ -50,8 +54,14 @@ def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
         choose("model.chat_template", name_or_path, built_in)
     if not tokenizer.eos_token:
         raise UserError(f"The chat template '{name_or_path}' ends answers with the EOS token; the tokenizer has none.")
-    begins_with_bos = bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if begins_with_bos else "") + built_in[name_or_path].read_text(encoding="utf-8")
+    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + built_in[name_or_path].read_text(
+        encoding="utf-8"
+    )
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the BOS token before plain text."""
+    return bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 @contextmanager
@@ -61,22 +71,46 @@ def _template_errors(place: str) -> Iterator[None]:
 
     try:
         yield
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: the chat template fails: {error}") from error
 
 
-def apply_template(chat: Chat, place: str, tokenizer: Any, **options: Any) -> str:
-    """Render a chat as text, with `options` for `apply_chat_template`; UserError at `place` if the template fails."""
+def apply_template(turns: Sequence[Turn], place: str, tokenizer: Any, **options: Any) -> str:
+    """Render turns as text, with `options` for `apply_chat_template`; UserError at `place` if the template fails."""
     with _template_errors(place):
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
 
 
-def check_template(chat: Chat, place: str, tokenizer: Any) -> str:
-    """What the template writes after an answer; UserError if that is nothing, or the answer is left out."""
-    chat_template(None, tokenizer)  # raises if the tokenizer has none
-    answer = "An answer to look for."
-    text = apply_template([*chat[:-1], {"role": "assistant", "content": answer}], place, tokenizer)
-    _, answer_found, tail = text.rpartition(answer)
+@dataclass(frozen=True)
+class Template:
+    """What a chat template does, as seen on one chat.
+
+    Attributes:
+        marked: the template with a character, START and END, in the place of each `{% generation %}` mark; None if it
+            has no marks.
+        prompts: whether it writes a generation prompt.
+        header: what stands before an answer and is no generation prompt, because the template has none.
+        end: what ends an answer: the text after it up to and including the first special token.
+        tail: all that it writes after the last answer.
+        ends_with_token: whether there is a special token in `end`.
+    """
+
+    marked: str | None
+    prompts: bool
+    header: str
+    end: str
+    tail: str
+    ends_with_token: bool
+
+
+START, END = "\U0010fff0", "\U0010fff1"  # private characters in the place of {% generation %} marks
+
+
+def examine(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> Template:
+    """Find out what the template does, on a chat with another last answer; UserError if it omits or never ends it."""
+    probe = [*turns[:-1], {"role": "assistant", "content": PROBE}]
+    text = apply_template(probe, place, tokenizer, **options)
+    before, answer_found, tail = text.rpartition(PROBE)
     if not answer_found:
         raise UserError(f"The chat template leaves out the assistant's turns (is it for images?): {OTHER_TEMPLATE}.")
     if not tail:
@@ -84,57 +118,72 @@ def check_template(chat: Chat, place: str, tokenizer: Any) -> str:
             "The chat template writes nothing after an answer, so the model would not learn to stop: let it write "
             f"eos_token there, or {OTHER_TEMPLATE}."
         )
-    return tail
+    history, prompt = (
+        apply_template(probe[:-1], place, tokenizer, add_generation_prompt=wanted, **options)
+        for wanted in (False, True)
+    )
+    header = before[len(history) :] if prompt == history and before.startswith(history) else ""
+    header = REASONING_TAG.split(header)[0]
+    special = first_special(tail, tokenizer)
+    end = tail[: special[1]] if special else tail.rstrip() or tail
+    source = tokenizer.get_chat_template(tools=options.get("tools"))
+    return Template(
+        marked=MARKS.sub(_visible_mark, source) if MARKS.search(source) else None,
+        prompts=prompt != history,
+        header=header if header.strip() else "",
+        end=end,
+        tail=tail,
+        ends_with_token=special is not None,
+    )
 
 
-def render_chat(chat: Chat, place: str, tokenizer: Any, template: str, loss: str) -> tuple[str, list[Span]]:
-    """Render a chat as text, with the spans of the answers and of what ends each of them.
+def _visible_mark(mark: re.Match[str]) -> str:
+    """A character in the place of a mark. The block around it keeps the mark's effect on the white space beside it."""
+    opening = "{%-" if mark[0].startswith("{%-") else "{%"
+    closing = "-%}" if mark[0].endswith("-%}") else "%}"
+    return f"{opening} if true %}}{{{{ '{END if mark[1] else START}' }}}}{{% endif {closing}"
 
-    Args:
-        chat: the turns.
-        place: the name of the chat in errors.
-        tokenizer: a tokenizer whose chat template is `template`.
-        loss: "assistant", or "all", for which there are no spans.
+
+def first_special(text: str, tokenizer: Any) -> tuple[int, int, int] | None:
+    """Start, end and id of the first special token in a text; of two at one place the longer one."""
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    at = {text.find(token): token for token in sorted(special, key=len) if token and token in text}
+    if not at:
+        return None
+    start = min(at)
+    return start, start + len(at[start]), special[at[start]]
+
+
+def reasoning_key(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> str | None:
+    """The name under which the template reads the reasoning of an answer; None if it does not."""
+    for key in REASONING_KEYS:
+        probe = [*turns[:-1], {"role": "assistant", "content": PROBE, key: "A thought to look for."}]
+        if "A thought to look for." in apply_template(probe, place, tokenizer, **options):
+            return key
+    return None
+
+
+def arguments_form(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """Whether the template writes a call's arguments as JSON from an "object" or from its text, a "string".
 
     Raises:
-        UserError: if the template fails, or the answers cannot be found.
+        UserError: if it writes no calls.
     """
-    if loss == "all":
-        return apply_template(chat, place, tokenizer), []
-    if not MARKS.search(template):
-        return _render_by_prefixes(chat, place, tokenizer)
-    with _template_errors(place):
-        text, spans = render_with_marks(chat, template, tokenizer.special_tokens_map)
-    return text, _include_ends(chat, text, spans)
-
-
-def _include_ends(chat: Chat, text: str, spans: list[Span]) -> list[Span]:
-    """Extend marked spans by the end-of-turn token; if it were left out, the model would never learn to stop."""
-    if not spans or len(spans) != sum(turn["role"] == "assistant" for turn in chat):
-        return spans  # not one span for each turn: the text after the last span need not end a turn
-    tail = text[spans[-1][1] :].rstrip()  # what follows the last answer, and therefore each answer
-    return [(start, end + len(tail) if text.startswith(tail, end) else end) for start, end in spans]
-
-
-def _render_by_prefixes(chat: Chat, place: str, tokenizer: Any) -> tuple[str, list[Span]]:
-    """Find the answers without marks: an answer is what its turn adds to the prompt for it."""
-    text = apply_template(chat, place, tokenizer)
-    spans = []
-    for number, turn in enumerate(chat):
-        if turn["role"] != "assistant":
+    reasons = []
+    for form, arguments in (("object", {"key": "a value"}), ("string", '{"key": "a value"}')):
+        function = {"name": "a_function", "arguments": arguments}
+        call = {"id": "call00001", "type": "function", "function": function}
+        probe = [*turns[:-1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            text = apply_template(probe, place, tokenizer, **options)
+        except UserError as error:
+            reasons.append(str(error))
             continue
-        prompt = apply_template(chat[:number], place, tokenizer, add_generation_prompt=True)
-        through_turn = text if number + 1 == len(chat) else apply_template(chat[: number + 1], place, tokenizer)
-        if not (text.startswith(through_turn) and through_turn.startswith(prompt)):
-            raise UserError(
-                f"{place}: the chat template writes turn {number + 1} differently in the whole chat than at its end "
-                "(as templates do that drop earlier reasoning), so the assistant's tokens cannot be found. Put "
-                "{% generation %} marks into the template, choose another (model.chat_template=tulu), or set "
-                "data.loss=all."
-            )
-        answer = through_turn[len(prompt) :]
-        # A newline after an end-of-turn token is never generated. If nothing else ends the turn, the newline does.
-        if not answer.rstrip().endswith(turn["content"].rstrip()):
-            answer = answer.rstrip()
-        spans.append((len(prompt), len(prompt) + len(answer)))
-    return text, spans
+        if "a_function" not in text or "a value" not in text:
+            reasons.append(f"{place}: the chat template leaves out 'tool_calls'")
+        elif "{'key'" not in text and '\\"key' not in text:
+            return form
+    raise UserError(
+        f"{reasons[0] if reasons else f'{place}: the chat template does not write calls as JSON'}. The row has "
+        f"'tool_calls': {OTHER_TEMPLATE}."
+    )

@@ -1,22 +1,70 @@
-"""Chats -> tokens with a loss mask, for training. No row is left out or cut without being counted."""
+"""Chats and preference pairs -> tokens with a loss mask. No row is left out or cut without being counted."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_cli.data.encoding import batches, check_fast, encode, question_span, surplus_tokens
-from hft_cli.data.rows import Chat
-from hft_cli.data.templates import Span, chat_template, check_template, render_chat
+from hft_cli.data.chats import LOSSES, Chat
+from hft_cli.data.encoding import TokenPlaces, batches, check_fast, encode, question_span, surplus_tokens
+from hft_cli.data.pieces import Span
+from hft_cli.data.rendering import Rendered, Renderer
+from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
-
-LOSSES = ("assistant", "all")
 
 LONG_PROMPTS = ("drop", "cut")
 
 IGNORED = -100  # the label of a token without a loss
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """How rows become tokens.
+
+    Attributes:
+        max_length: the largest number of tokens of a row; the end of a longer row is truncated.
+        loss: what has a loss (`data.loss`): "assistant", the assistant's turns with what ends them; "last_turn", the
+            last of them; "completion", those after the prompt; "all", every token.
+        long_prompts: what happens to a row longer than max_length before truncation. "drop": nothing, so that it is
+            dropped if its prompt alone fills max_length. "cut": the first user turn loses as many tokens as needed at
+            its start. What the template writes before that (BOS, a system turn) stays.
+    """
+
+    max_length: int
+    loss: str = "assistant"
+    long_prompts: str = "drop"
+
+    def check(self, tokenizer: Any) -> None:
+        """UserError for an unknown value, or one that the tokenizer does not allow."""
+        choose("data.loss", self.loss, LOSSES)
+        choose("data.long_prompts", self.long_prompts, LONG_PROMPTS)
+        if self.loss != "all":
+            check_fast(tokenizer, "Loss on the assistant's turns", ", or set data.loss=all")
+        if self.long_prompts == "cut":
+            check_fast(tokenizer, "Cutting long prompts", ", or set data.long_prompts=drop")
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row as it is trained on.
+
+    Attributes:
+        text: the whole row, before it is cut or truncated.
+        ids: its tokens, at most max_length.
+        labels: the same ids; -100 where there is no loss. The first token has none, because nothing precedes it.
+        length: number of tokens before truncation.
+        answer_start: the index of the first token with a loss, before truncation. From max_length on, the row is
+            dropped.
+        cut: whether its prompt lost tokens at its start.
+    """
+
+    text: str
+    ids: list[int]
+    labels: list[int]
+    length: int
+    answer_start: int
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,11 +104,7 @@ def tokenize(
     Args:
         chats: as `read_chats` returns them.
         tokenizer: a fast tokenizer (any, with loss "all" and long_prompts "drop") with a chat template.
-        max_length: the largest number of tokens of a row; the end of a longer row is truncated.
-        loss: "assistant" trains on the assistant's turns with their end-of-turn token; "all" on every token.
-        long_prompts: what happens to a row longer than max_length before truncation. "drop": nothing, so that it is
-            dropped if its prompt alone fills max_length. "cut": the first user turn loses as many tokens as needed at
-            its start. What the template writes before that (BOS, a system turn) stays.
+        max_length, loss, long_prompts: see `TokenOptions`.
         where: the name of the data in errors.
 
     Raises:
@@ -68,27 +112,28 @@ def tokenize(
     """
     import datasets
 
-    options = _Options(max_length, loss, long_prompts)
+    options = TokenOptions(max_length, loss, long_prompts)
     options.check(tokenizer)
     if not chats:
         raise UserError(f"No rows in {where}.")
-    template = chat_template(None, tokenizer)
-    check_template(chats[0], f"{where}, example 1", tokenizer)
+    if any(chat.turns for chat in chats):
+        chat_template(None, tokenizer)  # raises if the tokenizer has none
+    renderer = Renderer(tokenizer)
     column = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"input_ids": column, "labels": column})
     parts: list[Any] = []
     dropped: list[int] = []  # tokens before the answer of each dropped row
     truncated = cut = trained = total = 0
     for batch, places in batches(chats, where):
-        rows = _tokenize_batch(batch, places, tokenizer, template, options)
+        rows = tokenize_chats(batch, places, renderer, options)
         dropped += [row.answer_start for row in rows if row.answer_start >= max_length]
         rows = [row for row in rows if row.answer_start < max_length]
-        ids, labels = [row.ids[:max_length] for row in rows], [row.labels[:max_length] for row in rows]
-        parts.append(datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features))
-        truncated += sum(len(row.ids) > max_length for row in rows)
-        cut += sum(row.is_cut for row in rows)
-        total += sum(map(len, ids))
-        trained += sum(label != IGNORED for row_labels in labels for label in row_labels)
+        columns = {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
+        parts.append(datasets.Dataset.from_dict(columns, features=features))
+        truncated += sum(row.length > max_length for row in rows)
+        cut += sum(row.cut for row in rows)
+        total += sum(len(row.ids) for row in rows)
+        trained += sum(label != IGNORED for row in rows for label in row.labels)
     if len(dropped) == len(chats):
         prompts = "prompts" if long_prompts == "drop" else "prompts, without the first user turn,"
         raise UserError(
@@ -99,68 +144,87 @@ def tokenize(
     return Tokenized(dataset, len(dataset), len(dropped), truncated, cut, trained, total)
 
 
-@dataclass(frozen=True)
-class _Options:
-    max_length: int
-    loss: str
-    long_prompts: str
+def tokenize_chats(
+    chats: Sequence[Chat], places: Sequence[str], renderer: Renderer, options: TokenOptions
+) -> list[TokenRow]:
+    """A batch of chats as tokens.
 
-    def check(self, tokenizer: Any) -> None:
-        choose("data.loss", self.loss, LOSSES)
-        choose("data.long_prompts", self.long_prompts, LONG_PROMPTS)
-        if self.loss == "assistant":
-            check_fast(tokenizer, "Loss on the assistant's turns", ", or set data.loss=all")
-        if self.long_prompts == "cut":
-            check_fast(tokenizer, "Cutting long prompts", ", or set data.long_prompts=drop")
-
-    @property
-    def need_offsets(self) -> bool:
-        return self.loss == "assistant" or self.long_prompts == "cut"
+    Raises:
+        UserError: if a chat cannot be trained on; see `Renderer.render`.
+    """
+    rows: dict[int, TokenRow] = {}
+    for is_text, make in ((True, _text_rows), (False, _chat_rows)):
+        numbers = [number for number, chat in enumerate(chats) if (chat.text is not None) == is_text]
+        if numbers:
+            made = make([chats[n] for n in numbers], [places[n] for n in numbers], renderer, options)
+            rows |= zip(numbers, made, strict=True)
+    return [rows[number] for number in range(len(chats))]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row before truncation. `answer_start` is the index of its first token with a loss."""
-
-    ids: list[int]
-    labels: list[int]
-    is_cut: bool
-    answer_start: int
-
-
-def _tokenize_batch(
-    chats: Sequence[Chat], places: list[str], tokenizer: Any, template: str, options: _Options
-) -> list[_Row]:
-    rendered = [
-        render_chat(chat, place, tokenizer, template, options.loss) for chat, place in zip(chats, places, strict=True)
-    ]
-    encoded = encode([text for text, _ in rendered], tokenizer, offsets=options.need_offsets)
+def _text_rows(
+    chats: Sequence[Chat], places: Sequence[str], renderer: Renderer, options: TokenOptions
+) -> list[TokenRow]:
+    """Raw text, with the tokens that the tokenizer adds (BOS) and the EOS token at its end; all have a loss."""
+    tokenizer = renderer.tokenizer
+    texts = [str(chat.text) for chat in chats]
+    all_ids, _ = encode(texts, tokenizer, special=True)
     rows = []
-    for number, (text, spans) in enumerate(rendered):
-        ids, place = encoded["input_ids"][number], places[number]
-        offsets = encoded["offset_mapping"][number] if options.need_offsets else []
-        labels = _labels(ids, offsets, spans) if options.loss == "assistant" else list(ids)
-        surplus = slice(0, 0)
-        if options.long_prompts == "cut" and len(ids) > options.max_length:
-            question = question_span(chats[number], text, place, tokenizer)
-            surplus = surplus_tokens(text, offsets, question, len(ids) - options.max_length)
-        del ids[surplus], labels[surplus]
-        labels[:1] = [IGNORED]  # the first token: see Tokenized.trained_tokens
-        answer_start = next((index for index, label in enumerate(labels) if label != IGNORED), None)
-        if answer_start is None:
-            raise UserError(f"{place}: the chat template leaves no token to train on.")
-        rows.append(_Row(ids, labels, surplus.start < surplus.stop, answer_start))
+    for text, ids, place in zip(texts, all_ids, places, strict=True):
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+            text += tokenizer.eos_token
+        rows.append(_row(text, ids, list(ids), place, options))
     return rows
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """`ids` where a token shares a character with a span, -100 elsewhere."""
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    labels = [IGNORED] * len(ids)
-    for start, end in spans:
-        first = bisect_right(ends, start)
-        # Some tokenizers (Llama 3's, GPT-2's) trim blanks off the offsets, so that a token of blanks only is the empty
-        # span at its own end. The second term includes it.
-        last = max(bisect_left(starts, end), bisect_right(ends, end))
-        labels[first:last] = ids[first:last]
+def _chat_rows(
+    chats: Sequence[Chat], places: Sequence[str], renderer: Renderer, options: TokenOptions
+) -> list[TokenRow]:
+    rendered = []
+    for chat, place in zip(chats, places, strict=True):
+        whole = options.loss == "all"
+        answers = chat.masked if whole else chat.trained(options.loss)
+        if not whole and not answers:
+            raise UserError(f"{place}: no answer has a loss under data.loss={options.loss}, because of its own marks.")
+        rendered.append(renderer.render(chat, place, answers, whole=whole))
+    all_ids, all_offsets = encode([each.text for each in rendered], renderer.tokenizer)
+    rows = []
+    for chat, place, each, ids, offsets in zip(chats, places, rendered, all_ids, all_offsets, strict=True):
+        labels = _labels(ids, offsets, each, place, inverted=options.loss == "all")
+        surplus = slice(0, 0)
+        if options.long_prompts == "cut" and len(ids) > options.max_length:
+            surplus = question_surplus(chat, place, each.text, offsets, renderer, len(ids) - options.max_length)
+        kept = [*ids[: surplus.start], *ids[surplus.stop :]]
+        labels = [*labels[: surplus.start], *labels[surplus.stop :]]
+        rows.append(_row(each.text, kept, labels, place, options, cut=surplus.start < surplus.stop))
+    return rows
+
+
+def _row(
+    text: str, ids: list[int], labels: list[int], place: str, options: TokenOptions, cut: bool = False
+) -> TokenRow:
+    labels[:1] = [IGNORED]  # the first token: see TokenRow.labels
+    answer_start = next((index for index, label in enumerate(labels) if label != IGNORED), None)
+    if answer_start is None:
+        raise UserError(f"{place}: the chat template leaves no token to train on.")
+    longest = options.max_length
+    return TokenRow(text, ids[:longest], labels[:longest], len(ids), answer_start, cut)
+
+
+def question_surplus(chat: Chat, place: str, text: str, offsets: list[Span], renderer: Renderer, surplus: int) -> slice:
+    """The tokens of the first user turn that a row loses to become shorter by `surplus` tokens, if it can."""
+    options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.options}
+    question = question_span(renderer.turns(chat, place), text, place, renderer.tokenizer, **options)
+    return surplus_tokens(text, offsets, question, surplus)
+
+
+def _labels(ids: list[int], offsets: list[Span], rendered: Rendered, place: str, *, inverted: bool) -> list[int]:
+    """`ids` where a token shares a character with the span of an answer, -100 elsewhere; or the other way round."""
+    labels = list(ids) if inverted else [IGNORED] * len(ids)
+    places = TokenPlaces(offsets)
+    for answer in rendered.answers:
+        for span in answer.spans:
+            is_end = span[1] == answer.end and not inverted
+            tokens = places.within(span, f"{place}: what ends turn {answer.turn + 1}" if is_end else None)
+            labels[tokens] = [IGNORED] * (tokens.stop - tokens.start) if inverted else ids[tokens]
     return labels

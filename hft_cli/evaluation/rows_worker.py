@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hft_cli.config.training import GenerationConfig
+from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import Prompts, make_prompts
-from hft_cli.data.rows import Chat, read_chats
+from hft_cli.data.rows import read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
 from hft_cli.evaluation.compat import use_generation_settings_only

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
-from hft_cli.data.rows import content_hash, read_chats
+from hft_cli.data.chats import content_hash
+from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import local_files, probe
 from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings

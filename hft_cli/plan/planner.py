@@ -13,7 +13,7 @@ from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import EngineConfig, PlanConfig
 from hft_cli.config.settings import REQUIRED
 from hft_cli.config.validate import check
-from hft_cli.data.preferences import read_preferences
+from hft_cli.data.preferences import read_pairs
 from hft_cli.data.rows import Source, read_sources
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
@@ -262,9 +262,7 @@ def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
     for source in phase.sources:
         path = resolve_path(source.path)
         if Path(path).exists() and phase.stage == "dpo":
-            total += len(
-                read_preferences(path, split=source.split, max_rows=config.data.max_rows, ties=config.dpo.ties).rows
-            )
+            total += len(read_pairs(source, config.data, config.dpo.ties).rows)
         elif Path(path).exists():
             total += len(read_sources([source], config.data, config.seed))
         elif config.rows is None or source.general:

@@ -14,8 +14,9 @@ from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
-from hft_cli.data.preferences import preferences_hash, read_preferences
-from hft_cli.data.rows import content_hash, count_repeats, read_chats, read_sources
+from hft_cli.data.chats import content_hash, count_repeats
+from hft_cli.data.preferences import preferences_hash, read_pairs
+from hft_cli.data.rows import read_chats, read_sources
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import flatten, read_json
@@ -126,9 +127,7 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     if phase.stage == "half_reset":
         record: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(phase.data), "model.base"))}
     elif phase.stage == "dpo":
-        pairs = read_preferences(
-            resolve_path(phase.data), split=phase.sources[0].split, max_rows=data.max_rows, ties=config.dpo.ties
-        ).rows
+        pairs = read_pairs(phase.sources[0], data, config.dpo.ties).rows
         record = {"data_sha256": preferences_hash(pairs), "rows": len(pairs)}
     else:
         chats = read_sources(phase.sources, data, config.seed)

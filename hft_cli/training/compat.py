@@ -140,7 +140,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # that TRL adds 
 
 
 class ExactReferenceTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's DPOTrainer, with a precomputed reference in the precision in which it was computed.
+    """TRL's DPOTrainer for rows that are tokens, with a precomputed reference in its own precision.
 
     UPSTREAM: transformers 5.23.0: under DeepSpeed `_prepare_inputs` casts all floating-point inputs to the training
     dtype. In bfloat16, -1710.2 becomes -1712.
@@ -149,6 +149,14 @@ class ExactReferenceTrainer(DPOTrainer):  # type: ignore[misc]
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         exact = {key: inputs[key].to(self.args.device) for key in REFERENCE_COLUMNS if key in inputs}
         return {**super()._prepare_inputs(inputs), **exact}
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """The data set as it is.
+
+        UPSTREAM: trl 1.16.0: rows are rendered and tokenized here into the columns that ours have already, and there is
+        no setting that skips it, as SFTTrainer's `skip_prepare_dataset` does.
+        """
+        return dataset
 
 
 def release_precompute_engine(trainer: Any) -> None:
@@ -169,18 +177,6 @@ def salted(dataset: Any, fingerprint: str) -> Any:
     the model. Under ZeRO-3 the latter is a hash of empty parameters, and values of another model would be read.
     """
     return dataset.select(range(len(dataset)), new_fingerprint=fingerprint)
-
-
-def answer_start(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
-    """How many tokens of a preference pair TRL takes for the prompt.
-
-    UPSTREAM: trl 1.16.0: the answers begin where the tokens of the prompt, with the generation prompt, differ from
-    those of the prompt with either answer. Pairs with a start of at least max_length are dropped without a message.
-    """
-    for place, tokens in enumerate(zip(prompt, chosen, rejected, strict=False)):
-        if len(set(tokens)) > 1:
-            return place
-    return min(len(prompt), len(chosen), len(rejected))
 
 
 # ---------------------------------------------------------------------------------------------------------------- PEFT

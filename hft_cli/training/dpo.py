@@ -1,8 +1,8 @@
 """DPO, direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): rows, reference, first loss.
 
-TRL renders and tokenizes the rows. It drops and cuts some without a message, so they are counted here beforehand by its
-rules: a row is dropped if its prompt alone fills train.max_length; otherwise the prompt with each answer is cut at its
-end. All tokens of an answer have a loss.
+The rows are rendered, checked and tokenized as for SFT; TRL gets tokens. A row is dropped if its prompt alone fills
+train.max_length; otherwise the prompt with each answer is cut at its end. All tokens of an answer have a loss, through
+what ends it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,13 @@ from transformers import TrainerCallback
 
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.encoding import BATCH, encode
-from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash, read_preferences
-from hft_cli.data.rows import Chat
-from hft_cli.data.templates import apply_template, check_template
+from hft_cli.data.encoding import batches, check_fast
+from hft_cli.data.pairs import ALIKE, FILLED, tokenize_pairs
+from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash, read_pairs
+from hft_cli.data.rendering import Renderer
+from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.paths import resolve_path
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
 from hft_cli.training.weights import load_model
@@ -47,10 +47,8 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    data, phase, longest = job.config.data, job.phase, job.config.train.max_length or sys.maxsize
-    preferences = read_preferences(
-        resolve_path(phase.data), split=phase.sources[0].split, max_rows=data.max_rows, ties=job.config.dpo.ties
-    )
+    phase, longest = job.phase, job.config.train.max_length or sys.maxsize
+    preferences = read_pairs(phase.sources[0], job.config.data, job.config.dpo.ties)
     dataset, counts, left_out = pair_dataset(
         preferences.rows, tokenizer, longest, weights_hash(Path(job.model)), where=phase.data
     )
@@ -77,57 +75,44 @@ def pair_dataset(
         where: what errors call the data.
 
     Returns:
-        The data set, with `prompt`, `chosen` and `rejected`, of which TRL will use every row. Its counts of rows and
-        tokens; those of a prompt count twice, as it is read with each answer. Rows left out, by reason.
+        The data set, with `prompt_ids`, `chosen_ids` and `rejected_ids`. Its counts of rows and tokens; those of a
+        prompt count twice, as it is read with each answer. Rows left out, by reason.
 
     Raises:
-        UserError: if the template fails on a row, or leaves out answers or their end; if no row is left.
+        UserError: if the template fails on a row, or does not write what the row says; if no row is left.
     """
-    used: list[Preference] = []
-    left_out = {"prompt fills max_length": 0, "alike when cut": 0}
+    if not rows:
+        raise UserError(f"No rows in {where}.")
+    check_fast(tokenizer, "DPO")
+    chat_template(None, tokenizer)  # raises if the tokenizer has none
+    renderer = Renderer(tokenizer)
+    column = datasets.List(datasets.Value("int32"))
+    features = datasets.Features({"prompt_ids": column, "chosen_ids": column, "rejected_ids": column})
+    parts = []
+    left_out = {FILLED: 0, ALIKE: 0}
     counts = {"rows": 0, "rows_dropped": 0, "rows_truncated": 0, "tokens": 0, "tokens_trained_on": 0}
-    for row, prompt, chosen, rejected in _tokenized(rows, tokenizer, where):
-        start = compat.answer_start(prompt, chosen, rejected)
-        if start >= max_length:
-            left_out["prompt fills max_length"] += 1
-        elif chosen[:max_length] == rejected[:max_length]:
-            left_out["alike when cut"] += 1
-        else:
-            used.append(row)
-            tokens = min(len(chosen), max_length) + min(len(rejected), max_length)
-            counts["rows"] += 1
-            counts["rows_truncated"] += max(len(chosen), len(rejected)) > max_length
-            counts["tokens"] += tokens
-            counts["tokens_trained_on"] += tokens - 2 * start
-    if not used:
+    for batch, places in batches(rows, where):
+        pairs = tokenize_pairs(batch, places, renderer, max_length)
+        used = [pair for pair in pairs if pair.left_out is None]
+        for pair in pairs:
+            if pair.left_out is not None:
+                left_out[pair.left_out] += 1
+        trained = sum(len(answer) for pair in used for answer in pair.answers)
+        counts["rows"] += len(used)
+        counts["rows_truncated"] += sum(pair.truncated for pair in used)
+        counts["tokens"] += trained + sum(2 * len(pair.prompt) for pair in used)
+        counts["tokens_trained_on"] += trained
+        columns = {name: [pair.columns()[name] for pair in used] for name in features}
+        parts.append(datasets.Dataset.from_dict(columns, features=features))
+    if not counts["rows"]:
         fills, alike = left_out.values()
         raise UserError(
             f"No row of {where} can be trained on at train.max_length={max_length}: the prompt fills it in {fills} of "
             f"{len(rows)} rows, and both answers have the same tokens in {alike}. Raise train.max_length."
         )
-    fingerprint = hashlib.sha256(f"{preferences_hash(used)} {base_sha256}".encode()).hexdigest()
-    return compat.salted(datasets.Dataset.from_list(used), fingerprint), counts, left_out
-
-
-def _tokenized(
-    rows: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Iterator[tuple[Preference, list[int], list[int], list[int]]]:
-    """Each row with the token ids of its prompt, and of the prompt with either answer."""
-    check_template(rows[0]["prompt"] + rows[0]["chosen"], f"{where}, example 1", tokenizer)
-
-    def ids(chats: list[Chat], first: int, **options: Any) -> list[list[int]]:
-        texts = [
-            apply_template(chat, f"{where}, example {number}", tokenizer, **options)
-            for number, chat in enumerate(chats, first)
-        ]
-        tokens: list[list[int]] = encode(texts, tokenizer, offsets=False)["input_ids"]
-        return tokens
-
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        prompts = ids([row["prompt"] for row in batch], start + 1, add_generation_prompt=True)
-        chosen, rejected = (ids([row["prompt"] + row[key] for row in batch], start + 1) for key in ANSWERS)
-        yield from zip(batch, prompts, chosen, rejected, strict=True)
+    dataset = datasets.concatenate_datasets(parts)
+    fingerprint = hashlib.sha256(f"{preferences_hash(rows)} {max_length} {base_sha256}".encode()).hexdigest()
+    return compat.salted(dataset, fingerprint), counts, left_out
 
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:

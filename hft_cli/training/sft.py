@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.rows import Chat, Source, content_hash, read_sources
+from hft_cli.data.chats import Chat, content_hash
+from hft_cli.data.rows import Source, read_sources
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts

@@ -5,22 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chats import CHATML, EVERY, KINDS, LLAMA2, MAT, NEWLINE_ENDS, ONE, chat, rendered, text_of, tokenizer_of, turn
+from chats import (
+    CHATML,
+    EVERY,
+    KINDS,
+    LLAMA2,
+    MAT,
+    NEWLINE_ENDS,
+    ONE,
+    chat,
+    chat_of,
+    ids_of,
+    rendered,
+    text_of,
+    tokenizer_of,
+    turn,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import make_prompts
-from hft_cli.data.rows import Chat
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
 
 COLONS = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
-TWICE = "{% for m in messages %}{{ m.content + '|' + m.content + eos_token }}{% endfor %}"
+REPEATS_USER = COLONS.replace("m.content", "m.content + ('|' + m.content if m.role == 'user' else '')")
 
 
 def around(tokenizer: Any, each: Chat) -> tuple[str, str]:
     """What is written before and after the user's first content, which must be there once."""
-    content = next(turn["content"] for turn in each if turn["role"] == "user").strip()
+    content = next(turn["content"] for turn in each.turns if turn["role"] == "user").strip()
     before, found, after = rendered(tokenizer, each).partition(content)
     assert found
     assert content not in before + after
@@ -65,7 +80,7 @@ def test_just_enough_tokens_of_the_first_user_turn_are_lost(
     tokenizer = tokenizer_of(kind, EVERY[name])
     system = content if system == "same" else system
     each, empty = (chat(text, "Because.", system=system) for text in (content, ""))
-    most = room + len(tokenizer.apply_chat_template(empty)["input_ids"])
+    most = room + len(ids_of(tokenizer, empty))
     whole = tokenize([each], tokenizer, max_length=1000).dataset[0]
     result = tokenize([each], tokenizer, max_length=most, long_prompts="cut")
     row, ids = result.dataset[0], whole["input_ids"]
@@ -116,7 +131,7 @@ def test_cut_and_dropped_rows_are_counted_apart() -> None:
 
 
 def test_rows_that_fit_are_never_cut() -> None:
-    tokenizer = tokenizer_of(template=TWICE)
+    tokenizer = tokenizer_of(template=REPEATS_USER)
     one, other = (tokenize([ONE], tokenizer, max_length=100, loss="all", long_prompts=long) for long in ("cut", "drop"))
     assert one.dataset[:] == other.dataset[:]
     assert one.cut == other.cut == 0
@@ -127,7 +142,7 @@ def test_the_same_text_in_header_or_system_turn_stays(content: str) -> None:
     tokenizer = tokenizer_of(template="tulu")
     each = chat(content * 9, "Because.", system=content * 9)
     header, after = f"<|system|>\n{content * 9}\n<|user|>\n", "\n<|assistant|>\nBecause.</s>\n"
-    longest = len(tokenizer.apply_chat_template(each)["input_ids"])
+    longest = len(ids_of(tokenizer, each))
     result = tokenize([each], tokenizer, max_length=longest - 5, long_prompts="cut")
     text = text_of(tokenizer, result.dataset[0]["input_ids"])
     assert text.startswith(header)
@@ -140,7 +155,7 @@ def test_a_token_with_more_of_the_header_than_a_blank_stays(kind: str) -> None:
     tokenizer = tokenizer_of(kind, NEWLINE_ENDS)
     each = chat("\n " + MAT, "Because.")
     two = tokenizer.convert_tokens_to_ids("ĊĊ")
-    assert two in tokenizer.apply_chat_template(each)["input_ids"]  # one newline is the header's, the other the user's
+    assert two in ids_of(tokenizer, each)  # one newline is the header's, the other the user's
     result = tokenize([each], tokenizer, max_length=30, long_prompts="cut")
     assert text_of(tokenizer, result.dataset[0]["input_ids"]).startswith("user:\n\n")
 
@@ -155,7 +170,7 @@ def test_a_token_with_the_blank_of_the_header_is_cut(kind: str) -> None:
 
 
 def test_a_row_without_a_user_is_cut_at_its_end_only() -> None:
-    row = [turn("system", "Be brief."), turn("assistant", MAT)]
+    row = chat_of(turn("system", "Be brief."), turn("assistant", MAT))
     result = tokenize([row], tokenizer_of(template="tulu"), max_length=40, long_prompts="cut")
     assert (result.truncated, result.cut) == (1, 0)
 
@@ -167,15 +182,10 @@ def test_the_first_token_has_no_loss_after_cutting() -> None:
     assert (result.trained_tokens, result.total_tokens) == (8, 9)
 
 
-def test_text_that_a_template_changes_or_repeats_is_not_cut() -> None:
-    for template in (
-        TWICE,
-        COLONS.replace("m.content", "m.content | upper if m.role == 'user' else m.content"),
-    ):
-        with pytest.raises(UserError, match=r"^the data, example 2: too long, and its first user turn cannot be cut"):
-            tokenize(
-                [ONE, chat(MAT, "no")], tokenizer_of(template=template), max_length=30, long_prompts="cut", loss="all"
-            )
+def test_text_that_a_template_repeats_is_not_cut() -> None:
+    tokenizer = tokenizer_of(template=REPEATS_USER)
+    with pytest.raises(UserError, match=r"^the data, example 2: too long, and its first user turn cannot be cut"):
+        tokenize([ONE, chat(MAT, "no")], tokenizer, max_length=30, long_prompts="cut", loss="all")
 
 
 def test_cutting_needs_a_fast_tokenizer() -> None:

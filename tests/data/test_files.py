@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from chats import ONE, TWO
 
-from hft_cli.data.rows import content_hash, read_chats
+from hft_cli.data.chats import content_hash
+from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
 
 
@@ -30,18 +31,18 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"])
 def test_every_file_format_gives_the_same_chats_and_hash(suffix: str, tmp_path: Path) -> None:
-    read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE}, {"messages": TWO}]))
+    read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE.turns}, {"messages": TWO.turns}]))
     assert read == [ONE, TWO]
     assert content_hash(read) == content_hash([ONE, TWO])
 
 
 def test_an_object_with_one_list_is_read_as_that_list(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"messages": ONE}]}))
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"messages": ONE.turns}]}))
     assert read_chats(str(tmp_path / "a.json")) == [ONE]
 
 
 def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps({"messages": ONE}) + "\n\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps({"messages": ONE.turns}) + "\n\n", encoding="utf-8")
     assert read_chats(str(tmp_path / "a.jsonl")) == [ONE]
 
 
@@ -58,20 +59,20 @@ def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> No
 def test_a_folder_gives_the_files_of_its_split(names: list[str], split: str, tmp_path: Path) -> None:
     for name in names:
         wanted = name.startswith(split) or len(names) == 1
-        write(tmp_path / name, [{"messages": ONE if wanted else TWO}])
+        write(tmp_path / name, [{"messages": (ONE if wanted else TWO).turns}])
     (tmp_path / "README.md").write_text("not data")
     assert read_chats(str(tmp_path), split=split) == [ONE]
 
 
 def test_the_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:
     for part in (1, 0):
-        write(tmp_path / f"train-0000{part}-of-00002.jsonl", [{"messages": [ONE, TWO][part]}])
+        write(tmp_path / f"train-0000{part}-of-00002.jsonl", [{"messages": [ONE, TWO][part].turns}])
     assert read_chats(str(tmp_path)) == [ONE, TWO]
 
 
 def test_max_rows_leaves_later_rows_unread(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": ONE}) + "\nnot JSON\n")
+    path.write_text(json.dumps({"messages": ONE.turns}) + "\nnot JSON\n")
     assert read_chats(str(path), max_rows=1) == [ONE]
 
 
@@ -82,7 +83,7 @@ def test_any_other_name_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) 
 
     def load(name: str, **options: Any) -> Any:
         calls.append((name, options))
-        return iter([{"messages": ONE}] * 3)
+        return iter([{"messages": list(ONE.turns)}] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_chats("org/set", split="test", max_rows=2) == [ONE, ONE]
@@ -108,7 +109,7 @@ def test_a_bad_row_of_a_list_or_table_is_named_by_its_number(suffix: str, tmp_pa
     path = write(tmp_path / f"a{suffix}", [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": None}])
     with pytest.raises(UserError) as caught:
         read_chats(path)
-    assert str(caught.value) == f"{path}, row 2: 'answer' is null, not a string."
+    assert str(caught.value) == f"{path}, row 2: 'answer' is null, which the shape 'trace' needs (keys found: prompt)."
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -163,7 +164,7 @@ def test_a_path_that_looks_local_is_not_looked_up_on_the_hub(path: str) -> None:
 )
 def test_a_folder_without_one_clear_split_is_refused(names: list[str], reason: str, tmp_path: Path) -> None:
     for name in names:
-        write(tmp_path / name, [{"messages": ONE}])
+        write(tmp_path / name, [{"messages": ONE.turns}])
     with pytest.raises(UserError) as caught:
         read_chats(str(tmp_path))
     assert reason in str(caught.value)

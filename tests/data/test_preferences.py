@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hft_cli.data.preferences import Preferences, preferences_hash, read_preferences
+from hft_cli.data.preferences import Preference, Preferences, preferences_hash, read_preferences
 from hft_cli.errors import UserError
 
 
@@ -23,22 +23,26 @@ def assistant(content: str) -> dict[str, str]:
 SYSTEM = {"role": "system", "content": "Be brief."}
 ONE = {"prompt": [user("Why?")], "chosen": [assistant("Because.")], "rejected": [assistant("No.")]}
 LONG = {"prompt": [SYSTEM, user("Why?"), assistant("Because."), user("Why so?")], **{k: ONE[k] for k in list(ONE)[1:]}}
+PAIR, LONG_PAIR = (
+    Preference.of(row["prompt"], row["chosen"][0], row["rejected"][0])  # type: ignore[arg-type]
+    for row in (ONE, LONG)
+)
 TEXT = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 CHATS = {key: ONE["prompt"] + ONE[key] for key in ("chosen", "rejected")}
 
-SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "text": (TEXT, ONE),
-    "turns": (ONE, ONE),
-    "turns of a longer chat": (LONG, LONG),
-    "a prompt as text, answers as turns": ({**ONE, "prompt": "Why?"}, ONE),
-    "an answer as text, the other as turns": ({**ONE, "chosen": "Because."}, ONE),
-    "UltraFeedback": ({"prompt": "Why?", "prompt_id": "7", "messages": [], **CHATS, "score_chosen": 8.0}, ONE),
-    "UltraFeedback, a blank more in the prompt": ({"prompt": "Why? ", **CHATS}, ONE),
-    "whole chats, no prompt": (CHATS, ONE),
-    "whole chats, the prompt is null": ({"prompt": None, **CHATS}, ONE),
+SHAPES: dict[str, tuple[dict[str, Any], Preference]] = {
+    "text": (TEXT, PAIR),
+    "turns": (ONE, PAIR),
+    "turns of a longer chat": (LONG, LONG_PAIR),
+    "a prompt as text, answers as turns": ({**ONE, "prompt": "Why?"}, PAIR),
+    "an answer as text, the other as turns": ({**ONE, "chosen": "Because."}, PAIR),
+    "UltraFeedback": ({"prompt": "Why?", "prompt_id": "7", "messages": [], **CHATS, "score_chosen": 8.0}, PAIR),
+    "UltraFeedback, a blank more in the prompt": ({"prompt": "Why? ", **CHATS}, PAIR),
+    "whole chats, no prompt": (CHATS, PAIR),
+    "whole chats, the prompt is null": ({"prompt": None, **CHATS}, PAIR),
     "whole longer chats, the prompt is their last question": (
         {"prompt": "Why so?", **{key: LONG["prompt"] + LONG[key] for key in ("chosen", "rejected")}},
-        LONG,
+        LONG_PAIR,
     ),
 }
 
@@ -58,13 +62,13 @@ def test_a_shape_is_known_from_the_row(name: str, tmp_path: Path) -> None:
 
 
 def test_shapes_may_be_mixed_and_have_one_hash(tmp_path: Path) -> None:
-    assert read(tmp_path, TEXT, CHATS).rows == [ONE, ONE]
+    assert read(tmp_path, TEXT, CHATS).rows == [PAIR, PAIR]
     assert preferences_hash(read(tmp_path, TEXT).rows) == preferences_hash(read(tmp_path, CHATS).rows)
 
 
 def test_the_hash_tells_the_answers_and_the_order_apart() -> None:
-    swapped = {"prompt": ONE["prompt"], "chosen": ONE["rejected"], "rejected": ONE["chosen"]}
-    others = [[ONE], [swapped], [ONE, swapped], [swapped, ONE], [LONG], []]
+    swapped = Preference(PAIR.rejected, PAIR.chosen)
+    others = [[PAIR], [swapped], [PAIR, swapped], [swapped, PAIR], [LONG_PAIR], []]
     assert len({preferences_hash(rows) for rows in others}) == len(others)
 
 
@@ -72,7 +76,7 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> Non
     same, blank = {**TEXT, "rejected": " Because.\n"}, {**TEXT, "chosen": " "}
     empty_turn = {"chosen": CHATS["chosen"], "rejected": [user("Why?"), assistant("")]}
     found = read(tmp_path, same, TEXT, blank, empty_turn)
-    assert found.rows == [ONE]
+    assert found.rows == [PAIR]
     assert found.left_out == {"equal answers": 1, "empty answer": 2, "tied scores": 0}
 
 
@@ -85,13 +89,13 @@ def test_ties_are_kept_or_left_out(ties: str, rows: int, tmp_path: Path) -> None
 
 def test_max_rows_counts_what_is_read(tmp_path: Path) -> None:
     found = read(tmp_path, {**TEXT, "chosen": ""}, TEXT, "not read", max_rows=2)
-    assert found.rows == [ONE]
+    assert found.rows == [PAIR]
 
 
 def test_a_folder_gives_the_files_of_its_split(tmp_path: Path) -> None:
     for split, row in (("train_prefs", TEXT), ("test_prefs", LONG)):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
-    assert read_preferences(str(tmp_path), split="test_prefs").rows == [LONG]
+    assert read_preferences(str(tmp_path), split="test_prefs").rows == [LONG_PAIR]
 
 
 BAD: list[tuple[Any, str]] = [

@@ -18,6 +18,9 @@ from chats import (
     ONE,
     TWO,
     chat,
+    chat_of,
+    history,
+    ids_of,
     rendered,
     text_of,
     tokenizer_of,
@@ -26,8 +29,8 @@ from chats import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import make_prompts
-from hft_cli.data.rows import Chat
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
 
@@ -55,9 +58,9 @@ def asked_as_trained(each: Chat, tokenizer: Any) -> None:
     assert row["input_ids"][: len(asked)] == asked
     assert row["labels"][len(asked) - 1] == -100
     assert -100 not in row["labels"][len(asked) : len(asked) + 2]
-    if len(each) == 2:
+    if len(each.turns) == 2:
         assert set(row["labels"][: len(asked)]) == {-100}
-    assert (result.texts, result.answers, result.cut) == ([each[-2]["content"]], [each[-1]["content"]], 0)
+    assert (result.texts, result.answers, result.cut) == ([each.turns[-2]["content"]], [each.turns[-1]["content"]], 0)
 
 
 @pytest.mark.parametrize(("kind", "template"), ASKED)
@@ -81,13 +84,13 @@ def test_any_prompt_is_the_row_up_to_its_first_trained_token(
 def test_the_first_answers_of_a_chat_are_part_of_the_prompt() -> None:
     tokenizer = tokenizer_of("bos", "tulu")
     result = make_prompts([TWO], tokenizer, max_length=100, where="the data")
-    assert text_of(tokenizer, result.ids[0]) == rendered(tokenizer, TWO[:-1], add_generation_prompt=True)
+    assert text_of(tokenizer, result.ids[0]) == rendered(tokenizer, history(TWO), add_generation_prompt=True)
     assert (result.texts, result.answers) == (["Why so?"], ["  It is so.\n"])
 
 
 def test_newlines_before_an_answer_are_tokens_as_in_training() -> None:
     tokenizer = tokenizer_of("bytes", "plain")
-    text = rendered(tokenizer, ONE[:1], add_generation_prompt=True)
+    text = rendered(tokenizer, history(ONE), add_generation_prompt=True)
     alone = tokenizer(text)["input_ids"]
     asked = make_prompts([ONE], tokenizer, max_length=100, where="the data").ids[0]
     assert text_of(tokenizer, asked) == text_of(tokenizer, alone) == "Why?\n\n"
@@ -98,13 +101,13 @@ def test_a_header_that_is_trained_on_belongs_to_the_prompt() -> None:
     tokenizer = tokenizer_of("bytes", MARKED_HEADER)
     result = make_prompts([ONE], tokenizer, max_length=100, where="the data")
     assert text_of(tokenizer, result.ids[0]).endswith("<|im_start|>assistant\n")
-    assert tokenizer.apply_chat_template(ONE)["input_ids"][: len(result.ids[0])] == result.ids[0]
+    assert ids_of(tokenizer, ONE)[: len(result.ids[0])] == result.ids[0]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_prompts() -> None:
     tokenizer = tokenizer_of("bytes", DROPS_REASONING)
     result = make_prompts([TWO], tokenizer, max_length=100, where="the data")
-    assert text_of(tokenizer, result.ids[0]) == rendered(tokenizer, TWO[:-1], add_generation_prompt=True)
+    assert text_of(tokenizer, result.ids[0]) == rendered(tokenizer, history(TWO), add_generation_prompt=True)
 
 
 def test_a_prompt_in_another_form_than_in_training_is_refused() -> None:
@@ -114,14 +117,14 @@ def test_a_prompt_in_another_form_than_in_training_is_refused() -> None:
     ):
         make_prompts([ONE], tokenizer_of(template=template), max_length=100, where="x")
     wordless = "{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}"
-    with pytest.raises(UserError, match=r"^x, example 1: the chat template writes nothing before the answer\.$"):
+    with pytest.raises(UserError, match=r"^x, example 1: the chat template leaves out turn 1, the user's"):
         make_prompts([ONE], tokenizer_of(template=wordless), max_length=100, where="x")
     with pytest.raises(UserError, match=r"^No rows in x\.$"):
         make_prompts([], tokenizer_of(template="tulu"), max_length=100, where="x")
 
 
 def test_a_chat_without_a_user_has_a_prompt_without_text() -> None:
-    row = [turn("system", "Be brief."), turn("assistant", "Yes.")]
+    row = chat_of(turn("system", "Be brief."), turn("assistant", "Yes."))
     result = make_prompts([row], tokenizer_of(template="tulu"), max_length=100, where="x")
     assert (result.texts, result.answers) == ([""], ["Yes."])
 
@@ -133,12 +136,12 @@ def test_a_long_prompt_loses_its_start_and_is_counted(kind: str, template: str |
     assert (result.cut, result.texts[1], result.answers[1]) == (1, MAT, MAT)
     assert len(result.ids[1]) == 30
     assert max(len(result.ids[0]), len(result.ids[2])) < 30
-    before, after = rendered(tokenizer, chat("(?)", "Because.")[:1], add_generation_prompt=True).split("(?)")
+    before, after = rendered(tokenizer, history(chat("(?)", "Because.")), add_generation_prompt=True).split("(?)")
     text = text_of(tokenizer, result.ids[1])
     assert text.startswith(before.strip(" "))
     assert text.endswith(after)
     assert MAT.strip().endswith(text.removeprefix(before.strip(" ")).removesuffix(after).strip())
-    longest = len(tokenizer.apply_chat_template(chat(MAT, MAT))["input_ids"])
+    longest = len(ids_of(tokenizer, chat(MAT, MAT)))
     with pytest.raises(
         UserError, match=r"^x, example 2: the prompt is \d+ tokens long even without its first user turn, more than the"
     ):

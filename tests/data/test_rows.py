@@ -9,29 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import ONE, TWO, chat, turn
+from chats import ONE, TWO, chat, chat_of, turn
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.rows import READERS, Chat, Source, content_hash, count_repeats, draw_rows, read_chats, read_sources
+from hft_cli.data.chats import Chat, content_hash, count_repeats
+from hft_cli.data.rows import READERS, Source, draw_rows, read_chats, read_sources
 from hft_cli.errors import UserError
 
+PAIR = chat_of(*ONE.turns, prompt_turns=1)
+
 ROWS: dict[str, tuple[dict[str, Any], Chat]] = {
-    "messages": ({"dataset": "x", "id": "7", "messages": TWO}, TWO),
-    "messages, further keys in a turn": ({"messages": [{**turn, "weight": None} for turn in ONE]}, ONE),
-    "prompt_completion": ({"prompt": "Why?", "completion": "Because."}, ONE),
-    "prompt_completion, as lists": ({"prompt": ONE[:1], "completion": ONE[1:]}, ONE),
+    "messages": ({"dataset": "x", "id": "7", "messages": TWO.turns}, TWO),
+    "messages, further keys in a turn": ({"messages": [{**turn, "weight": None} for turn in ONE.turns]}, ONE),
+    "prompt_completion": ({"prompt": "Why?", "completion": "Because."}, PAIR),
+    "prompt_completion, as lists": ({"prompt": ONE.turns[:1], "completion": ONE.turns[1:]}, PAIR),
     "alpaca": ({"instruction": "Why?", "input": "", "output": "Because."}, ONE),
     "alpaca, no input": ({"instruction": "Why?", "input": None, "output": "Because."}, ONE),
     "alpaca, input": ({"instruction": "Why", "input": "it?", "output": "Because."}, chat("Why\n\nit?", "Because.")),
     "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}, ONE),
     "sharegpt, other names": (
-        {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TWO]},
+        {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TWO.turns]},
         TWO,
     ),
     "trace": ({"prompt": "Why?", "answer": "Because."}, ONE),
-    "messages rather than trace": ({"prompt": "p", "answer": "a", "messages": ONE}, ONE),
+    "orca": ({"question": "Why?", "response": "Because."}, ONE),
+    "orca, system": (
+        {"system_prompt": "Be brief.", "question": "Why?", "response": "Because."},
+        chat("Why?", "Because.", system="Be brief."),
+    ),
+    "text": ({"text": "Because it is."}, chat_of(text="Because it is.")),
+    "messages rather than trace": ({"prompt": "p", "answer": "a", "messages": ONE.turns}, ONE),
 }
 
 
@@ -57,7 +66,7 @@ def test_every_shape_has_a_row_above() -> None:
 
 
 def test_a_said_shape_wins_over_the_keys(tmp_path: Path) -> None:
-    row = {"prompt": "Why?", "answer": "Because.", "messages": TWO}
+    row = {"prompt": "Why?", "answer": "Because.", "messages": TWO.turns}
     assert read_chats(write(tmp_path / "a.jsonl", [row]), format="trace") == [ONE]
 
 
@@ -67,9 +76,13 @@ def test_the_hash_tells_order_roles_and_text_apart() -> None:
 
 
 def test_repeated_rows_and_rows_of_the_test_set_are_counted() -> None:
-    others = [[turn("user", "Why?"), turn("system", "x"), ONE[1]], chat("Why?", "Because. "), chat("Why?Because.", "x")]
+    others = [
+        chat_of(turn("user", "Why?"), turn("system", "x"), ONE.turns[1]),
+        chat("Why?", "Because. "),
+        chat("Why?Because.", "x"),
+    ]
     assert count_repeats([ONE, *others], []) == (0, 0)
-    assert count_repeats([ONE, TWO, [dict(turn) for turn in ONE], ONE], [TWO]) == (2, 1)
+    assert count_repeats([ONE, TWO, chat_of(*(dict(turn) for turn in ONE.turns)), ONE], [TWO]) == (2, 1)
     assert count_repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
     assert count_repeats([], [ONE]) == (0, 0)
 
@@ -86,7 +99,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a string": ("Why?", "not an object but a string."),
     "a list": ([1], "not an object but a list."),
     "a key missing": ({"prompt": "p"}, "no 'messages', which the shape 'messages' needs (keys found: prompt)."),
-    "no list": ({"messages": None}, "'messages' is null, not a list of turns."),
+    "no list": ({"messages": 3}, "'messages' is a number, not a list of turns."),
+    "null": ({"messages": None}, "'messages' is null, which the shape 'messages' needs (keys found: none)."),
     "an empty list": ({"messages": []}, "'messages' is empty, not a list of turns."),
     "a turn that is text": ({"messages": ["hi"]}, "turn 1 of 'messages' is a string, not an object."),
     "a turn without content": (
@@ -94,23 +108,26 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         "turn 1 of 'messages' has no 'content' (keys found: role)",
     ),
     "content in parts": (
-        {"messages": [turn("user", [{"type": "text"}])]},
-        "'content' in turn 1 of 'messages' is a list, not a string.",
+        {"messages": [turn("user", [{"type": "image_url"}])]},
+        "'content' in turn 1 of 'messages' has a part of type 'image_url'; only parts of text",
     ),
     "content a number": (
         {"messages": [turn("user", 3)]},
         "'content' in turn 1 of 'messages' is a number, not a string.",
     ),
     "a role unknown": (
-        {"messages": [ONE[0], turn("asistant", "x")]},
+        {"messages": [ONE.turns[0], turn("asistant", "x")]},
         "Unknown role in turn 2 of 'messages': 'asistant'. Did you mean 'assistant'?",
     ),
-    "a tool": ({"messages": [turn("tool", "x")]}, "Unknown role in turn 1 of 'messages': 'tool'."),
-    "no assistant": ({"messages": ONE[:1]}, "no assistant turn, so nothing to learn."),
-    "an empty answer": ({"messages": chat("q", " \n")}, "turn 2: the assistant's answer is empty."),
-    "a user at the end": ({"messages": chat("q", "a", "q")}, "the last turn is the user's, not the assistant's."),
+    "a tool at the end": (
+        {"messages": [*ONE.turns, turn("tool", "x")]},
+        "the last turn is the tool's, not the assistant's.",
+    ),
+    "no assistant": ({"messages": ONE.turns[:1]}, "no assistant turn, so nothing to learn."),
+    "an empty answer": ({"messages": chat("q", " \n").turns}, "turn 2: the assistant's answer is empty."),
+    "a user at the end": ({"messages": chat("q", "a", "q").turns}, "the last turn is the user's, not the assistant's."),
     "an answer at the start": ({"messages": [turn("assistant", "a")]}, "the first turn is the assistant's"),
-    "half a surrogate": ({"messages": chat("q", "a\ud83d")}, "turn 2: half a surrogate pair at character 1."),
+    "half a surrogate": ({"messages": chat("q", "a\ud83d").turns}, "turn 2: half a surrogate pair at character 1."),
 }
 
 
@@ -118,7 +135,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
 def test_a_bad_row_is_named_by_its_line_and_its_fault(name: str, tmp_path: Path) -> None:
     row, reason = BAD_ROWS[name]
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": ONE}) + "\n\n" + json.dumps(row) + "\n")
+    path.write_text(json.dumps({"messages": ONE.turns}) + "\n\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError) as caught:
         read_chats(str(path))
     assert str(caught.value).startswith(f"{path}, line 3: {reason}")
@@ -127,8 +144,8 @@ def test_a_bad_row_is_named_by_its_line_and_its_fault(name: str, tmp_path: Path)
 
 def test_an_unknown_shape_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        read_chats(write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}]))
-    assert "line 1: unknown shape (keys found: question, answer). Known: messages (messages), " in str(caught.value)
+        read_chats(write(tmp_path / "a.jsonl", [{"query": "q", "answer": "a"}]))
+    assert "line 1: unknown shape (keys found: query, answer). Known: messages (messages), " in str(caught.value)
     assert all(shape in str(caught.value) for shape in READERS)
 
 

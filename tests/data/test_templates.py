@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chats import CHATML, DROPS_REASONING, LLAMA2, ONE, TWO, chat, rendered, tokenizer_of, trained_text
+from chats import (
+    CHATML,
+    DROPS_REASONING,
+    LLAMA2,
+    ONE,
+    TWO,
+    chat,
+    chat_of,
+    history,
+    rendered,
+    tokenizer_of,
+    trained_text,
+)
 
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
@@ -29,7 +41,9 @@ def test_plain_is_the_text_and_the_end_tokens() -> None:
 @pytest.mark.parametrize("kind", ["bytes", "bos"])
 def test_the_prompt_of_a_built_in_template_begins_the_chat(name: str, kind: str) -> None:
     tokenizer = tokenizer_of(kind, name)
-    assert rendered(tokenizer, TWO).startswith(rendered(tokenizer, TWO[:2], add_generation_prompt=True) + "Because.")
+    assert rendered(tokenizer, TWO).startswith(
+        rendered(tokenizer, history(TWO, 2), add_generation_prompt=True) + "Because."
+    )
 
 
 @pytest.mark.parametrize("name", ["tulu", "plain"])
@@ -77,7 +91,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 
 def test_an_error_of_the_template_names_the_example() -> None:
-    twice = [ONE[0], ONE[0], ONE[1]]
+    twice = chat_of(ONE.turns[0], *ONE.turns)
     with pytest.raises(UserError, match=r"^the data, example 2: the chat template fails: roles must alternate$"):
         tokenize([ONE, twice], tokenizer_of(template=LLAMA2), max_length=100)
 
@@ -95,7 +109,7 @@ def test_marks_around_some_turns_are_taken_as_they_are() -> None:
     )
     tokenizer = tokenizer_of(template=template)
     result = tokenize([chat("q", "first", "q", "second")], tokenizer, max_length=100)
-    assert trained_text(tokenizer, result.dataset[0]["labels"]) == "first"
+    assert trained_text(tokenizer, result.dataset[0]["labels"]) == "first</s>"
 
 
 def test_a_template_that_omits_or_never_ends_answers_is_refused() -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import CHATML, CHATS, NEWLINE_ENDS, ONE, TEMPLATES, TWO, chat, tokenizer_of, trained_text
+from chats import CHATML, CHATS, NEWLINE_ENDS, ONE, TEMPLATES, TWO, chat, ids_of, tokenizer_of, trained_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_cli.data.rows import Chat
+from hft_cli.data.chats import Chat
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
 
 
 def expected_text(chat: Chat, answer: str) -> str:
-    return "".join(answer.format(turn["content"]) for turn in chat if turn["role"] == "assistant")
+    return "".join(answer.format(turn["content"]) for turn in chat.turns if turn["role"] == "assistant")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trimming", "bos", "pieces"])
@@ -49,7 +49,7 @@ def test_only_answers_are_trained_on_whatever_the_turns_say(turns: list[tuple[st
 def test_the_tokens_are_those_of_the_rendered_chat(name: str, loss: str) -> None:
     tokenizer = tokenizer_of("bos", TEMPLATES[name][0])
     result = tokenize(CHATS, tokenizer, max_length=1000, loss=loss)
-    assert list(result.dataset["input_ids"]) == tokenizer.apply_chat_template(CHATS)["input_ids"]
+    assert list(result.dataset["input_ids"]) == [ids_of(tokenizer, each) for each in CHATS]
     assert all(
         row.count(tokenizer.bos_token_id) <= (3 if name == "llama2" else 1) for row in result.dataset["input_ids"]
     )
@@ -77,14 +77,14 @@ def test_truncation_and_dropped_rows_are_counted() -> None:
     assert max(len(row) for row in result.dataset["input_ids"]) == 40
     cut = trained_text(tokenizer, result.dataset[1]["labels"])
     assert cut
-    assert (long_answer[1]["content"] + "</s>").startswith(cut)
+    assert (long_answer.turns[1]["content"] + "</s>").startswith(cut)
     assert result.total_tokens == sum(len(row) for row in result.dataset["input_ids"])
     assert result.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
 
 
 def test_a_row_keeps_the_answers_before_the_cut() -> None:
     tokenizer = tokenizer_of(template=CHATML)
-    both = tokenizer.apply_chat_template(TWO)["input_ids"]
+    both = ids_of(tokenizer, TWO)
     result = tokenize([TWO], tokenizer, max_length=len(both) - 20)
     assert (result.dropped, result.truncated) == (0, 1)
     assert trained_text(tokenizer, result.dataset[0]["labels"]) == "Because.<|im_end|>"
@@ -92,7 +92,10 @@ def test_a_row_keeps_the_answers_before_the_cut() -> None:
 
 def test_the_error_for_dropped_rows_has_the_prompt_lengths() -> None:
     tokenizer = tokenizer_of(template="tulu")
-    lengths = [len(tokenizer.apply_chat_template(each[:1], add_generation_prompt=True)["input_ids"]) for each in CHATS]
+    lengths = [
+        len(tokenizer.apply_chat_template(list(each.turns[:1]), add_generation_prompt=True)["input_ids"])
+        for each in CHATS
+    ]
     chats = [CHATS[0], CHATS[2]]
     with pytest.raises(UserError) as caught:
         tokenize(chats, tokenizer, max_length=5, where="train.jsonl")

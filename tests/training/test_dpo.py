@@ -23,7 +23,7 @@ from helpers import torchrun
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.training import DpoConfig
-from hft_cli.data.preferences import ANSWERS
+from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.errors import UserError
 from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
@@ -38,11 +38,12 @@ LN2 = math.log(2)
 BETA, ANSWER_TOKENS = 0.1, 8.0
 
 
-def preference(question: str, chosen: str, rejected: str) -> dict[str, Any]:
-    answers = {"chosen": chosen, "rejected": rejected}
-    return {"prompt": [{"role": "user", "content": question}]} | {
-        key: [{"role": "assistant", "content": text}] for key, text in answers.items()
-    }
+def preference(question: str, chosen: str, rejected: str) -> Preference:
+    prompt, *answers = (
+        {"role": role, "content": text}
+        for role, text in (("user", question), ("assistant", chosen), ("assistant", rejected))
+    )
+    return Preference.of([prompt], *answers)
 
 
 ROWS = [
@@ -286,7 +287,7 @@ LONG_ANSWER = preference("Why?", "Because. " * 30, "No.")
 ALIKE = preference("Why?", "Because " * 30 + "it is.", "Because " * 30 + "it was.")
 
 
-def test_rows_are_counted_as_trl_will_treat_them(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -294,16 +295,23 @@ def test_rows_are_counted_as_trl_will_treat_them(tokenizer: Any, tmp_path: Path)
     dataset, counts, left_out = dpo.pair_dataset(rows, tokenizer, 48, "s")
     assert (counts["rows"], counts["rows_truncated"]) == (9, 1)
     assert left_out == {"prompt fills max_length": 1, "alike when cut": 1}
-    assert dataset["chosen"][:] == [row["chosen"] for row in [*ROWS, LONG_ANSWER]]
 
     arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=48, report_to=[])
-    model = load(BASE)
+    columns = [
+        {"prompt": row.chosen.turns[:1], "chosen": row.chosen.turns[1:], "rejected": row.rejected.turns[1:]}
+        for row in rows
+    ]
     trainer = DPOTrainer(
-        model, load(BASE), arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        load(BASE), load(BASE), arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer,
     )  # fmt: skip
     theirs = trainer.train_dataset.to_list()
     assert len(theirs) == counts["rows"] + left_out["alike when cut"]
-    batch = trainer.data_collator([row for row in theirs if row["chosen"] != ALIKE["chosen"]])
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    for mine, other in zip(dataset, theirs[:-1], strict=True):
+        for key in keys:
+            room = 48 - len(mine["prompt_ids"]) if key != "prompt_ids" else 48
+            assert mine[key] == other[key][:room]
+    batch = trainer.data_collator(dataset.to_list())
     assert batch["attention_mask"].sum() == counts["tokens"]
     assert batch["completion_mask"].sum() == counts["tokens_trained_on"]
     assert batch["input_ids"].shape[1] == 48
@@ -322,7 +330,10 @@ def test_a_template_that_would_train_wrongly_is_refused(tokenizer: Any) -> None:
     for template, said in (
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing after an answer"),
         ("{% for m in messages %}{{ m['role'] }}.{% endfor %}", "leaves out the assistant's turns"),
-        ("{{ raise_exception('no') if messages[0]['content'] == 'Why?' }}" + tokenizer.chat_template, "example 2: the"),
+        (
+            "{{ raise_exception('no') if messages[0]['content'] == 'Why?' }}" + tokenizer.chat_template,
+            "example 2, chosen: the",
+        ),
     ):
         other.chat_template = template
         with pytest.raises(UserError, match=said):
