@@ -17,6 +17,12 @@ from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, start, train, wait_f
 from hft_cli.launch.nodes import is_free
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_rows(tmp_path_factory) -> None:
+    """No test reads what a user, or an earlier session, has in the cache."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     """The folder of the shared runs: one for all processes of pytest-xdist."""

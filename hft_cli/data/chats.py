@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hft_cli.data.store import Codec
 from hft_cli.errors import UserError
 
 # What chat templates read: `role` ("system", "user", "assistant" or "tool") and `content`; of an assistant's turn also
@@ -104,18 +105,11 @@ def content_hash(chats: Iterable[Chat]) -> str:
     """SHA-256 (hex) of the chats in their order. The same data give the same hash, from whatever file."""
     digest = hashlib.sha256()
     for chat in chats:
-        digest.update(_canonical(chat))
+        digest.update(canonical(chat))
     return digest.hexdigest()
 
 
-def count_repeats(train: Sequence[Chat], test: Sequence[Chat]) -> tuple[int, int]:
-    """The number of rows of `train` that repeat an earlier row exactly, and of those that `test` contains as well."""
-    train_hashes, test_hashes = ([hashlib.sha256(_canonical(chat)).digest() for chat in set_] for set_ in (train, test))
-    in_test = set(test_hashes)
-    return len(train_hashes) - len(set(train_hashes)), sum(row in in_test for row in train_hashes)
-
-
-def _canonical(chat: Chat) -> bytes:
+def canonical(chat: Chat) -> bytes:
     """One line of JSON: equal for equal chats. Of roles and texts alone, if there is nothing else."""
     turns: list[Any] = [
         [turn["role"], turn["content"], *([further] if (further := _further(turn)) else [])] for turn in chat.turns
@@ -126,3 +120,6 @@ def _canonical(chat: Chat) -> bytes:
 
 def _further(turn: Turn) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if key not in ("role", "content")}
+
+
+CHATS = Codec(Chat.to_json, Chat.from_json, canonical)

@@ -6,15 +6,19 @@ can be learned are left out and counted in `Preferences.left_out`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.chats import Chat, Turn, check_chat, content_hash
+from hft_cli.data.chats import Chat, Turn, canonical, check_chat
 from hft_cli.data.files import read_rows
 from hft_cli.data.rows import Row, Source, continued, history_of, question_of, with_row_fields
+from hft_cli.data.store import Codec, Rows, cache_folder, source_key, store
 from hft_cli.data.turns import Names, Turns, refuse_media, text_turn, turns_or_text
 from hft_cli.errors import UserError, choose
 from hft_cli.paths import resolve_path
@@ -55,7 +59,7 @@ class Preferences:
         left_out: reason -> number of rows left out for it ("empty answer", "equal answers", "tied scores").
     """
 
-    rows: list[Preference]
+    rows: Rows[Preference]
     left_out: dict[str, int]
 
 
@@ -85,25 +89,35 @@ def read_preferences(
             lines count from 1.
     """
     choose("dpo.ties", ties, TIES)
-    rows: list[Preference] = []
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
     names = names or Names(columns or {})
-    for place, row in read_rows(path, split, max_rows):
-        try:
-            preference = read_preference(row, names)
-            reason = reason_to_leave_out(preference) or ("tied scores" if ties == "drop" and _is_tied(row) else None)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-        if reason:
-            left_out[reason] += 1
-        else:
-            rows.append(preference)
+
+    def pairs() -> Iterator[tuple[str, Preference]]:
+        for place, row in read_rows(path, split, max_rows):
+            try:
+                preference = read_preference(row, names)
+                tied = ties == "drop" and _is_tied(row)
+                reason = reason_to_leave_out(preference) or ("tied scores" if tied else None)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield place, preference
+        names.check_columns()
+
+    def facts() -> dict[str, Any]:
+        return {"unused": names.unused, "left_out": left_out}
+
+    key = source_key(path, split, max_rows, ties, names.columns, names.roles)
+    rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, facts)
+    left_out = rows.facts[0]["left_out"]
     if not rows:
         if not any(left_out.values()):
             raise UserError(f"No rows in {path}.")
         counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items() if count)
         raise UserError(f"All {sum(left_out.values())} rows of {path} are left out ({counts}): nothing to learn.")
-    names.check_columns()
+    names.unused.update(Counter(rows.facts[0]["unused"]) - names.unused)
     return Preferences(rows, left_out)
 
 
@@ -116,12 +130,29 @@ def read_pairs(source: Source, data: DataConfig, ties: str) -> Preferences:
 
 def preferences_hash(rows: Iterable[Preference]) -> str:
     """SHA-256 (hex) of the pairs in their order, like `chats.content_hash`."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_canonical(row))
+    return digest.hexdigest()
 
-    def parts(row: Preference) -> tuple[Chat, Chat, Chat]:
-        prompt = replace(row.chosen, turns=row.chosen.turns[:-1])
-        return prompt, Chat(row.chosen.turns[-1:]), Chat(row.rejected.turns[-1:])
 
-    return content_hash(part for row in rows for part in parts(row))
+def _canonical(row: Preference) -> bytes:
+    """Three lines of JSON: the prompt and both answers."""
+    prompt = replace(row.chosen, turns=row.chosen.turns[:-1])
+    return b"".join(canonical(chat) for chat in (prompt, Chat(row.chosen.turns[-1:]), Chat(row.rejected.turns[-1:])))
+
+
+def _encode(row: Preference) -> str:
+    return json.dumps([row.chosen.to_json(), row.rejected.turns[-1]], ensure_ascii=False)
+
+
+def _decode(line: str) -> Preference:
+    chosen, rejected = json.loads(line)
+    chat = Chat.from_json(chosen)
+    return Preference(chat, replace(chat, turns=(*chat.turns[:-1], rejected)))
+
+
+PAIRS = Codec(_encode, _decode, _canonical)
 
 
 def read_preference(row: Row, names: Names) -> Preference:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.chats import Chat, check_chat
+from hft_cli.data.chats import CHATS, Chat, check_chat
 from hft_cli.data.files import json_type, read_rows
+from hft_cli.data.store import Rows, cache_folder, source_key, store
 from hft_cli.data.turns import (
     LOSS_KEYS,
     REASONING_KEYS,
@@ -51,12 +52,12 @@ class Source:
     split: str = "train"
 
 
-def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list[Chat]:
+def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> Rows[Chat]:
     """The training rows of a phase, source by source, each in the order of its file."""
-    chats: list[Chat] = []
+    parts: list[Rows[Chat]] = []
     for source in sources:
         if source.general:
-            chats += read_chats(resolve_path(source.path))
+            parts.append(read_chats(resolve_path(source.path)))
             continue
         rows = read_chats(
             resolve_path(source.path),
@@ -66,8 +67,9 @@ def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> list
             columns=data.columns,
         )
         count = round(source.share * len(rows)) if source.rows is None else source.rows
-        chats += [rows[index] for index in draw_rows(len(rows), max(count, 1), f"{seed}\0{source.path}")]
-    return chats
+        drawn = draw_rows(len(rows), max(count, 1), f"{seed}\0{source.path}")
+        parts.append(rows if len(drawn) == len(rows) else rows.select(drawn))
+    return Rows.joined(parts)
 
 
 def draw_rows(rows: int, count: int, key: str) -> list[int]:
@@ -90,8 +92,8 @@ def read_chats(
     max_rows: int | None = None,
     columns: Mapping[str, str] | None = None,
     names: Names | None = None,
-) -> list[Chat]:
-    """Read rows as chats.
+) -> Rows[Chat]:
+    """Read rows as chats, or find them in the cache if they were read before.
 
     Args:
         path: a .json file (a list of objects, or an object with one list in it), a .jsonl or .parquet file, the first
@@ -108,17 +110,40 @@ def read_chats(
         UserError: if there is nothing at `path`, there are no rows, or a row is bad. Rows and lines count from 1.
     """
     choose("data.format", format, ("auto", *READERS))
-    chats: list[Chat] = []
-    read = ChatReader(format, names or Names(columns or {}))
-    for place, row in read_rows(path, split, max_rows):
-        try:
-            chats.append(read(row))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-    if not chats:
+    names = names or Names(columns or {})
+    read = ChatReader(format, names)
+
+    def chats() -> Iterator[tuple[str, Chat]]:
+        for place, row in read_rows(path, split, max_rows):
+            try:
+                yield place, read(row)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+        names.check_columns()
+
+    def facts() -> dict[str, Any]:
+        return {"unused": names.unused, "shapes": read.shapes}
+
+    key = source_key(path, split, max_rows, format, names.columns, names.roles)
+    rows = store(cache_folder() / "rows" / key, chats(), CHATS, facts)
+    if not rows:
         raise UserError(f"No rows in {path}.")
-    read.names.check_columns()
-    return chats
+    names.unused.update(Counter(rows.facts[0]["unused"]) - names.unused)
+    return rows
+
+
+def count_repeats(train: Iterable[bytes], test: Iterable[bytes]) -> tuple[int, int]:
+    """The number of rows of `train` that repeat an earlier row exactly, and of those that `test` contains as well.
+
+    Both are the digests of rows; see `Rows.digests`.
+    """
+    in_test, seen = set(test), set()
+    repeated = shared = 0
+    for digest in train:
+        repeated += digest in seen
+        shared += digest in in_test
+        seen.add(digest)
+    return repeated, shared
 
 
 class ChatReader:

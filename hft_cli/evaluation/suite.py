@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
-from hft_cli.data.chats import content_hash
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import local_files, probe
@@ -111,7 +110,7 @@ def _read_probes(config: SuiteConfig, data_dir: Path | None) -> tuple[dict[str, 
 
 def rows_hash(task: RowsTask) -> str:
     """SHA-256 of the rows of a task."""
-    return content_hash(read_chats(resolve_path(task.path), format=task.format, split="test"))
+    return read_chats(resolve_path(task.path), format=task.format, split="test").sha256()
 
 
 def uses_chat_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:

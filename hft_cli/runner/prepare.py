@@ -14,9 +14,8 @@ from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
-from hft_cli.data.chats import content_hash, count_repeats
-from hft_cli.data.preferences import preferences_hash, read_pairs
-from hft_cli.data.rows import read_chats, read_sources
+from hft_cli.data.preferences import read_pairs
+from hft_cli.data.rows import count_repeats, read_chats, read_sources
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import flatten, read_json
@@ -128,16 +127,16 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
         record: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(phase.data), "model.base"))}
     elif phase.stage == "dpo":
         pairs = read_pairs(phase.sources[0], data, config.dpo.ties).rows
-        record = {"data_sha256": preferences_hash(pairs), "rows": len(pairs)}
+        record = {"data_sha256": pairs.sha256(), "rows": len(pairs)}
     else:
         chats = read_sources(phase.sources, data, config.seed)
-        record = {"data_sha256": content_hash(chats), "rows": len(chats)}
+        record = {"data_sha256": chats.sha256(), "rows": len(chats)}
     if phase.test is None:
         return record
     test = read_chats(resolve_path(phase.test), format=test_format(data), split="test")
-    record["test_sha256"] = content_hash(test)
+    record["test_sha256"] = test.sha256()
     if phase.stage == "sft" and not phase.replays:
-        repeated, shared = count_repeats(chats, test)
+        repeated, shared = count_repeats(chats.digests(), test.digests())
         record |= {"rows_repeated": repeated, "rows_in_test": shared}
         if repeated or shared:
             logger.warning(

@@ -54,7 +54,7 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     )
     left_out = {**preferences.left_out, **left_out}
     counts |= {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
-    return dataset, {**counts, "sha256": preferences_hash(preferences.rows)}
+    return dataset, {**counts, "sha256": preferences.rows.sha256()}
 
 
 def pair_dataset(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.chats import Chat, content_hash
+from hft_cli.data.chats import Chat
 from hft_cli.data.rows import Source, read_sources
+from hft_cli.data.store import Rows
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
@@ -33,13 +34,13 @@ def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
         "tokens": data.total_tokens,
         "tokens_trained_on": data.trained_tokens,
         "rows_prompt_cut": data.cut,
-        "sha256": content_hash(chats),
+        "sha256": chats.sha256(),
     }
 
 
 def tokenized(
     job: PhaseJob, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokenized, list[Chat]]:
+) -> tuple[Tokenized, Rows[Chat]]:
     """The rows of `sources` as tokens, by the settings of the run, and as chats."""
     data = job.config.data
     chats = read_sources(sources, data, job.config.seed)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.chats import Chat, content_hash, count_repeats
-from hft_cli.data.rows import READERS, Source, draw_rows, read_chats, read_sources
+from hft_cli.data.chats import Chat, canonical, content_hash
+from hft_cli.data.rows import READERS, Source, count_repeats, draw_rows, read_chats, read_sources
 from hft_cli.errors import UserError
 
 PAIR = chat_of(*ONE.turns, prompt_turns=1)
@@ -75,16 +75,20 @@ def test_the_hash_tells_order_roles_and_text_apart() -> None:
     assert len({content_hash(chats) for chats in others}) == len(others)
 
 
+def repeats(train: list[Chat], test: list[Chat]) -> tuple[int, int]:
+    return count_repeats(*(map(canonical, chats) for chats in (train, test)))
+
+
 def test_repeated_rows_and_rows_of_the_test_set_are_counted() -> None:
     others = [
         chat_of(turn("user", "Why?"), turn("system", "x"), ONE.turns[1]),
         chat("Why?", "Because. "),
         chat("Why?Because.", "x"),
     ]
-    assert count_repeats([ONE, *others], []) == (0, 0)
-    assert count_repeats([ONE, TWO, chat_of(*(dict(turn) for turn in ONE.turns)), ONE], [TWO]) == (2, 1)
-    assert count_repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
-    assert count_repeats([], [ONE]) == (0, 0)
+    assert repeats([ONE, *others], []) == (0, 0)
+    assert repeats([ONE, TWO, chat_of(*(dict(turn) for turn in ONE.turns)), ONE], [TWO]) == (2, 1)
+    assert repeats([ONE, TWO, ONE], [chat("Why?", "Because."), *others, ONE]) == (1, 2)
+    assert repeats([], [ONE]) == (0, 0)
 
 
 @given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
@@ -92,7 +96,7 @@ def test_repeats_are_what_a_search_finds(train: list[int], test: list[int]) -> N
     earlier = sum(number in train[:place] for place, number in enumerate(train))
     both = sum(number in test for number in train)
     rows = [[chat("q", str(number)) for number in numbers] for numbers in (train, test)]
-    assert count_repeats(*rows) == (earlier, both)
+    assert repeats(*rows) == (earlier, both)
 
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
