@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hft_cli.data.chats import Chat
-from hft_cli.data.encoding import TokenPlaces, encode
+from hft_cli.data.encoding import TokenPlaces, check_fast, encode
 from hft_cli.data.preferences import ANSWERS, Preference
+from hft_cli.data.preparation import Columns, prepare, tokenizer_key
 from hft_cli.data.rendering import Renderer
+from hft_cli.data.templates import chat_template
+from hft_cli.errors import UserError
 
 FILLED = "prompt fills max_length"
 
 ALIKE = "alike when cut"
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's DPOTrainer
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,88 @@ class PairRow:
     left_out: str | None
     truncated: bool
 
-    def columns(self) -> dict[str, list[int]]:
-        """The row in the columns of TRL's DPOTrainer."""
-        return {"prompt_ids": self.prompt, "chosen_ids": self.answers[0], "rejected_ids": self.answers[1]}
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Tokens for TRL's DPOTrainer, and counts of rows and tokens.
+
+    Attributes:
+        dataset: a `datasets.Dataset` with `prompt_ids`, `chosen_ids` and `rejected_ids`, int32.
+        left_out: reason -> number of rows left out for it.
+        truncated: rows in `dataset` with an answer that lost tokens at its end.
+        trained_tokens: tokens of the answers.
+        total_tokens: the same, and those of the prompts, twice, as they are read with each answer.
+    """
+
+    dataset: Any
+    left_out: dict[str, int]
+    truncated: int
+    trained_tokens: int
+    total_tokens: int
+
+
+def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, where: str) -> TokenizedPairs:
+    """Render pairs with the tokenizer's chat template, tokenize them, and leave out those that teach nothing.
+
+    Args:
+        pairs: as `read_preferences` returns them.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: see `tokenize_pairs`.
+        where: the name of the data in errors.
+
+    Raises:
+        UserError: for a template or a tokenizer that does not allow this, or if no row is left.
+    """
+    import datasets
+    import numpy as np
+
+    check_fast(tokenizer, "DPO")
+    if not pairs:
+        raise UserError(f"No rows in {where}.")
+    tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+    columns = {**dict.fromkeys(COLUMNS, tokens), **dict.fromkeys(("prompt", "trained", "truncated"), number)}
+    features = datasets.Features({**columns, "left_out": datasets.Value("string")})
+    facts = ("pairs", tokenizer_key(tokenizer), max_length)
+    dataset = prepare(pairs, _PairWork(tokenizer, max_length), features, where, *facts)
+    left_out = dataset.data.column("left_out").to_pylist()
+    counts = {reason: left_out.count(reason) for reason in (FILLED, ALIKE)}
+    kept = np.flatnonzero([reason == "" for reason in left_out])
+    if not len(kept):
+        raise UserError(
+            f"No row of {where} can be trained on at train.max_length={max_length}: the prompt fills it in "
+            f"{counts[FILLED]} of {len(pairs)} rows, and both answers have the same tokens in {counts[ALIKE]}. Raise "
+            "train.max_length."
+        )
+    prompt, trained, truncated = (
+        int(dataset.data.column(name).to_numpy()[kept].sum()) for name in ("prompt", "trained", "truncated")
+    )
+    dataset = dataset.select_columns(list(COLUMNS)).select(kept)
+    return TokenizedPairs(dataset, counts, truncated, trained, trained + 2 * prompt)
+
+
+class _PairWork:
+    """Tokenizes batches of pairs. Each process makes its own renderer."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._renderer: Renderer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_renderer": None}
+
+    def __call__(self, pairs: Sequence[Preference], places: Sequence[str]) -> Columns:
+        if self._renderer is None:
+            chat_template(None, self.tokenizer)  # raises if the tokenizer has none
+            self._renderer = Renderer(self.tokenizer)
+        rows = tokenize_pairs(pairs, places, self._renderer, self.max_length)
+        ids = [(row.prompt, *row.answers) for row in rows]
+        return {
+            **{name: [row[index] for row in ids] for index, name in enumerate(COLUMNS)},
+            "prompt": [len(row.prompt) for row in rows],
+            "trained": [sum(map(len, row.answers)) for row in rows],
+            "truncated": [int(row.truncated) for row in rows],
+            "left_out": [row.left_out or "" for row in rows],
+        }
 
 
 def tokenize_pairs(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hft_cli.data.chats import LOSSES, Chat
-from hft_cli.data.encoding import TokenPlaces, batches, check_fast, encode, question_span, surplus_tokens
+from hft_cli.data.encoding import TokenPlaces, check_fast, encode, question_span, surplus_tokens
 from hft_cli.data.pieces import Span
+from hft_cli.data.preparation import Columns, prepare, tokenizer_key
 from hft_cli.data.rendering import Rendered, Renderer
 from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
@@ -110,38 +111,68 @@ def tokenize(
     Raises:
         UserError: for a template or a tokenizer that does not allow this, or if every row would be dropped.
     """
-    import datasets
+    import numpy as np
 
     options = TokenOptions(max_length, loss, long_prompts)
     options.check(tokenizer)
     if not chats:
         raise UserError(f"No rows in {where}.")
-    if any(chat.turns for chat in chats):
-        chat_template(None, tokenizer)  # raises if the tokenizer has none
-    renderer = Renderer(tokenizer)
-    column = datasets.List(datasets.Value("int32"))
-    features = datasets.Features({"input_ids": column, "labels": column})
-    parts: list[Any] = []
-    dropped: list[int] = []  # tokens before the answer of each dropped row
-    truncated = cut = trained = total = 0
-    for batch, places in batches(chats, where):
-        rows = tokenize_chats(batch, places, renderer, options)
-        dropped += [row.answer_start for row in rows if row.answer_start >= max_length]
-        rows = [row for row in rows if row.answer_start < max_length]
-        columns = {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
-        parts.append(datasets.Dataset.from_dict(columns, features=features))
-        truncated += sum(row.length > max_length for row in rows)
-        cut += sum(row.cut for row in rows)
-        total += sum(len(row.ids) for row in rows)
-        trained += sum(label != IGNORED for row in rows for label in row.labels)
-    if len(dropped) == len(chats):
+    facts = (tokenizer_key(tokenizer), asdict(options))
+    dataset = prepare(chats, _ChatWork(tokenizer, options), _features(), where, *facts)
+    start, length, trained, cut = (
+        dataset.data.column(name).to_numpy() for name in ("answer_start", "length", "trained", "cut")
+    )
+    kept = np.flatnonzero(start < max_length)
+    if not len(kept):
         prompts = "prompts" if long_prompts == "drop" else "prompts, without the first user turn,"
         raise UserError(
             f"All {len(chats)} rows of {where} would lose their whole answer at train.max_length={max_length}: their "
-            f"{prompts} are {min(dropped)} to {max(dropped)} tokens long. Raise train.max_length above {max(dropped)}."
+            f"{prompts} are {start.min()} to {start.max()} tokens long. Raise train.max_length above {start.max()}."
         )
-    dataset = datasets.concatenate_datasets(parts)
-    return Tokenized(dataset, len(dataset), len(dropped), truncated, cut, trained, total)
+    dataset = dataset.select_columns(["input_ids", "labels"])
+    return Tokenized(
+        dataset=dataset if len(kept) == len(start) else dataset.select(kept),
+        rows=len(kept),
+        dropped=len(start) - len(kept),
+        truncated=int((length[kept] > max_length).sum()),
+        cut=int(cut[kept].sum()),
+        trained_tokens=int(trained[kept].sum()),
+        total_tokens=int(np.minimum(length[kept], max_length).sum()),
+    )
+
+
+def _features() -> Any:
+    import datasets
+
+    tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+    columns = {"input_ids": tokens, "labels": tokens, "length": number, "answer_start": number, "trained": number}
+    return datasets.Features({**columns, "cut": datasets.Value("bool")})
+
+
+class _ChatWork:
+    """Tokenizes batches of chats. Each process makes its own renderer."""
+
+    def __init__(self, tokenizer: Any, options: TokenOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self._renderer: Renderer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_renderer": None}
+
+    def __call__(self, chats: Sequence[Chat], places: Sequence[str]) -> Columns:
+        if self._renderer is None:
+            if any(chat.turns for chat in chats):
+                chat_template(None, self.tokenizer)  # raises if the tokenizer has none
+            self._renderer = Renderer(self.tokenizer)
+        rows = tokenize_chats(chats, places, self._renderer, self.options)
+        return {
+            "input_ids": [row.ids for row in rows],
+            "labels": [row.labels for row in rows],
+            "length": [row.length for row in rows],
+            "answer_start": [row.answer_start for row in rows],
+            "trained": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
+            "cut": [row.cut for row in rows],
+        }
 
 
 def tokenize_chats(

@@ -11,23 +11,19 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import trl
 from transformers import TrainerCallback
 
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.encoding import batches, check_fast
-from hft_cli.data.pairs import ALIKE, FILLED, tokenize_pairs
-from hft_cli.data.preferences import ANSWERS, Preference, preferences_hash, read_pairs
-from hft_cli.data.rendering import Renderer
-from hft_cli.data.templates import chat_template
-from hft_cli.errors import UserError
+from hft_cli.data.pairs import prepare_pairs
+from hft_cli.data.preferences import ANSWERS, read_pairs
+from hft_cli.data.preparation import tokenizer_key
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
@@ -49,70 +45,28 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     """
     phase, longest = job.phase, job.config.train.max_length or sys.maxsize
     preferences = read_pairs(phase.sources[0], job.config.data, job.config.dpo.ties)
-    dataset, counts, left_out = pair_dataset(
-        preferences.rows, tokenizer, longest, weights_hash(Path(job.model)), where=phase.data
-    )
-    left_out = {**preferences.left_out, **left_out}
-    counts |= {"rows_dropped": sum(left_out.values()), "rows_left_out": left_out}
-    return dataset, {**counts, "sha256": preferences.rows.sha256()}
+    pairs = prepare_pairs(preferences.rows, tokenizer, longest, where=phase.data)
+    left_out = {**preferences.left_out, **pairs.left_out}
+    rows_hash = preferences.rows.sha256()
+    key = reference_key(rows_hash, tokenizer, longest, weights_hash(Path(job.model)))
+    return compat.salted(pairs.dataset, key), {
+        "rows": len(pairs.dataset),
+        "rows_dropped": sum(left_out.values()),
+        "rows_truncated": pairs.truncated,
+        "tokens": pairs.total_tokens,
+        "tokens_trained_on": pairs.trained_tokens,
+        "rows_left_out": left_out,
+        "sha256": rows_hash,
+    }
 
 
-def pair_dataset(
-    rows: Sequence[Preference],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    base_sha256: str,
-    where: str = "the data",
-) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """Make the data set of the rows that DPO can learn from.
+def reference_key(rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int, weights: str) -> str:
+    """What a precomputed reference depends on, as a fingerprint: that of other weights is never read.
 
     Args:
-        rows: the result of `read_preferences`.
-        tokenizer: with its `chat_template` set.
-        max_length: tokens of a prompt with an answer. More are cut off at the end.
-        base_sha256: hash of the weights that training starts from, by `weights_hash`. It becomes part of the data
-            set's fingerprint, so that a reference precomputed by other weights is never read.
-        where: what errors call the data.
-
-    Returns:
-        The data set, with `prompt_ids`, `chosen_ids` and `rejected_ids`. Its counts of rows and tokens; those of a
-        prompt count twice, as it is read with each answer. Rows left out, by reason.
-
-    Raises:
-        UserError: if the template fails on a row, or does not write what the row says; if no row is left.
+        rows, weights: hashes of the pairs and of the weights that training starts from.
     """
-    if not rows:
-        raise UserError(f"No rows in {where}.")
-    check_fast(tokenizer, "DPO")
-    chat_template(None, tokenizer)  # raises if the tokenizer has none
-    renderer = Renderer(tokenizer)
-    column = datasets.List(datasets.Value("int32"))
-    features = datasets.Features({"prompt_ids": column, "chosen_ids": column, "rejected_ids": column})
-    parts = []
-    left_out = {FILLED: 0, ALIKE: 0}
-    counts = {"rows": 0, "rows_dropped": 0, "rows_truncated": 0, "tokens": 0, "tokens_trained_on": 0}
-    for batch, places in batches(rows, where):
-        pairs = tokenize_pairs(batch, places, renderer, max_length)
-        used = [pair for pair in pairs if pair.left_out is None]
-        for pair in pairs:
-            if pair.left_out is not None:
-                left_out[pair.left_out] += 1
-        trained = sum(len(answer) for pair in used for answer in pair.answers)
-        counts["rows"] += len(used)
-        counts["rows_truncated"] += sum(pair.truncated for pair in used)
-        counts["tokens"] += trained + sum(2 * len(pair.prompt) for pair in used)
-        counts["tokens_trained_on"] += trained
-        columns = {name: [pair.columns()[name] for pair in used] for name in features}
-        parts.append(datasets.Dataset.from_dict(columns, features=features))
-    if not counts["rows"]:
-        fills, alike = left_out.values()
-        raise UserError(
-            f"No row of {where} can be trained on at train.max_length={max_length}: the prompt fills it in {fills} of "
-            f"{len(rows)} rows, and both answers have the same tokens in {alike}. Raise train.max_length."
-        )
-    dataset = datasets.concatenate_datasets(parts)
-    fingerprint = hashlib.sha256(f"{preferences_hash(rows)} {max_length} {base_sha256}".encode()).hexdigest()
-    return compat.salted(dataset, fingerprint), counts, left_out
+    return hashlib.sha256(repr((rows, tokenizer_key(tokenizer), max_length, weights)).encode()).hexdigest()
 
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:

@@ -23,12 +23,14 @@ from helpers import torchrun
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.training import DpoConfig
+from hft_cli.data.pairs import prepare_pairs
 from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.errors import UserError
 from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
 from hft_cli.paths import resolve_path
 from hft_cli.training import dpo
+from hft_cli.training.compat import salted
 from hft_cli.training.procedures import PROCEDURES
 from hft_cli.training.session import TrainerParts
 from hft_cli.training.weights import freeze, frozen_checksum
@@ -137,7 +139,7 @@ def train(
         join_ranks()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if os.environ.get("RANK", "0") == "0" and not resume:
-        dpo.pair_dataset(ROWS, tokenizer, 64, weights_hash(start))[0].save_to_disk(out / "tokens")
+        salted(prepare_pairs(ROWS, tokenizer, 64, "x").dataset, weights_hash(start)).save_to_disk(out / "tokens")
     if stage:
         torch.distributed.barrier()
 
@@ -292,9 +294,9 @@ def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: P
     from trl import DPOConfig, DPOTrainer
 
     rows = [*ROWS, LONG_PROMPT, LONG_ANSWER, ALIKE]
-    dataset, counts, left_out = dpo.pair_dataset(rows, tokenizer, 48, "s")
-    assert (counts["rows"], counts["rows_truncated"]) == (9, 1)
-    assert left_out == {"prompt fills max_length": 1, "alike when cut": 1}
+    pairs = prepare_pairs(rows, tokenizer, 48, "x")
+    assert (len(pairs.dataset), pairs.truncated) == (9, 1)
+    assert pairs.left_out == {"prompt fills max_length": 1, "alike when cut": 1}
 
     arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=48, report_to=[])
     columns = [
@@ -305,15 +307,15 @@ def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: P
         load(BASE), load(BASE), arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer,
     )  # fmt: skip
     theirs = trainer.train_dataset.to_list()
-    assert len(theirs) == counts["rows"] + left_out["alike when cut"]
+    assert len(theirs) == len(pairs.dataset) + 1
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    for mine, other in zip(dataset, theirs[:-1], strict=True):
+    for mine, other in zip(pairs.dataset, theirs[:-1], strict=True):
         for key in keys:
             room = 48 - len(mine["prompt_ids"]) if key != "prompt_ids" else 48
             assert mine[key] == other[key][:room]
-    batch = trainer.data_collator(dataset.to_list())
-    assert batch["attention_mask"].sum() == counts["tokens"]
-    assert batch["completion_mask"].sum() == counts["tokens_trained_on"]
+    batch = trainer.data_collator(pairs.dataset.to_list())
+    assert batch["attention_mask"].sum() == pairs.total_tokens
+    assert batch["completion_mask"].sum() == pairs.trained_tokens
     assert batch["input_ids"].shape[1] == 48
 
 
@@ -322,7 +324,7 @@ def test_nothing_left_at_max_length_says_what_to_do(tokenizer: Any) -> None:
         UserError,
         match=r"No row of x .* train\.max_length=48: the prompt fills it in 1 of 2 rows, .* same tokens in 1\.",
     ):
-        dpo.pair_dataset([LONG_PROMPT, ALIKE], tokenizer, 48, "s", where="x")
+        prepare_pairs([LONG_PROMPT, ALIKE], tokenizer, 48, "x")
 
 
 def test_a_template_that_would_train_wrongly_is_refused(tokenizer: Any) -> None:
@@ -337,16 +339,13 @@ def test_a_template_that_would_train_wrongly_is_refused(tokenizer: Any) -> None:
     ):
         other.chat_template = template
         with pytest.raises(UserError, match=said):
-            dpo.pair_dataset([ROWS[0], preference("Why?", "Because.", "No.")], other, 48, "s")
+            prepare_pairs([ROWS[0], preference("Why?", "Because.", "No.")], other, 48, "the data")
 
 
-def test_the_fingerprint_tells_rows_and_starts_apart(tokenizer: Any, other: Path) -> None:
-    def fingerprint(rows: list[Any], start: str) -> str:
-        return dpo.pair_dataset(rows, tokenizer, 48, start)[0]._fingerprint
-
+def test_the_reference_of_other_rows_or_weights_is_not_read(tokenizer: Any, other: Path) -> None:
     mine, theirs = weights_hash(BASE), weights_hash(other)
-    assert fingerprint(ROWS, mine) == fingerprint(list(ROWS), mine)
-    assert len({fingerprint(ROWS, mine), fingerprint(ROWS, theirs), fingerprint(ROWS[1:], mine)}) == 3
+    keys = [("a", 48, mine), ("b", 48, mine), ("a", 49, mine), ("a", 48, theirs)]
+    assert len({dpo.reference_key(rows, tokenizer, length, start) for rows, length, start in keys}) == 4
 
 
 # -------------------------------------------------------------------------------------------------------- DeepSpeed
