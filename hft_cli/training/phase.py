@@ -14,6 +14,7 @@ from hft_cli.data.templates import chat_template
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
+from hft_cli.method.rounds import phases
 from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
@@ -90,6 +91,10 @@ def load_rows(
     counts_file = folder.tokens / "counts.json"
     if ranks.first and not counts_file.exists():
         shutil.rmtree(folder.tokens, ignore_errors=True)
+        if job.phase.number == 1:
+            for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
+                later = replace(job, phase=phase)
+                procedure_of(later).rows(later, tokenizer)
         dataset, counts = procedure.rows(job, tokenizer)
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
