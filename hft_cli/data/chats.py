@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from hft_cli.data.store import Codec
@@ -61,7 +61,7 @@ class Chat:
 
     def to_json(self) -> str:
         """One line of JSON, which `from_json` reads."""
-        fields = {name: value for name, value in asdict(self).items() if value or value == ""}
+        fields = {name: value for name, value in vars(self).items() if value or value == ""}
         return json.dumps(fields, ensure_ascii=False)
 
     @classmethod
@@ -114,7 +114,7 @@ def canonical(chat: Chat) -> bytes:
     turns: list[Any] = [
         [turn["role"], turn["content"], *([further] if (further := _further(turn)) else [])] for turn in chat.turns
     ]
-    others = {name: value for name, value in asdict(chat).items() if name != "turns" and value}
+    others = {name: value for name, value in vars(chat).items() if name != "turns" and value}
     return json.dumps([*turns, *([others] if others else [])], sort_keys=True).encode() + b"\n"
 
 
