@@ -30,6 +30,7 @@ class RoundDir:
     outcome = Child("outcome.json")  # seconds, losses, counts; written last: without it the phase is not finished
     checkpoints = Child("checkpoints")
     tokens = Child("tokens")  # the tokenized training set, which rank 0 writes and all ranks read
+    data = Child("data.json")  # what the rows were trained as: see data/summary.py
     template = Child("chat_template.jinja")  # with which the phase was trained
     adapter = Child("adapter")  # LoRA adapters after the phase, in PEFT's layout
     model = Child("model")  # the model after the phase, as long as a later phase needs it

@@ -7,6 +7,7 @@ from typing import Any
 
 from hft_cli.data.chats import Chat
 from hft_cli.data.templates import chat_template
+from hft_cli.data.tokenization import Tokenized
 from hft_cli.paths import resolve_path
 
 
@@ -152,3 +153,9 @@ def ids_of(tokenizer: Any, chat: Chat) -> list[int]:
 def history(chat: Chat, turns: int = -1) -> Chat:
     """The first turns of a chat; without a number all but the last."""
     return Chat(chat.turns[:turns])
+
+
+def counts(tokenized: Tokenized) -> tuple[int, int, int, int]:
+    """Rows that are trained on, dropped, truncated and cut."""
+    summary = tokenized.summary
+    return summary.used, sum(summary.dropped.values()), summary.truncated, summary.cut

@@ -11,12 +11,15 @@ from hft_cli.data.encoding import TokenPlaces, check_fast, encode
 from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.data.preparation import Columns, prepare, tokenizer_key
 from hft_cli.data.rendering import Renderer
+from hft_cli.data.store import Rows
+from hft_cli.data.summary import Summary, facts_of_rows, lengths_of, most_common
 from hft_cli.data.templates import chat_template
+from hft_cli.data.tokenization import FILLED
 from hft_cli.errors import UserError
 
-FILLED = "prompt fills max_length"
-
 ALIKE = "alike when cut"
+
+NUMBERS = ("prompt", "trained", "truncated", "length")
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's DPOTrainer
 
@@ -43,21 +46,15 @@ class PairRow:
 
 @dataclass(frozen=True)
 class TokenizedPairs:
-    """Tokens for TRL's DPOTrainer, and counts of rows and tokens.
+    """Tokens for TRL's DPOTrainer, and what they are.
 
     Attributes:
         dataset: a `datasets.Dataset` with `prompt_ids`, `chosen_ids` and `rejected_ids`, int32.
-        left_out: reason -> number of rows left out for it.
-        truncated: rows in `dataset` with an answer that lost tokens at its end.
-        trained_tokens: tokens of the answers.
-        total_tokens: the same, and those of the prompts, twice, as they are read with each answer.
+        summary: of the rows.
     """
 
     dataset: Any
-    left_out: dict[str, int]
-    truncated: int
-    trained_tokens: int
-    total_tokens: int
+    summary: Summary
 
 
 def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, where: str) -> TokenizedPairs:
@@ -79,24 +76,36 @@ def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, 
     if not pairs:
         raise UserError(f"No rows in {where}.")
     tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-    columns = {**dict.fromkeys(COLUMNS, tokens), **dict.fromkeys(("prompt", "trained", "truncated"), number)}
+    columns = {**dict.fromkeys((*COLUMNS, "first", "last"), tokens), **dict.fromkeys(NUMBERS, number)}
     features = datasets.Features({**columns, "left_out": datasets.Value("string")})
-    facts = ("pairs", tokenizer_key(tokenizer), max_length)
-    dataset = prepare(pairs, _PairWork(tokenizer, max_length), features, where, *facts)
-    left_out = dataset.data.column("left_out").to_pylist()
-    counts = {reason: left_out.count(reason) for reason in (FILLED, ALIKE)}
-    kept = np.flatnonzero([reason == "" for reason in left_out])
+    key = ("pairs", tokenizer_key(tokenizer), max_length)
+    dataset = prepare(pairs, _PairWork(tokenizer, max_length), features, where, *key)
+    data = dataset.data
+    reasons = data.column("left_out").to_pylist()
+    counts = {reason: reasons.count(reason) for reason in (FILLED, ALIKE)}
+    kept = np.flatnonzero([reason == "" for reason in reasons])
     if not len(kept):
         raise UserError(
             f"No row of {where} can be trained on at train.max_length={max_length}: the prompt fills it in "
             f"{counts[FILLED]} of {len(pairs)} rows, and both answers have the same tokens in {counts[ALIKE]}. Raise "
             "train.max_length."
         )
-    prompt, trained, truncated = (
-        int(dataset.data.column(name).to_numpy()[kept].sum()) for name in ("prompt", "trained", "truncated")
+    prompt, trained, truncated, length = (data.column(name).to_numpy()[kept] for name in NUMBERS)
+    facts = pairs.facts if isinstance(pairs, Rows) else []
+    left_out = facts[0].get("left_out", {}) if facts else {}
+    summary = Summary(
+        rows=len(pairs) + sum(left_out.values()),
+        dropped={reason: count for reason, count in {**left_out, **counts}.items() if count},
+        cut=0,
+        truncated=int(truncated.sum()),
+        tokens=int(trained.sum() + 2 * prompt.sum()),
+        trained_tokens=int(trained.sum()),
+        lengths=lengths_of(length),
+        first=most_common(data.column("first").combine_chunks().flatten().to_numpy(), tokenizer),
+        last=most_common(data.column("last").combine_chunks().flatten().to_numpy(), tokenizer),
+        **facts_of_rows(facts),
     )
-    dataset = dataset.select_columns(list(COLUMNS)).select(kept)
-    return TokenizedPairs(dataset, counts, truncated, trained, trained + 2 * prompt)
+    return TokenizedPairs(dataset.select_columns(list(COLUMNS)).select(kept), summary)
 
 
 class _PairWork:
@@ -120,6 +129,9 @@ class _PairWork:
             "prompt": [len(row.prompt) for row in rows],
             "trained": [sum(map(len, row.answers)) for row in rows],
             "truncated": [int(row.truncated) for row in rows],
+            "length": [len(row.prompt) + max(map(len, row.answers)) for row in rows],
+            "first": [[answer[0] for answer in row.answers if answer] for row in rows],
+            "last": [[answer[-1] for answer in row.answers if answer] for row in rows],
             "left_out": [row.left_out or "" for row in rows],
         }
 

@@ -11,12 +11,14 @@ from hft_cli.data.encoding import TokenPlaces, check_fast, encode, question_span
 from hft_cli.data.pieces import Span
 from hft_cli.data.preparation import Columns, prepare, tokenizer_key
 from hft_cli.data.rendering import Rendered, Renderer
+from hft_cli.data.store import Rows
+from hft_cli.data.summary import IGNORED, Summary, facts_of_rows, lengths_of, most_common, trained_runs
 from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
 
 LONG_PROMPTS = ("drop", "cut")
 
-IGNORED = -100  # the label of a token without a loss
+FILLED = "prompt fills max_length"  # why a row is dropped
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,16 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Tokens for TRL's SFTTrainer, and counts of rows and tokens.
+    """Tokens for TRL's SFTTrainer, and what they are.
 
     Attributes:
         dataset: a `datasets.Dataset` with `input_ids` and `labels` (the same ids; -100 where there is no loss), int32.
-        rows: rows in `dataset`.
-        dropped: rows left out because truncation would have removed everything that is trained on.
-        truncated: rows in `dataset` that lost tokens at their end.
-        cut: rows in `dataset` whose prompt lost tokens at its start; they may have lost some at their end as well.
-        trained_tokens: tokens with a loss. The first token of a row has none, because nothing precedes it.
-        total_tokens: tokens in `dataset`.
+            Rows of which truncation would have removed everything that is trained on are left out.
+        summary: of the rows.
     """
 
     dataset: Any
-    rows: int
-    dropped: int
-    truncated: int
-    cut: int
-    trained_tokens: int
-    total_tokens: int
+    summary: Summary
 
 
 def tokenize(
@@ -119,9 +112,8 @@ def tokenize(
         raise UserError(f"No rows in {where}.")
     facts = (tokenizer_key(tokenizer), asdict(options))
     dataset = prepare(chats, _ChatWork(tokenizer, options), _features(), where, *facts)
-    start, length, trained, cut = (
-        dataset.data.column(name).to_numpy() for name in ("answer_start", "length", "trained", "cut")
-    )
+    columns = dataset.data
+    start, length, cut = (columns.column(name).to_numpy() for name in ("answer_start", "length", "cut"))
     kept = np.flatnonzero(start < max_length)
     if not len(kept):
         prompts = "prompts" if long_prompts == "drop" else "prompts, without the first user turn,"
@@ -129,16 +121,21 @@ def tokenize(
             f"All {len(chats)} rows of {where} would lose their whole answer at train.max_length={max_length}: their "
             f"{prompts} are {start.min()} to {start.max()} tokens long. Raise train.max_length above {start.max()}."
         )
-    dataset = dataset.select_columns(["input_ids", "labels"])
-    return Tokenized(
-        dataset=dataset if len(kept) == len(start) else dataset.select(kept),
-        rows=len(kept),
-        dropped=len(start) - len(kept),
-        truncated=int((length[kept] > max_length).sum()),
+    sizes = np.minimum(length[kept], max_length)
+    summary = Summary(
+        rows=len(start),
+        dropped={FILLED: len(start) - len(kept)} if len(kept) < len(start) else {},
         cut=int(cut[kept].sum()),
-        trained_tokens=int(trained[kept].sum()),
-        total_tokens=int(np.minimum(length[kept], max_length).sum()),
+        truncated=int((length[kept] > max_length).sum()),
+        tokens=int(sizes.sum()),
+        trained_tokens=int(columns.column("trained").to_numpy()[kept].sum()),
+        lengths=lengths_of(sizes),
+        first=most_common(columns.column("first").combine_chunks().flatten().to_numpy(), tokenizer),
+        last=most_common(columns.column("last").combine_chunks().flatten().to_numpy(), tokenizer),
+        **facts_of_rows(chats.facts if isinstance(chats, Rows) else ()),
     )
+    dataset = dataset.select_columns(["input_ids", "labels"])
+    return Tokenized(dataset if len(kept) == len(start) else dataset.select(kept), summary)
 
 
 def _features() -> Any:
@@ -146,7 +143,7 @@ def _features() -> Any:
 
     tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {"input_ids": tokens, "labels": tokens, "length": number, "answer_start": number, "trained": number}
-    return datasets.Features({**columns, "cut": datasets.Value("bool")})
+    return datasets.Features({**columns, "cut": datasets.Value("bool"), "first": tokens, "last": tokens})
 
 
 class _ChatWork:
@@ -165,7 +162,10 @@ class _ChatWork:
                 chat_template(None, self.tokenizer)  # raises if the tokenizer has none
             self._renderer = Renderer(self.tokenizer)
         rows = tokenize_chats(chats, places, self._renderer, self.options)
+        runs = [trained_runs(row.labels) for row in rows]
         return {
+            "first": [[row.ids[start] for start, _ in spans] for row, spans in zip(rows, runs, strict=True)],
+            "last": [[row.ids[end - 1] for _, end in spans] for row, spans in zip(rows, runs, strict=True)],
             "input_ids": [row.ids for row in rows],
             "labels": [row.labels for row in rows],
             "length": [row.length for row in rows],

@@ -88,10 +88,11 @@ def _score_exact_match(
         batch_tokens = sum(item["tokens"] for item in batch_items)
         tokens += batch_tokens
         progress.advance(len(batch), batch_tokens)
-    progress.advance(tokenized.dropped, 0)
+    dropped = sum(tokenized.summary.dropped.values())
+    progress.advance(dropped, 0)
     ordered = [{"row": index, **items[index]} for index in sorted(items)]
     scores = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
-    return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": tokenized.dropped}, ordered
+    return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": dropped}, ordered
 
 
 def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -> list[Item]:

@@ -81,7 +81,16 @@ def _train(session: Session, phase: Phase, draw: Draw, start: Position) -> None:
     logger.info(f"{label}: {_size(draw)} updated")
     ranks = None if config.engine.zero_stage is None else config.engine.num_processes
     send_metrics = partial(session.tracker.send_metrics, run.metrics, phase.name, start.steps)
-    run_worker(WorkerRun(job, folder, label, ranks, checkpoints=True), send_metrics, session.followers)
+    said = folder.data.exists()
+
+    def poll() -> None:
+        nonlocal said
+        if not said and folder.data.exists():
+            said = True
+            logger.info(f"{label}: {read_json(folder.data)['line']}")
+        send_metrics()
+
+    run_worker(WorkerRun(job, folder, label, ranks, checkpoints=True), poll, session.followers)
 
 
 def _half_reset(session: Session, phase: Phase, draw: Draw, start: Position) -> None:

@@ -24,6 +24,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.pairs import prepare_pairs
 from hft_cli.data.preferences import ANSWERS, read_pairs
 from hft_cli.data.preparation import tokenizer_key
+from hft_cli.data.summary import Summary
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 METRICS = (*(f"rewards/{name}" for name in (*ANSWERS, "margins", "accuracies")), *(f"logps/{name}" for name in ANSWERS))
 
 
-def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
-    """The data set of a DPO phase, and its counts and hash for the outcome.
+def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any], Summary]:
+    """The data set of a DPO phase, its counts and hash for the outcome, and its summary.
 
     Raises:
         UserError: for a bad row, or if no row is left.
@@ -46,18 +47,22 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     phase, longest = job.phase, job.config.train.max_length or sys.maxsize
     preferences = read_pairs(phase.sources[0], job.config.data, job.config.dpo.ties)
     pairs = prepare_pairs(preferences.rows, tokenizer, longest, where=phase.data)
-    left_out = {**preferences.left_out, **pairs.left_out}
+    summary = pairs.summary
     rows_hash = preferences.rows.sha256()
     key = reference_key(rows_hash, tokenizer, longest, weights_hash(Path(job.model)))
-    return compat.salted(pairs.dataset, key), {
-        "rows": len(pairs.dataset),
-        "rows_dropped": sum(left_out.values()),
-        "rows_truncated": pairs.truncated,
-        "tokens": pairs.total_tokens,
-        "tokens_trained_on": pairs.trained_tokens,
-        "rows_left_out": left_out,
-        "sha256": rows_hash,
-    }
+    return (
+        compat.salted(pairs.dataset, key),
+        {
+            "rows": summary.used,
+            "rows_dropped": sum(summary.dropped.values()),
+            "rows_truncated": summary.truncated,
+            "tokens": summary.tokens,
+            "tokens_trained_on": summary.trained_tokens,
+            "rows_left_out": summary.dropped,
+            "sha256": rows_hash,
+        },
+        summary,
+    )
 
 
 def reference_key(rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int, weights: str) -> str:

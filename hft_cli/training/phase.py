@@ -95,7 +95,8 @@ def load_rows(
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
                 later = replace(job, phase=phase)
                 procedure_of(later).rows(later, tokenizer)
-        dataset, counts = procedure.rows(job, tokenizer)
+        dataset, counts, summary = procedure.rows(job, tokenizer)
+        write_json(folder.data, {**summary.to_json(), "line": summary.line()})
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
     ranks.barrier()

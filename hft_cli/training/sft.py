@@ -12,6 +12,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.chats import Chat
 from hft_cli.data.rows import Source, read_sources
 from hft_cli.data.store import Rows
+from hft_cli.data.summary import Summary
 from hft_cli.data.tokenization import Tokenized, tokenize
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
@@ -20,22 +21,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
-    """The data set of an SFT phase, and its counts and hash for the outcome.
+def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any], Summary]:
+    """The data set of an SFT phase, its counts and hash for the outcome, and its summary.
 
     Raises:
         UserError: for a bad row, or if no row is left.
     """
     data, chats = tokenized(job, job.phase.sources, tokenizer)
-    return data.dataset, {
-        "rows": data.rows,
-        "rows_dropped": data.dropped,
-        "rows_truncated": data.truncated,
-        "tokens": data.total_tokens,
-        "tokens_trained_on": data.trained_tokens,
-        "rows_prompt_cut": data.cut,
-        "sha256": chats.sha256(),
-    }
+    summary = data.summary
+    return (
+        data.dataset,
+        {
+            "rows": summary.used,
+            "rows_dropped": sum(summary.dropped.values()),
+            "rows_truncated": summary.truncated,
+            "tokens": summary.tokens,
+            "tokens_trained_on": summary.trained_tokens,
+            "rows_prompt_cut": summary.cut,
+            "sha256": chats.sha256(),
+        },
+        summary,
+    )
 
 
 def tokenized(

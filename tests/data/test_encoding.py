@@ -51,9 +51,14 @@ def test_a_cut_prompt_keeps_its_header_and_the_whole_answer(name: str, kind: str
     whole = tokenize([each], tokenizer, max_length=1000, loss=loss).dataset[0]
     most = len(whole["input_ids"]) - 30
     result = tokenize([each], tokenizer, max_length=most, loss=loss, long_prompts="cut")
-    assert (result.rows, result.dropped, result.truncated, result.cut) == (1, 0, 0, 1)
+    assert (
+        result.summary.used,
+        sum(result.summary.dropped.values()),
+        result.summary.truncated,
+        result.summary.cut,
+    ) == (1, 0, 0, 1)
     row = result.dataset[0]
-    assert len(row["input_ids"]) == result.total_tokens == most
+    assert len(row["input_ids"]) == result.summary.tokens == most
     before, after = around(tokenizer, each)
     text = text_of(tokenizer, row["input_ids"]).lstrip(" ")  # "pieces" puts a blank before all
     assert text.startswith(before.rstrip(" "))
@@ -85,7 +90,7 @@ def test_just_enough_tokens_of_the_first_user_turn_are_lost(
     result = tokenize([each], tokenizer, max_length=most, long_prompts="cut")
     row, ids = result.dataset[0], whole["input_ids"]
     surplus = max(len(ids) - most, 0)
-    assert (result.rows, result.truncated, result.cut) == (1, 0, surplus > 0)
+    assert (result.summary.used, result.summary.truncated, result.summary.cut) == (1, 0, surplus > 0)
     assert len(row["input_ids"]) == len(ids) - surplus
     ways = [
         start for start in range(len(row["labels"]) + 1) if row["input_ids"] == ids[:start] + ids[start + surplus :]
@@ -113,7 +118,7 @@ def test_the_prompt_is_cut_before_the_answer_is_truncated(content: str, answer: 
         return
     result = tokenize([row], tokenizer, max_length=most, long_prompts="cut")
     assert result.dataset[0]["input_ids"] == expected[:most]
-    assert (result.truncated, result.cut) == (len(expected) > most, lost > 0)
+    assert (result.summary.truncated, result.summary.cut) == (len(expected) > most, lost > 0)
 
 
 def test_cut_and_dropped_rows_are_counted_apart() -> None:
@@ -121,12 +126,22 @@ def test_cut_and_dropped_rows_are_counted_apart() -> None:
     system = chat("Why?", "Because.", system=MAT)
     rows = [ONE, chat(MAT, "no"), chat("cat", MAT), chat(MAT, MAT), system, ONE]
     result = tokenize(rows, tokenizer, max_length=40, long_prompts="cut")
-    assert (result.rows, result.dropped, result.truncated, result.cut) == (5, 1, 2, 3)
+    assert (
+        result.summary.used,
+        sum(result.summary.dropped.values()),
+        result.summary.truncated,
+        result.summary.cut,
+    ) == (5, 1, 2, 3)
     assert max(len(row) for row in result.dataset["input_ids"]) == 40
-    assert result.total_tokens == sum(len(row) for row in result.dataset["input_ids"])
-    assert result.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
+    assert result.summary.tokens == sum(len(row) for row in result.dataset["input_ids"])
+    assert result.summary.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
     dropping, default = (tokenize(rows, tokenizer, max_length=40, **o) for o in ({"long_prompts": "drop"}, {}))
-    assert (dropping.rows, dropping.dropped, dropping.truncated, dropping.cut) == (3, 3, 1, 0)
+    assert (
+        dropping.summary.used,
+        sum(dropping.summary.dropped.values()),
+        dropping.summary.truncated,
+        dropping.summary.cut,
+    ) == (3, 3, 1, 0)
     assert dropping.dataset[:] == default.dataset[:]
 
 
@@ -134,7 +149,7 @@ def test_rows_that_fit_are_never_cut() -> None:
     tokenizer = tokenizer_of(template=REPEATS_USER)
     one, other = (tokenize([ONE], tokenizer, max_length=100, loss="all", long_prompts=long) for long in ("cut", "drop"))
     assert one.dataset[:] == other.dataset[:]
-    assert one.cut == other.cut == 0
+    assert one.summary.cut == other.summary.cut == 0
 
 
 @pytest.mark.parametrize("content", ["s", "user", "<|user|>", "Be brief.", "mat"])
@@ -172,14 +187,14 @@ def test_a_token_with_the_blank_of_the_header_is_cut(kind: str) -> None:
 def test_a_row_without_a_user_is_cut_at_its_end_only() -> None:
     row = chat_of(turn("system", "Be brief."), turn("assistant", MAT))
     result = tokenize([row], tokenizer_of(template="tulu"), max_length=40, long_prompts="cut")
-    assert (result.truncated, result.cut) == (1, 0)
+    assert (result.summary.truncated, result.summary.cut) == (1, 0)
 
 
 def test_the_first_token_has_no_loss_after_cutting() -> None:
     result = tokenize([chat(MAT, "no")], tokenizer_of(template="plain"), max_length=9, loss="all", long_prompts="cut")
     row = result.dataset[0]
     assert row["labels"] == [-100, *row["input_ids"][1:]]
-    assert (result.trained_tokens, result.total_tokens) == (8, 9)
+    assert (result.summary.trained_tokens, result.summary.tokens) == (8, 9)
 
 
 def test_text_that_a_template_repeats_is_not_cut() -> None:

@@ -87,7 +87,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     assert str(caught.value).startswith("train.jsonl, example 2: the chat template writes turn 3 differently")
     for fix in ("{% generation %}", "model.chat_template=tulu", "data.loss=all"):
         assert fix in str(caught.value)
-    assert tokenize([ONE, TWO], tokenizer, max_length=100, loss="all").rows == 2
+    assert tokenize([ONE, TWO], tokenizer, max_length=100, loss="all").summary.used == 2
 
 
 def test_an_error_of_the_template_names_the_example() -> None:

@@ -65,7 +65,7 @@ def test_loss_all_trains_on_every_token_but_the_first() -> None:
     result = tokenize([ONE, TWO], tokenizer_of(template="tulu"), max_length=1000, loss="all")
     for row in result.dataset:
         assert row["labels"] == [-100, *row["input_ids"][1:]]
-    assert result.trained_tokens == result.total_tokens - 2
+    assert result.summary.trained_tokens == result.summary.tokens - 2
 
 
 def test_truncation_and_dropped_rows_are_counted() -> None:
@@ -73,20 +73,25 @@ def test_truncation_and_dropped_rows_are_counted() -> None:
     long_prompt = chat("the cat " * 50, "no")
     long_answer = chat("cat", "the mat " * 50)
     result = tokenize([ONE, long_prompt, long_answer, ONE], tokenizer, max_length=40)
-    assert (result.rows, result.dropped, result.truncated, result.cut) == (3, 1, 1, 0)
+    assert (
+        result.summary.used,
+        sum(result.summary.dropped.values()),
+        result.summary.truncated,
+        result.summary.cut,
+    ) == (3, 1, 1, 0)
     assert max(len(row) for row in result.dataset["input_ids"]) == 40
     cut = trained_text(tokenizer, result.dataset[1]["labels"])
     assert cut
     assert (long_answer.turns[1]["content"] + "</s>").startswith(cut)
-    assert result.total_tokens == sum(len(row) for row in result.dataset["input_ids"])
-    assert result.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
+    assert result.summary.tokens == sum(len(row) for row in result.dataset["input_ids"])
+    assert result.summary.trained_tokens == sum(label != -100 for row in result.dataset["labels"] for label in row)
 
 
 def test_a_row_keeps_the_answers_before_the_cut() -> None:
     tokenizer = tokenizer_of(template=CHATML)
     both = ids_of(tokenizer, TWO)
     result = tokenize([TWO], tokenizer, max_length=len(both) - 20)
-    assert (result.dropped, result.truncated) == (0, 1)
+    assert (sum(result.summary.dropped.values()), result.summary.truncated) == (0, 1)
     assert trained_text(tokenizer, result.dataset[0]["labels"]) == "Because.<|im_end|>"
 
 
@@ -102,7 +107,7 @@ def test_the_error_for_dropped_rows_has_the_prompt_lengths() -> None:
     longest = max(lengths[0], lengths[2])
     assert str(caught.value).startswith("All 2 rows of train.jsonl would lose their whole answer at train.max_length=5")
     assert str(caught.value).endswith(f"to {longest} tokens long. Raise train.max_length above {longest}.")
-    assert tokenize(chats, tokenizer, max_length=longest + 1).dropped == 0
+    assert tokenize(chats, tokenizer, max_length=longest + 1).summary.dropped == {}
 
 
 def test_rows_of_several_batches_are_in_order() -> None:
@@ -118,7 +123,7 @@ def test_a_slow_tokenizer_is_refused_unless_all_is_trained_on() -> None:
     slow = ByT5Tokenizer(chat_template=CHATML)
     with pytest.raises(UserError, match=r"needs a fast tokenizer, .* ByT5Tokenizer is not one\. .* data\.loss=all\."):
         tokenize([ONE], slow, max_length=100)
-    assert tokenize([ONE], slow, max_length=100, loss="all").rows == 1
+    assert tokenize([ONE], slow, max_length=100, loss="all").summary.used == 1
 
 
 def test_no_chats_and_a_misspelt_loss_are_errors() -> None:
@@ -166,7 +171,7 @@ def test_the_mask_survives_the_preparation_of_sft_trainer(name: str, loss: str, 
         processing_class=tokenizer,
     )
     batches = list(trainer.get_train_dataloader())
-    assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == data.trained_tokens
+    assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == data.summary.trained_tokens
     got = "".join(trained_text(tokenizer, row) for batch in batches for row in batch["labels"].tolist())
     for row in data.dataset:
         text = trained_text(tokenizer, row["labels"])

@@ -295,7 +295,7 @@ def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: P
 
     rows = [*ROWS, LONG_PROMPT, LONG_ANSWER, ALIKE]
     pairs = prepare_pairs(rows, tokenizer, 48, "x")
-    assert (len(pairs.dataset), pairs.truncated) == (9, 1)
+    assert (len(pairs.dataset), pairs.summary.truncated) == (9, 1)
     assert pairs.left_out == {"prompt fills max_length": 1, "alike when cut": 1}
 
     arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=48, report_to=[])
@@ -314,8 +314,8 @@ def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: P
             room = 48 - len(mine["prompt_ids"]) if key != "prompt_ids" else 48
             assert mine[key] == other[key][:room]
     batch = trainer.data_collator(pairs.dataset.to_list())
-    assert batch["attention_mask"].sum() == pairs.total_tokens
-    assert batch["completion_mask"].sum() == pairs.trained_tokens
+    assert batch["attention_mask"].sum() == pairs.summary.tokens
+    assert batch["completion_mask"].sum() == pairs.summary.trained_tokens
     assert batch["input_ids"].shape[1] == 48
 
 

@@ -1,0 +1,137 @@
+"""What a set of rows is trained as: counts of rows and tokens, lengths, and where answers begin and end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PERCENTILES = (5, 50, 95, 100)
+
+COMMON = 5  # tokens that are named
+
+IGNORED = -100  # the label of a token without a loss
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Facts of the rows of a phase.
+
+    Attributes:
+        rows: rows that were read, without those of `dropped` that were left out before they were tokenized.
+        dropped: reason -> number of rows that are not trained on.
+        cut: rows whose prompt lost tokens at its start.
+        truncated: rows that lost tokens at their end.
+        tokens: tokens of the rows that are trained on; of a pair the prompt counts twice.
+        trained_tokens: tokens with a loss.
+        lengths: percentile -> tokens of a row that is trained on; of a pair the longer side.
+        first, last: the most common first and last tokens of what has a loss, each with its number.
+        unused: columns and fields of turns that are not empty and not used -> number of rows or turns.
+        shapes: shape of rows -> number of rows.
+    """
+
+    rows: int
+    dropped: dict[str, int]
+    cut: int
+    truncated: int
+    tokens: int
+    trained_tokens: int
+    lengths: dict[str, int]
+    first: list[tuple[str, int]]
+    last: list[tuple[str, int]]
+    unused: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        """Rows that are trained on."""
+        return self.rows - sum(self.dropped.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as it stands in a run's directory."""
+        return {**asdict(self), "used": self.used}
+
+    def line(self) -> str:
+        """The summary in one line."""
+        left_out = sum(self.dropped.values())
+        parts = [
+            f"{self.used:,} rows" + (f" ({left_out:,} dropped)" if left_out else ""),
+            f"{self.tokens:,} tokens",
+            f"{self.trained_tokens / max(self.tokens, 1):.0%} with a loss",
+            f"answers begin with {_quoted(self.first[:2])}",
+            f"end with {_quoted(self.last[:2])}",
+        ]
+        unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        return ", ".join(parts) + unused
+
+    def text(self) -> str:
+        """The summary in several lines."""
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
+        lengths = ", ".join(f"{'max' if name == '100' else name + '%'} {size:,}" for name, size in self.lengths.items())
+        lines = {
+            "rows": f"{self.rows:,} read, {self.used:,} trained on",
+            "shapes": ", ".join(f"{name} {count:,}" for name, count in self.shapes.items()),
+            "dropped": dropped,
+            "shortened": f"{self.cut:,} at the prompt, {self.truncated:,} at the end" * bool(self.cut + self.truncated),
+            "length": f"{lengths} tokens",
+            "tokens": f"{self.tokens:,}, with a loss {self.trained_tokens:,} "
+            f"({self.trained_tokens / max(self.tokens, 1):.1%})",
+            "first": _counted(self.first),
+            "last": _counted(self.last),
+            "not used": ", ".join(f"{name} ({count:,})" for name, count in self.unused.items()),
+        }
+        return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items() if text)
+
+
+def _quoted(tokens: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(visible(text) for text, _ in tokens) or "nothing"
+
+
+def _counted(tokens: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{visible(text)} {count:,}" for text, count in tokens)
+
+
+def visible(text: str) -> str:
+    """A token between quotes, with its newlines and tabs written out."""
+    escaped = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    return f"'{escaped}'"
+
+
+def trained_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each run of tokens that have a loss and follow each other."""
+    runs: list[tuple[int, int]] = []
+    for index, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
+
+
+def lengths_of(sizes: Any) -> dict[str, int]:
+    """The percentiles of the numbers in an array."""
+    import numpy as np
+
+    return {str(percent): int(np.percentile(sizes, percent, method="nearest")) for percent in PERCENTILES}
+
+
+def most_common(ids: Any, tokenizer: Any) -> list[tuple[str, int]]:
+    """The most common of the token ids in an array, as text."""
+    import numpy as np
+
+    values, counts = np.unique(ids, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:COMMON]
+    return [(tokenizer.decode([int(values[index])]), int(counts[index])) for index in order]
+
+
+def facts_of_rows(facts: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """`unused` and `shapes` of the sets that rows were read from, added up."""
+    unused: Counter[str] = Counter()
+    shapes: Counter[str] = Counter()
+    for each in facts:
+        unused.update(each.get("unused", {}))
+        shapes.update(each.get("shapes", {}))
+    return {"unused": dict(unused), "shapes": dict(shapes)}
