@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hft_cli.data.store import Codec
@@ -110,11 +110,15 @@ def content_hash(chats: Iterable[Chat]) -> str:
 
 
 def canonical(chat: Chat) -> bytes:
-    """One line of JSON: equal for equal chats. Of roles and texts alone, if there is nothing else."""
+    """One line of JSON: equal for equal chats. Of roles and texts alone, if nothing else has an effect."""
     turns: list[Any] = [
         [turn["role"], turn["content"], *([further] if (further := _further(turn)) else [])] for turn in chat.turns
     ]
     others = {name: value for name, value in vars(chat).items() if name != "turns" and value}
+    if chat.prompt_turns and not chat.prefill:
+        whole = replace(chat, prompt_turns=0)
+        if all(whole.trained(loss) == chat.trained(loss) for loss in LOSSES):
+            del others["prompt_turns"]
     return json.dumps([*turns, *([others] if others else [])], sort_keys=True).encode() + b"\n"
 
 

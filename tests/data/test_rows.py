@@ -79,6 +79,18 @@ def repeats(train: list[Chat], test: list[Chat]) -> tuple[int, int]:
     return count_repeats(*(map(canonical, chats) for chats in (train, test)))
 
 
+def test_the_hash_tells_prompts_apart_only_where_it_matters() -> None:
+    assert content_hash([PAIR]) == content_hash([ONE])
+    four = chat("q", "a", "q", "b").turns
+    chats = [
+        chat_of(*four),
+        chat_of(*four, prompt_turns=3),
+        chat_of(*four, prompt_turns=1),
+        chat_of(*four, masked=(1,)),
+    ]
+    assert len({content_hash([each]) for each in chats}) == 4
+
+
 def test_repeated_rows_and_rows_of_the_test_set_are_counted() -> None:
     others = [
         chat_of(turn("user", "Why?"), turn("system", "x"), ONE.turns[1]),

@@ -208,21 +208,6 @@ def test_trl_names_its_cache_by_the_fingerprint() -> None:
     assert "dataset._get_cache_file_path(fingerprint)" in source
 
 
-@pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected", "start"),
-    [
-        ([1, 2], [1, 2, 3], [1, 2, 4], 2),
-        ([1, 2, 9], [1, 2, 3], [1, 2, 3, 4], 2),  # a token across the border between prompt and answer
-        ([1, 2], [1, 2, 3, 4], [1, 2, 3, 5], 2),  # the answers have a beginning in common
-        ([1, 2, 3], [1, 2], [1, 2, 3, 4], 2),
-    ],
-)
-def test_answers_start_where_tokens_differ(
-    prompt: list[int], chosen: list[int], rejected: list[int], start: int
-) -> None:
-    assert compat.answer_start(prompt, chosen, rejected) == start  # test_dpo.py compares the counts with TRL's
-
-
 # ---------------------------------------------------------------------------------------------------------------- PEFT
 
 

@@ -296,7 +296,7 @@ def test_the_tokens_are_those_of_trl_through_the_end(tokenizer: Any, tmp_path: P
     rows = [*ROWS, LONG_PROMPT, LONG_ANSWER, ALIKE]
     pairs = prepare_pairs(rows, tokenizer, 48, "x")
     assert (len(pairs.dataset), pairs.summary.truncated) == (9, 1)
-    assert pairs.left_out == {"prompt fills max_length": 1, "alike when cut": 1}
+    assert pairs.summary.dropped == {"prompt fills max_length": 1, "alike when cut": 1}
 
     arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=48, report_to=[])
     columns = [
