@@ -57,7 +57,11 @@ COMMANDS = {
         "RUN [--base BASE] [--model FOLDER]",
         "Prove from the files of a run that every round kept its frozen matrices bit-identical.",
     ),
-    "show": Command(file_commands.show_draws, "draws RUN", "Print which matrices each round updated, layer by layer."),
+    "show": Command(
+        file_commands.show,
+        "draws RUN | tokens method=METHOD [KEY=VALUE …]",
+        "Print which matrices each round updated, layer by layer, or rows as they will be trained on.",
+    ),
     "materialize": Command(
         file_commands.materialize_model,
         "RUN|DELTA --out FOLDER [--round K] [--base BASE]",

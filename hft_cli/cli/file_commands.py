@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from hft_cli.cli.arguments import Parser, path, round_number
+from hft_cli.cli.show_tokens import show_tokens
 from hft_cli.errors import UserError, choose
 
 if TYPE_CHECKING:
@@ -53,15 +54,17 @@ def _proof_text(proof: RoundProof) -> str:
     return "\n".join([*lines, *(f"  {fault}" for fault in proof.faults)])
 
 
-def show_draws(parser: Parser, words: list[str]) -> int:
-    """`hft show draws`."""
+def show(parser: Parser, words: list[str]) -> int:
+    """`hft show draws` and `hft show tokens`."""
     from hft_cli.report.draws_table import draws_table
     from hft_cli.run_dir import RunDir
 
+    if words[:1] == ["tokens"]:
+        return show_tokens(words[1:])
     parser.add_argument("what", metavar="draws", help="the ledger of draws")
     parser.add_argument("run", type=path, metavar="RUN", help="directory of a run")
     options = parser.parse(words)
-    choose("thing to show", options.what, ["draws"])
+    choose("thing to show", options.what, ["draws", "tokens"])
     print(draws_table(RunDir(options.run)))
     return 0
 

@@ -53,6 +53,7 @@ def prepare(
             batch_size=BATCH,
             remove_columns=["number"],
             features=features,
+            desc="tokenizing",
             num_proc=cores if len(rows) >= PARALLEL else None,
             cache_file_name=str(folder / "tokens.arrow"),
             new_fingerprint=folder.name.replace(".", "-"),  # otherwise all rows are hashed
