@@ -50,14 +50,21 @@ def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The files of a split, in the order of their names; all files as "train" if no name has a split."""
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES) and file.is_file())
     matching = [file for file in files if re.match(rf"{re.escape(split)}(-\d.*)?\.", file.name)]
     if not matching and split == "train" and not any(_SPLIT_NAME.search(file.name) for file in files):
         matching = files
     if not matching:
         names = ", ".join(file.name for file in files) or f"no file ending in {', '.join(SUFFIXES)}"
         raise UserError(f"No file for the split '{split}' in the folder {folder} (it holds {names}).")
-    formats = {next(suffix for suffix in SUFFIXES if file.name.endswith(suffix)) for file in matching}
+    like = [file.name for file in files if file.name.lower().startswith(split.lower()) and file not in matching]
+    if like:
+        raise UserError(
+            f"{folder} holds {', '.join(like)} beside {', '.join(file.name for file in matching)}, and it is not clear "
+            f"whether the split '{split}' includes it. Name the files as parts ({split}-00000.jsonl, …), move it, or "
+            "give one file instead of the folder."
+        )
+    formats = {next(suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)) for file in matching}
     if len(formats) > 1:  # probably the same rows twice
         names = ", ".join(file.name for file in matching)
         raise UserError(f"More than one format for the split '{split}' in {folder}: {names}. Name one file instead.")
@@ -66,16 +73,17 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        if not file.name.endswith(SUFFIXES):
+        name = file.name.lower()
+        if not name.endswith(SUFFIXES):
             raise UserError(f"{file} has an unknown format. Known: {', '.join(SUFFIXES)}.")
-        if file.name.endswith(".parquet"):
+        if name.endswith(".parquet"):
             import pyarrow.parquet
 
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH)
-            rows: Iterable[Any] = (row for batch in batches for row in batch.to_pylist())
+            rows: Iterable[Any] = (_from_table(row) for batch in batches for row in batch.to_pylist())
         else:
-            with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
-                if file.name.removesuffix(".gz").endswith(".jsonl"):
+            with (gzip.open if name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
+                if name.removesuffix(".gz").endswith(".jsonl"):
                     yield from _rows_of_lines(text, file)
                     return
                 rows = _list_in(_parse(text.read(), str(file)), file)
@@ -93,15 +101,42 @@ def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]
 
 
 def _list_in(document: Any, file: Path) -> list[Any]:
-    """The rows of a document that is a list, or an object with exactly one list."""
+    """The rows of a document that is a list, or an object with exactly one list; an object that is a row is one row."""
     if isinstance(document, list):
         return document
+    if isinstance(document, dict) and _is_row(document):
+        return [document]
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
     if len(lists) != 1:
         raise UserError(
             f"{file}: neither a list of objects nor an object with one list in it, but {json_type(document)}."
         )
     return lists[0]
+
+
+def _is_row(document: dict[str, Any]) -> bool:
+    """Whether an object has the columns of a row, and not rows in one of them."""
+    for column in ("messages", "conversations"):
+        turns = document.get(column)
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) and len(turn) > 1 for turn in turns):
+            return any(key in turns[0] for key in ("role", "from"))
+    columns = (("prompt", "completion"), ("instruction", "output"), ("chosen", "rejected"), ("prompt", "answer"))
+    return any(all(key in document for key in keys) for keys in (*columns, ("question", "response")))
+
+
+def _from_table(row: Any) -> Any:
+    """A row of a table, without the null fields of the objects in its columns."""
+    return {column: _without_nulls(value) for column, value in row.items()} if isinstance(row, dict) else row
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without null fields of nested objects: a table fills every field that another row has with null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in _KEPT}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+_KEPT = ("content", "value")  # of turns: null is a mistake there, or stands beside calls of tools
 
 
 def _rows_of_hub(name: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
@@ -115,16 +150,38 @@ def _rows_of_hub(name: str, split: str, stream: bool) -> Iterator[tuple[str, Any
             f"{first_line(error)}"
         ) from error
     for number, row in enumerate(rows, 1):
-        yield f"{name} ({split}), row {number}", row
+        yield f"{name} ({split}), row {number}", _from_table(row)
 
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except _BadValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{place}: lists and objects are nested too deeply.") from None
     except json.JSONDecodeError as error:
         hint = " One object a line? Then name the file .jsonl." if error.msg == "Extra data" else ""
         position = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{place}: not JSON ({error.msg} at {position}).{hint}") from None
+
+
+class _BadValueError(Exception):
+    """A value that JSON does not have, or that hides another one."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of keys and values; an error if a key comes twice, of which Python would keep the last value."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _BadValueError(f"the key '{twice}' comes twice in an object.")
+    return values
+
+
+def _refuse_constant(text: str) -> Any:
+    raise _BadValueError(f"{text} is not JSON. Write null, or leave the field out.")
 
 
 def json_type(value: Any) -> str:

@@ -107,7 +107,7 @@ def read_preferences(
         names.check_columns()
 
     def facts() -> dict[str, Any]:
-        return {"unused": names.unused, "left_out": left_out}
+        return {"unused": names.unused, "left_out": left_out, "notices": names.notices}
 
     key = source_key(path, split, max_rows, ties, names.columns, names.roles)
     rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, facts)
@@ -184,7 +184,7 @@ def _prompt(fields: Row, names: Names) -> Turns:
         return turns_or_text(fields.pop("prompt"), "prompt", "user", names)
     for column in ("question", "instruction"):
         if column in fields:
-            return text_turn("user", question_of(fields, column))
+            return text_turn("user", question_of(fields, column, names))
     return Turns()
 
 

@@ -122,7 +122,7 @@ def read_chats(
         names.check_columns()
 
     def facts() -> dict[str, Any]:
-        return {"unused": names.unused, "shapes": read.shapes}
+        return {"unused": names.unused, "shapes": read.shapes, "notices": names.notices}
 
     key = source_key(path, split, max_rows, format, names.columns, names.roles)
     rows = store(cache_folder() / "rows" / key, chats(), CHATS, facts)
@@ -230,20 +230,20 @@ def _with_system(chat: Chat, system: str) -> Chat:
     )
 
 
-def text_of(row: Row, column: str) -> str:
+def text_of(row: Row, column: str, names: Names) -> str:
     """Take a text out of a row. A number, as in tables of arithmetic, is its text; UserError for anything else."""
     value = row.pop(column)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return names.number_text(value, column)
     if not isinstance(value, str):
         raise UserError(f"'{column}' is {json_type(value)}, not a string.")
     return value
 
 
-def question_of(row: Row, column: str) -> str:
+def question_of(row: Row, column: str, names: Names) -> str:
     """Take the question of an instruction out of a row, with the further text that Alpaca gives as `input`."""
-    question = text_of(row, column)
-    context = text_of(row, "input") if row.get("input") is not None else ""
+    question = text_of(row, column, names)
+    context = text_of(row, "input", names) if row.get("input") is not None else ""
     return f"{question}\n\n{context}" if context.strip() else question
 
 
@@ -308,8 +308,8 @@ def _trace(row: Row, names: Names) -> Chat:
 
 
 def _question_and_answer(row: Row, names: Names, question: str, answer: str) -> Chat:
-    asked = history_of(row, names) + text_turn("user", question_of(row, question))
-    return _chat(asked + text_turn("assistant", text_of(row, answer)))
+    asked = history_of(row, names) + text_turn("user", question_of(row, question, names))
+    return _chat(asked + text_turn("assistant", text_of(row, answer, names)))
 
 
 def _text(row: Row, names: Names) -> Chat:

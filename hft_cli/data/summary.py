@@ -29,6 +29,7 @@ class Summary:
         first, last: the most common first and last tokens of what has a loss, each with its number.
         unused: columns and fields of turns that are not empty and not used -> number of rows or turns.
         shapes: shape of rows -> number of rows.
+        notices: what was read in another form than it is written -> number of values.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Summary:
     last: list[tuple[str, int]]
     unused: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
+    notices: dict[str, int] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
@@ -63,7 +65,8 @@ class Summary:
             f"end with {_quoted(self.last[:2])}",
         ]
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return ", ".join(parts) + unused
+        notices = "".join(f"; {count:,} {notice}" for notice, count in self.notices.items())
+        return ", ".join(parts) + unused + notices
 
     def text(self) -> str:
         """The summary in several lines."""
@@ -81,6 +84,7 @@ class Summary:
             "last": _counted(self.last),
             "not used": ", ".join(f"{name} ({count:,})" for name, count in self.unused.items()),
         }
+        lines |= {"read": ", ".join(f"{count:,} {notice}" for notice, count in self.notices.items())}
         return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items() if text)
 
 
@@ -128,10 +132,10 @@ def most_common(ids: Any, tokenizer: Any) -> list[tuple[str, int]]:
 
 
 def facts_of_rows(facts: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """`unused` and `shapes` of the sets that rows were read from, added up."""
-    unused: Counter[str] = Counter()
-    shapes: Counter[str] = Counter()
+    """`unused`, `shapes` and `notices` of the sets that rows were read from, added up."""
+    names = ("unused", "shapes", "notices")
+    totals: dict[str, Counter[str]] = {name: Counter() for name in names}
     for each in facts:
-        unused.update(each.get("unused", {}))
-        shapes.update(each.get("shapes", {}))
-    return {"unused": dict(unused), "shapes": dict(shapes)}
+        for name in names:
+            totals[name].update(each.get(name, {}))
+    return {name: dict(total) for name, total in totals.items()}

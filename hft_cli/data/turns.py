@@ -6,7 +6,9 @@ Every field of a turn is either read, refused by name, or counted as unused.
 from __future__ import annotations
 
 import json
+import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,12 +51,14 @@ class Names:
         roles: the data set's name of a role, in lower case -> ours.
         unused: counts of fields that are not empty and not used, by their name.
         found: the names of `columns` that a row or a turn had.
+        notices: counts of values that were read in another form, by what was done.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     unused: Counter[str] = field(default_factory=Counter)
     found: set[str] = field(default_factory=set)
+    notices: Counter[str] = field(default_factory=Counter)
 
     def renamed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a row or a turn by our names. A field that another one replaces counts as unused."""
@@ -69,11 +73,39 @@ class Names:
                 renamed[ours] = fields[theirs]
         return renamed
 
+    def number_text(self, value: float, column: str) -> str:
+        """A number as text: 5.0, as tables write 5 in a column with a gap, is 5, and float32's 0.1 is 0.1.
+
+        Raises:
+            UserError: if it is not finite.
+        """
+        if isinstance(value, int):
+            return str(value)
+        if not math.isfinite(value):
+            raise UserError(f"'{column}' is {value}, not a number or a text.")
+        if value.is_integer():
+            self.notices[f"whole numbers in '{column}' read without .0"] += 1
+            return str(int(value))
+        short = _float32_text(value)
+        if len(short) + 4 < len(repr(value)):
+            self.notices[f"float32 numbers in '{column}' read with the digits that they have"] += 1
+            return short
+        return repr(value)
+
     def check_columns(self) -> None:
         """UserError for a name in `columns` that nothing had."""
         for ours, theirs in self.columns.items():
             if theirs not in self.found:
                 raise UserError(f"data.columns.{ours}={theirs}: no row and no turn has '{theirs}'.")
+
+
+def _float32_text(value: float) -> str:
+    """The shortest text of the float32 that a number is; of a number that is none, its own."""
+    single = struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 3e38 else None
+    if single != value:
+        return repr(value)
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    return next(text for text in texts if struct.unpack("f", struct.pack("f", float(text)))[0] == value)
 
 
 @dataclass
