@@ -32,6 +32,7 @@ class RoundDir:
     tokens = Child("tokens")  # the tokenized training set, which rank 0 writes and all ranks read
     data = Child("data.json")  # what the rows were trained as: see data/summary.py
     template = Child("chat_template.jinja")  # with which the phase was trained
+    answer_end = Child("answer_end.json")  # the special token that was trained to end an answer: token, id
     adapter = Child("adapter")  # LoRA adapters after the phase, in PEFT's layout
     model = Child("model")  # the model after the phase, as long as a later phase needs it
     log = Child("worker.log")  # what the ranks print

@@ -49,8 +49,11 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix in COMPANION_SUFFIXES:
             shutil.copyfile(file, part / file.name)
+    if (base / "additional_chat_templates").is_dir():
+        shutil.copytree(base / "additional_chat_templates", part / "additional_chat_templates")
     for name, text in (extra or {}).items():
-        (part / name).write_text(text)
+        (part / name).parent.mkdir(exist_ok=True)
+        (part / name).write_text(text, encoding="utf-8")
     for file in sorted({tensor.file for tensor in tensors.values()}):
         content = {name: changes.get(name, tensor) for name, tensor in tensors.items() if tensor.file == file}
         if not changes.keys() & content.keys():

@@ -154,6 +154,13 @@ def first_special(text: str, tokenizer: Any) -> tuple[int, int, int] | None:
     return start, start + len(at[start]), special[at[start]]
 
 
+def answer_end(tokenizer: Any) -> tuple[str, int] | None:
+    """The special token that ends an answer, and its id; None if text ends it."""
+    chat = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": PROBE}]
+    found = first_special(examine(chat, "the chat template", tokenizer, {}).end, tokenizer)
+    return None if found is None else (str(tokenizer.added_tokens_decoder[found[2]]), found[2])
+
+
 def reasoning_key(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> str | None:
     """The name under which the template reads the reasoning of an answer; None if it does not."""
     for key in REASONING_KEYS:

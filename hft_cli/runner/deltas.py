@@ -19,6 +19,7 @@ from hft_cli.method.rounds import phases
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.base import find_base
+from hft_cli.runner.companions import companions
 from hft_cli.text import markdown_table
 
 # The files of a published delta.
@@ -37,7 +38,8 @@ def materialize(run: RunDir, number: int | None, out: Path, base: str | Path | N
     _require_new(out)
     folders = _finished_rounds(run, number)
     deltas = [folder.delta for folder in folders]
-    apply_deltas(find_base(run, base), deltas, out, chat_template(folders[-1], read_config(run).model.chat_template))
+    folder = find_base(run, base)
+    apply_deltas(folder, deltas, out, companions(folders[-1], folder, read_config(run).model.chat_template))
 
 
 def publish(run: RunDir, number: int | None, out: Path) -> None:
@@ -57,8 +59,10 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     part.mkdir(parents=True, exist_ok=True)
     metadata = {"base_sha256": about["base_sha256"]}
     write_delta_file({name: [tensor] for name, tensor in tensors.items()}, part / DELTA, metadata)
-    for name, text in chat_template(folders[-1], read_config(run).model.chat_template).items():
-        write_text(part / name, text)
+    template = folders[-1].template if read_config(run).model.chat_template is not None else None
+    for file in (template, folders[-1].answer_end):
+        if file is not None and file.exists():
+            write_text(part / file.name, file.read_text())
     write_json(part / ABOUT, about)
     write_text(part / "README.md", _card(about, out.resolve().name))
     part.rename(out)
@@ -77,14 +81,7 @@ def apply(delta: Path, base: str, out: Path) -> None:
     sha256 = read_json(delta / ABOUT)["base_sha256"]
     if weights_hash(folder) != sha256:
         raise UserError(f"The weights in {folder} are not those that {delta} was made from (SHA-256 {sha256[:12]}…).")
-    apply_deltas(folder, [delta / DELTA], out, chat_template(RoundDir(delta), "as published"))
-
-
-def chat_template(folder: RoundDir, configured: str | None) -> dict[str, str]:
-    """The chat template to save with a model, by file name. Empty if it is the base's own (`configured` is None)."""
-    if configured is None or not folder.template.exists():
-        return {}
-    return {folder.template.name: folder.template.read_text()}
+    apply_deltas(folder, [delta / DELTA], out, companions(RoundDir(delta), folder, "as published"))
 
 
 def _require_new(out: Path) -> None:

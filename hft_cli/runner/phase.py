@@ -17,7 +17,7 @@ from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.method.rounds import Phase, phase_config
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import RoundDir, RunDir
-from hft_cli.runner.deltas import chat_template
+from hft_cli.runner.companions import companions
 from hft_cli.runner.prepare import Prepared, half_reset_tensors
 from hft_cli.runner.tracking import Tracker
 
@@ -111,8 +111,8 @@ def _write_model(session: Session, folder: RoundDir, start: Position) -> Path:
     shutil.rmtree(folder.tokens, ignore_errors=True)
     out = run.model if run.model.exists() else folder.model
     if not out.exists():
-        template = chat_template(folder, session.prepared.config.model.chat_template)
-        apply_deltas(_trained_model(session, start), [folder.delta], out, template)
+        base = _trained_model(session, start)
+        apply_deltas(base, [folder.delta], out, companions(folder, base, session.prepared.config.model.chat_template))
     if start.model.is_relative_to(run.folder) and start.model != out:
         shutil.rmtree(start.model, ignore_errors=True)  # the model after the previous phase
     return out

@@ -70,7 +70,9 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     model = read_json(folder / "config.json" if folder.is_dir() else config_from_hub(path))
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path)
-    tokenizer.chat_template = chat_template(config.model.chat_template, tokenizer)
+    template = chat_template(config.model.chat_template, tokenizer)
+    if config.model.chat_template is not None:
+        tokenizer.chat_template = template
     return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
 
 

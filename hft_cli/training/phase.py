@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.data.templates import chat_template
+from hft_cli.data.templates import answer_end, chat_template
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
@@ -78,9 +78,11 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the run's chat template, which is also written into the phase's folder."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    tokenizer.chat_template = chat_template(job.config.model.chat_template, tokenizer)
+    template = chat_template(job.config.model.chat_template, tokenizer)
+    if job.config.model.chat_template is not None:  # otherwise several named ones stay
+        tokenizer.chat_template = template
     if ranks.first:
-        write_text(folder.template, tokenizer.chat_template)
+        write_text(folder.template, template)
     return tokenizer
 
 
@@ -97,6 +99,8 @@ def load_rows(
                 procedure_of(later).rows(later, tokenizer)
         dataset, counts, summary = procedure.rows(job, tokenizer)
         write_json(folder.data, {**summary.to_json(), "line": summary.line()})
+        if (end := answer_end(tokenizer)) and set(summary.shapes) != {"text"}:
+            write_json(folder.answer_end, {"token": end[0], "id": end[1]})
         dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
     ranks.barrier()

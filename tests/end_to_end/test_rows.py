@@ -1,11 +1,11 @@
-"""Rows that a chat template refuses stop a run before it trains."""
+"""What a chat template does with the rows of a run: refused rows stop it early, and its model knows its end."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from helpers import QUICK, hft
+from helpers import QUICK, hft, train
 
 
 def test_a_row_of_a_later_round_is_refused_before_the_first(tmp_path: Path) -> None:
@@ -19,3 +19,23 @@ def test_a_row_of_a_later_round_is_refused_before_the_first(tmp_path: Path) -> N
     assert "later.jsonl, line 1: the chat template leaves out 'tool_calls'" in done.err
     assert not list((tmp_path / "run/rounds").glob("*/checkpoints"))
     assert not list((tmp_path / "run/rounds").glob("*/outcome.json"))
+
+
+def test_a_model_knows_the_end_that_it_was_trained_on(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    template = tmp_path / "other.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ '<|system|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    two = "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]"
+    run = train(tmp_path / "run", "+method=hft", f"model.chat_template={template}", two)
+    assert hft("verify", run).status == 0
+    assert hft("materialize", run, "--out", tmp_path / "again").status == 0
+    for folder in (run / "model", tmp_path / "again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|system|>", template.read_text())
+        end = tokenizer.convert_tokens_to_ids(["<|end|>", "<|system|>"])
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == end
