@@ -28,7 +28,8 @@ PATHS = (
     "suite.data_dir",
 )
 
-MAP_KEY = re.compile(r"(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds)=")  # keys that may be new
+# Keys that may be new.
+MAP_KEY = re.compile(r"(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds|data\.(?:columns|roles)(?:\.\w+)?)=")
 
 
 def hydra_arguments(command: str, argv: Sequence[str]) -> list[str]:

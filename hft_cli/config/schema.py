@@ -94,6 +94,15 @@ class DataConfig:
         "completion (what follows the last question), or all.",
         choices=("hft_cli.data.chats:LOSSES",),
     )
+    roles: dict[str, str] = setting(
+        {}, "Map from names of roles that hft does not know to user, assistant, system or tool: '{Alice: user}'."
+    )
+    bad_rows: str = setting(
+        "stop",
+        "Rows that cannot be trained on: stop and list all of them, or skip them (they are counted and listed in "
+        "rounds/NN-NAME/data.json). Rows of a test set always stop.",
+        choices=("hft_cli.data.bad_rows:BAD_ROWS",),
+    )
     columns: dict[str, str] = setting(
         {}, "Map from hft's names of columns and fields of turns to those of the rows: '{messages: dialog, role: who}'."
     )

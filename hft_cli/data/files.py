@@ -10,10 +10,12 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hft_cli.data.bad_rows import BadRows
 from hft_cli.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -23,16 +25,28 @@ PARQUET_BATCH = 1000  # rows read at a time
 _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
 
 
-def read_rows(path: str, split: str, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+@dataclass(frozen=True)
+class _BadLine:
+    reason: str
+
+
+def read_rows(
+    path: str, split: str, max_rows: int | None = None, bad: BadRows | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows at a path (see `rows.read_chats`), each with its place for errors: "FILE, line 3".
 
     At most `max_rows` rows are read; None reads all. With a limit, a hub data set is loaded row by row instead of being
-    downloaded first. A UserError if the path does not exist, a file cannot be read, or a row is not an object.
+    downloaded first. A UserError if the path does not exist, a file cannot be read, or a row is not an object; with
+    `bad`, bad lines and rows are added to it instead and left out.
     """
     for place, row in islice(_values(path, split, stream=max_rows is not None), max_rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not an object but {json_type(row)}.")
-        yield place, row
+        if isinstance(row, dict):
+            yield place, row
+            continue
+        reason = row.reason if isinstance(row, _BadLine) else f"not an object but {json_type(row)}."
+        if bad is None:
+            raise UserError(f"{place}: {reason}")
+        bad.add(place, reason)
 
 
 def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
@@ -97,7 +111,11 @@ def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]
     for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{file}, line {number}"
-            yield place, _parse(line, place)
+            try:
+                row = _parse(line, place)
+            except UserError as error:
+                row = _BadLine(str(error).removeprefix(f"{place}: "))
+            yield place, row
 
 
 def _list_in(document: Any, file: Path) -> list[Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from hft_cli.data.chats import Chat
 from hft_cli.data.encoding import TokenPlaces, check_fast, encode
 from hft_cli.data.preferences import ANSWERS, Preference
-from hft_cli.data.preparation import Columns, prepare, tokenizer_key
+from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Renderer
 from hft_cli.data.store import Rows
-from hft_cli.data.summary import Summary, facts_of_rows, lengths_of, most_common
+from hft_cli.data.summary import BAD, Summary, count_bad, facts_of_rows, lengths_of, most_common, nonzero
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import FILLED
 from hft_cli.errors import UserError
@@ -57,7 +57,9 @@ class TokenizedPairs:
     summary: Summary
 
 
-def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, where: str) -> TokenizedPairs:
+def prepare_pairs(
+    pairs: Sequence[Preference], tokenizer: Any, max_length: int, where: str, bad_rows: str = "stop"
+) -> TokenizedPairs:
     """Render pairs with the tokenizer's chat template, tokenize them, and leave out those that teach nothing.
 
     Args:
@@ -65,9 +67,10 @@ def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, 
         tokenizer: a fast tokenizer with a chat template.
         max_length: see `tokenize_pairs`.
         where: the name of the data in errors.
+        bad_rows: "stop", or "skip" to leave out rows that cannot be trained on.
 
     Raises:
-        UserError: for a template or a tokenizer that does not allow this, or if no row is left.
+        UserError: for a template or a tokenizer that does not allow this, for bad rows, or if no row is left.
     """
     import datasets
     import numpy as np
@@ -79,7 +82,7 @@ def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, 
     columns = {**dict.fromkeys((*COLUMNS, "first", "last"), tokens), **dict.fromkeys(NUMBERS, number)}
     features = datasets.Features({**columns, "left_out": datasets.Value("string")})
     key = ("pairs", tokenizer_key(tokenizer), max_length)
-    dataset = prepare(pairs, _PairWork(tokenizer, max_length), features, where, *key)
+    dataset, bad = prepare(pairs, Work(_PairWork(tokenizer, max_length), features, key, where, bad_rows))
     data = dataset.data
     reasons = data.column("left_out").to_pylist()
     counts = {reason: reasons.count(reason) for reason in (FILLED, ALIKE)}
@@ -91,11 +94,11 @@ def prepare_pairs(pairs: Sequence[Preference], tokenizer: Any, max_length: int, 
             "train.max_length."
         )
     prompt, trained, truncated, length = (data.column(name).to_numpy()[kept] for name in NUMBERS)
-    facts = pairs.facts if isinstance(pairs, Rows) else []
-    left_out = facts[0].get("left_out", {}) if facts else {}
+    facts = [*(pairs.facts if isinstance(pairs, Rows) else ()), {"bad": bad}]
+    left_out = {BAD: count_bad(facts), **facts[0].get("left_out", {})}
     summary = Summary(
-        rows=len(pairs) + sum(left_out.values()),
-        dropped={reason: count for reason, count in {**left_out, **counts}.items() if count},
+        rows=len(reasons) + sum(left_out.values()),
+        dropped=nonzero({**left_out, **counts}),
         cut=0,
         truncated=int(truncated.sum()),
         tokens=int(trained.sum() + 2 * prompt.sum()),

@@ -10,11 +10,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
+from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import Chat, Turn, canonical, check_chat
 from hft_cli.data.files import read_rows
 from hft_cli.data.rows import Row, Source, continued, history_of, question_of, with_row_fields
@@ -69,7 +70,6 @@ def read_preferences(
     split: str = "train",
     max_rows: int | None = None,
     ties: str = "keep",
-    columns: Mapping[str, str] | None = None,
     names: Names | None = None,
 ) -> Preferences:
     """Read rows with `chosen` and `rejected`. These shapes may be mixed:
@@ -80,7 +80,7 @@ def read_preferences(
       (UltraFeedback); also as one text with "Human:" and "Assistant:" before the turns (hh-rlhf).
 
     Args:
-        path, split, columns, names: as for `rows.read_chats`.
+        path, split, names: as for `rows.read_chats`.
         max_rows: the largest number of rows to read, including those left out; None reads all.
         ties: "drop" leaves out rows with equal `score_chosen` and `score_rejected`; "keep" ignores the scores.
 
@@ -90,26 +90,31 @@ def read_preferences(
     """
     choose("dpo.ties", ties, TIES)
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
-    names = names or Names(columns or {})
+    names = names or Names()
+
+    bad, good = BadRows(), 0
 
     def pairs() -> Iterator[tuple[str, Preference]]:
-        for place, row in read_rows(path, split, max_rows):
+        nonlocal good
+        for place, row in read_rows(path, split, max_rows, bad):
             try:
                 preference = read_preference(row, names)
                 tied = ties == "drop" and _is_tied(row)
-                reason = reason_to_leave_out(preference) or ("tied scores" if tied else None)
             except UserError as error:
-                raise UserError(f"{place}: {error}") from None
-            if reason:
+                bad.add(place, error)
+                continue
+            good += 1
+            if reason := reason_to_leave_out(preference) or ("tied scores" if tied else None):
                 left_out[reason] += 1
             else:
                 yield place, preference
+        bad.refuse(names.bad_rows, good + len(bad.rows), path)
         names.check_columns()
 
     def facts() -> dict[str, Any]:
-        return {"unused": names.unused, "left_out": left_out, "notices": names.notices}
+        return {"bad": bad.rows, "unused": names.unused, "left_out": left_out, "notices": names.notices}
 
-    key = source_key(path, split, max_rows, ties, names.columns, names.roles)
+    key = source_key(path, split, max_rows, ties, names.columns, names.roles, names.bad_rows)
     rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, facts)
     left_out = rows.facts[0]["left_out"]
     if not rows:
@@ -124,7 +129,11 @@ def read_preferences(
 def read_pairs(source: Source, data: DataConfig, ties: str) -> Preferences:
     """The pairs of a DPO phase; see `read_preferences`."""
     return read_preferences(
-        resolve_path(source.path), split=source.split, max_rows=data.max_rows, ties=ties, columns=data.columns
+        resolve_path(source.path),
+        split=source.split,
+        max_rows=data.max_rows,
+        ties=ties,
+        names=Names(data.columns, data.roles, bad_rows=data.bad_rows),
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
+from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import CHATS, Chat, check_chat
 from hft_cli.data.files import json_type, read_rows
 from hft_cli.data.store import Rows, cache_folder, source_key, store
@@ -64,7 +65,7 @@ def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> Rows
             format=data.format,
             split=source.split,
             max_rows=data.max_rows,
-            columns=data.columns,
+            names=Names(data.columns, data.roles, bad_rows=data.bad_rows),
         )
         count = round(source.share * len(rows)) if source.rows is None else source.rows
         drawn = draw_rows(len(rows), max(count, 1), f"{seed}\0{source.path}")
@@ -90,7 +91,6 @@ def read_chats(
     format: str = "auto",
     split: str = "train",
     max_rows: int | None = None,
-    columns: Mapping[str, str] | None = None,
     names: Names | None = None,
 ) -> Rows[Chat]:
     """Read rows as chats, or find them in the cache if they were read before.
@@ -103,28 +103,35 @@ def read_chats(
         split: which files of a folder (train.jsonl, train-00000-of-00002.parquet, …) or which split of a hub data set.
             A folder whose file names have no split is read whole as "train". A single file is read whatever its name.
         max_rows: the largest number of rows to read, at least 1; None reads all.
-        columns: our name -> the data set's, of columns and of fields of turns.
-        names: takes the place of `columns`; its counts of unused fields are updated.
+        names: what the data set calls things; its counts of unused fields are updated. Bad rows that it leaves out are
+            in the `facts` of the rows.
 
     Raises:
         UserError: if there is nothing at `path`, there are no rows, or a row is bad. Rows and lines count from 1.
     """
     choose("data.format", format, ("auto", *READERS))
-    names = names or Names(columns or {})
+    names = names or Names()
     read = ChatReader(format, names)
 
+    bad, good = BadRows(), 0
+
     def chats() -> Iterator[tuple[str, Chat]]:
-        for place, row in read_rows(path, split, max_rows):
+        nonlocal good
+        for place, row in read_rows(path, split, max_rows, bad):
             try:
-                yield place, read(row)
+                chat = read(row)
             except UserError as error:
-                raise UserError(f"{place}: {error}") from None
+                bad.add(place, error)
+            else:
+                good += 1
+                yield place, chat
+        bad.refuse(names.bad_rows, good + len(bad.rows), path)
         names.check_columns()
 
     def facts() -> dict[str, Any]:
-        return {"unused": names.unused, "shapes": read.shapes, "notices": names.notices}
+        return {"bad": bad.rows, "unused": names.unused, "shapes": read.shapes, "notices": names.notices}
 
-    key = source_key(path, split, max_rows, format, names.columns, names.roles)
+    key = source_key(path, split, max_rows, format, names.columns, names.roles, names.bad_rows)
     rows = store(cache_folder() / "rows" / key, chats(), CHATS, facts)
     if not rows:
         raise UserError(f"No rows in {path}.")

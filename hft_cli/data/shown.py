@@ -70,6 +70,8 @@ class ShownRow:
 
     def lines(self, colours: bool) -> Iterator[str]:
         """The row for a terminal: a line of facts, then the text of each side."""
+        if not self.sides:
+            yield f"── row {self.row} · {self.place} · not trained on: {self.dropped}\n"
         for name, side in self.sides.items():
             facts = [f"row {self.row}", *([name] if name else []), self.place, f"{len(side.ids):,} tokens"]
             facts.append(f"not trained on: {self.dropped}" if self.dropped else f"{sum(side.trained):,} with a loss")

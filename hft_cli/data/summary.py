@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hft_cli.data.bad_rows import listing
+
 PERCENTILES = (5, 50, 95, 100)
 
 COMMON = 5  # tokens that are named
+
+BAD = "bad"  # why a row is dropped: see data/bad_rows.py
 
 IGNORED = -100  # the label of a token without a loss
 
@@ -30,6 +34,7 @@ class Summary:
         unused: columns and fields of turns that are not empty and not used -> number of rows or turns.
         shapes: shape of rows -> number of rows.
         notices: what was read in another form than it is written -> number of values.
+        bad: place and reason of the rows that data.bad_rows=skip leaves out.
     """
 
     rows: int
@@ -44,6 +49,7 @@ class Summary:
     unused: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
     notices: dict[str, int] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def used(self) -> int:
@@ -85,7 +91,8 @@ class Summary:
             "not used": ", ".join(f"{name} ({count:,})" for name, count in self.unused.items()),
         }
         lines |= {"read": ", ".join(f"{count:,} {notice}" for notice, count in self.notices.items())}
-        return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items() if text)
+        facts = "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items() if text)
+        return f"{facts}\nbad rows, which are left out:\n{listing(self.bad)}" if self.bad else facts
 
 
 def _quoted(tokens: Sequence[tuple[str, int]]) -> str:
@@ -131,11 +138,23 @@ def most_common(ids: Any, tokenizer: Any) -> list[tuple[str, int]]:
     return [(tokenizer.decode([int(values[index])]), int(counts[index])) for index in order]
 
 
-def facts_of_rows(facts: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """`unused`, `shapes` and `notices` of the sets that rows were read from, added up."""
+def facts_of_rows(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`unused`, `shapes`, `notices` and `bad` of the sets that rows were read from, added up."""
     names = ("unused", "shapes", "notices")
     totals: dict[str, Counter[str]] = {name: Counter() for name in names}
+    bad: list[tuple[str, str]] = []
     for each in facts:
+        bad += [(place, reason) for place, reason in each.get("bad", ())]
         for name in names:
             totals[name].update(each.get(name, {}))
-    return {name: dict(total) for name, total in totals.items()}
+    return {**{name: dict(total) for name, total in totals.items()}, "bad": bad}
+
+
+def count_bad(facts: Iterable[Mapping[str, Any]]) -> int:
+    """The number of bad rows in sets."""
+    return sum(len(each.get("bad", ())) for each in facts)
+
+
+def nonzero(counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts that are not 0."""
+    return {name: count for name, count in counts.items() if count}

@@ -9,10 +9,20 @@ from typing import Any
 from hft_cli.data.chats import LOSSES, Chat
 from hft_cli.data.encoding import TokenPlaces, check_fast, encode, question_span, surplus_tokens
 from hft_cli.data.pieces import Span
-from hft_cli.data.preparation import Columns, prepare, tokenizer_key
+from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Rendered, Renderer
 from hft_cli.data.store import Rows
-from hft_cli.data.summary import IGNORED, Summary, facts_of_rows, lengths_of, most_common, trained_runs
+from hft_cli.data.summary import (
+    BAD,
+    IGNORED,
+    Summary,
+    count_bad,
+    facts_of_rows,
+    lengths_of,
+    most_common,
+    nonzero,
+    trained_runs,
+)
 from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
 
@@ -85,33 +95,31 @@ class Tokenized:
 
 
 def tokenize(
-    chats: Sequence[Chat],
-    tokenizer: Any,
-    *,
-    max_length: int,
-    loss: str = "assistant",
-    long_prompts: str = "drop",
-    where: str = "the data",
+    chats: Sequence[Chat], tokenizer: Any, *, where: str = "the data", bad_rows: str = "stop", **settings: Any
 ) -> Tokenized:
     """Render chats with the tokenizer's chat template, tokenize them, mask what is not trained on, and shorten them.
 
     Args:
         chats: as `read_chats` returns them.
         tokenizer: a fast tokenizer (any, with loss "all" and long_prompts "drop") with a chat template.
-        max_length, loss, long_prompts: see `TokenOptions`.
         where: the name of the data in errors.
+        bad_rows: "stop", or "skip" to leave out rows that cannot be trained on.
+        settings: those of `TokenOptions`.
 
     Raises:
-        UserError: for a template or a tokenizer that does not allow this, or if every row would be dropped.
+        UserError: for a template or a tokenizer that does not allow this, for bad rows, or if every row would be
+            dropped.
     """
     import numpy as np
 
-    options = TokenOptions(max_length, loss, long_prompts)
+    options = TokenOptions(**settings)
     options.check(tokenizer)
+    max_length, long_prompts = options.max_length, options.long_prompts
     if not chats:
         raise UserError(f"No rows in {where}.")
-    facts = (tokenizer_key(tokenizer), asdict(options))
-    dataset = prepare(chats, _ChatWork(tokenizer, options), _features(), where, *facts)
+    key = (tokenizer_key(tokenizer), asdict(options))
+    dataset, bad = prepare(chats, Work(_ChatWork(tokenizer, options), _features(), key, where, bad_rows))
+    facts = [*(chats.facts if isinstance(chats, Rows) else ()), {"bad": bad}]
     columns = dataset.data
     start, length, cut = (columns.column(name).to_numpy() for name in ("answer_start", "length", "cut"))
     kept = np.flatnonzero(start < max_length)
@@ -123,8 +131,8 @@ def tokenize(
         )
     sizes = np.minimum(length[kept], max_length)
     summary = Summary(
-        rows=len(start),
-        dropped={FILLED: len(start) - len(kept)} if len(kept) < len(start) else {},
+        rows=len(start) + count_bad(facts),
+        dropped=nonzero({BAD: count_bad(facts), FILLED: len(start) - len(kept)}),
         cut=int(cut[kept].sum()),
         truncated=int((length[kept] > max_length).sum()),
         tokens=int(sizes.sum()),
@@ -132,7 +140,7 @@ def tokenize(
         lengths=lengths_of(sizes),
         first=most_common(columns.column("first").combine_chunks().flatten().to_numpy(), tokenizer),
         last=most_common(columns.column("last").combine_chunks().flatten().to_numpy(), tokenizer),
-        **facts_of_rows(chats.facts if isinstance(chats, Rows) else ()),
+        **facts_of_rows(facts),
     )
     dataset = dataset.select_columns(["input_ids", "labels"])
     return Tokenized(dataset if len(kept) == len(start) else dataset.select(kept), summary)

@@ -29,6 +29,14 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 
+# Our names of columns and of fields of turns, for which `data.columns` has the data set's.
+COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "response"),
+    *("answer", "text", "chosen", "rejected", "score_chosen", "score_rejected", "system", "history", "tools"),
+    *("chat_template_kwargs", "role", "content", "from", "value", "weight", "train", "loss", "mask"),
+    *("reasoning_content", "tool_calls", "function_call", "tool_call_id", "name"),
+)
+
 ROLE_KEYS = ("role", "from")
 
 CONTENT_KEYS = ("content", "value")
@@ -44,21 +52,23 @@ DIALOGUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # as in hh-rlhf
 
 @dataclass(frozen=True)
 class Names:
-    """What a data set calls things, and what it holds that is not used.
+    """What a data set calls things, and what of it is not used or not read as it is written.
 
     Attributes:
         columns: our name -> the data set's, of columns and of fields of turns (`data.columns`).
-        roles: the data set's name of a role, in lower case -> ours.
+        roles: the data set's name of a role -> ours (`data.roles`), besides ROLES.
         unused: counts of fields that are not empty and not used, by their name.
         found: the names of `columns` that a row or a turn had.
+        bad_rows: "stop", or "skip" to leave bad rows out.
         notices: counts of values that were read in another form, by what was done.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    roles: Mapping[str, str] = field(default_factory=dict)
     unused: Counter[str] = field(default_factory=Counter)
     found: set[str] = field(default_factory=set)
     notices: Counter[str] = field(default_factory=Counter)
+    bad_rows: str = "stop"
 
     def renamed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a row or a turn by our names. A field that another one replaces counts as unused."""
@@ -72,6 +82,26 @@ class Names:
                     renamed.pop(theirs, None)
                 renamed[ours] = fields[theirs]
         return renamed
+
+    def __post_init__(self) -> None:
+        for ours in self.columns:
+            choose("key of data.columns:", ours, COLUMNS)
+        for theirs, ours in self.roles.items():
+            choose(f"role in data.roles for {theirs}:", ours, sorted(set(ROLES.values())))
+
+    def role(self, said: str, place: str) -> str:
+        """Our name of a role: "system", "user", "assistant", "tool", or "function_call" for a turn that is a call.
+
+        Raises:
+            UserError: for a name that is not known.
+        """
+        roles = {**ROLES, **self.roles}
+        if said in roles:
+            return roles[said]
+        try:
+            return roles[choose(f"role in {place}:", said.lower(), roles)]
+        except UserError as error:
+            raise UserError(f"{error} Another name: data.roles.{said}=user|assistant|system|tool.") from None
 
     def number_text(self, value: float, column: str) -> str:
         """A number as text: 5.0, as tables write 5 in a column with a gap, is 5, and float32's 0.1 is 0.1.
@@ -194,7 +224,7 @@ def _turn(fields: dict[str, Any], place: str, names: Names) -> tuple[Turn, bool]
     said = fields.pop(role_key)
     if not isinstance(said, str):
         raise UserError(f"'{role_key}' in {place} is {json_type(said)}, not a string.")
-    role = names.roles[choose(f"role in {place}:", said if said in names.roles else said.lower(), names.roles)]
+    role = names.role(said, place)
     turn: Turn = {"role": "assistant" if role == "function_call" else role}
     calls = _tool_calls(fields, place)
     reasoning = [fields.pop(key) for key in REASONING_KEYS if _is_filled(fields.get(key))]

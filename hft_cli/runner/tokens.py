@@ -11,7 +11,7 @@ from typing import Any
 from hft_cli.checkpoint.folders import config_from_hub
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
-from hft_cli.data.pairs import prepare_pairs, tokenize_pairs
+from hft_cli.data.pairs import PairRow, prepare_pairs, tokenize_pairs
 from hft_cli.data.preferences import read_pairs
 from hft_cli.data.rendering import Renderer
 from hft_cli.data.rows import read_sources
@@ -19,7 +19,7 @@ from hft_cli.data.shown import ShownRow, show_chat, show_pair
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
 from hft_cli.data.templates import chat_template
-from hft_cli.data.tokenization import TokenOptions, tokenize, tokenize_chats
+from hft_cli.data.tokenization import TokenOptions, TokenRow, tokenize, tokenize_chats
 from hft_cli.errors import UserError, first_line
 from hft_cli.files import read_json
 from hft_cli.method.rounds import Phase, phase_config, phases, with_model_limits
@@ -45,15 +45,25 @@ class ShownPhase:
         for start in range(0, len(rows), BATCH):
             part = rows.select(range(start, min(start + BATCH, len(rows))))
             places, items = list(part.places()), list(part)
-            numbers = range(start + 1, start + 1 + len(items))
+            for offset, row in enumerate(self._tokens(items, places), start + 1):
+                place = places[offset - start - 1]
+                if isinstance(row, str):
+                    yield ShownRow(offset, place, {}, f"bad: {row}")
+                elif isinstance(row, PairRow):
+                    yield show_pair(row, offset, place, tokenizer)
+                else:
+                    yield show_chat(row, offset, place, longest, tokenizer)
+
+    def _tokens(self, items: Sequence[Any], places: Sequence[str]) -> Sequence[PairRow | TokenRow | str]:
+        """The rows as tokens; of a bad row that is left out, the reason."""
+        try:
             if self.phase.stage == "dpo":
-                pairs = tokenize_pairs(items, places, self.renderer, longest)
-                for pair, number, place in zip(pairs, numbers, places, strict=True):
-                    yield show_pair(pair, number, place, tokenizer)
-            else:
-                chats = tokenize_chats(items, places, self.renderer, self.options)
-                for chat, number, place in zip(chats, numbers, places, strict=True):
-                    yield show_chat(chat, number, place, longest, tokenizer)
+                return tokenize_pairs(items, places, self.renderer, self.options.max_length)
+            return tokenize_chats(items, places, self.renderer, self.options)
+        except UserError as error:
+            if len(items) == 1:
+                return [str(error).removeprefix(f"{places[0]}: ")]
+        return [row for item, place in zip(items, places, strict=True) for row in self._tokens([item], [place])]
 
 
 def shown_phases(config: RunConfig) -> list[ShownPhase]:
@@ -91,11 +101,11 @@ def _shown_phase(phase: Phase, config: RunConfig, tokenizer: Any) -> ShownPhase:
     rows: Rows[Any]
     if phase.stage == "dpo":
         rows = read_pairs(phase.sources[0], config.data, config.dpo.ties).rows
-        summary = prepare_pairs(rows, tokenizer, options.max_length, phase.data).summary
+        summary = prepare_pairs(rows, tokenizer, options.max_length, phase.data, config.data.bad_rows).summary
     else:
         rows = read_sources(phase.sources, config.data, config.seed)
         settings: dict[str, Any] = vars(options)
-        summary = tokenize(rows, tokenizer, **settings, where=phase.data).summary
+        summary = tokenize(rows, tokenizer, **settings, where=phase.data, bad_rows=config.data.bad_rows).summary
     return ShownPhase(phase, summary, rows, Renderer(tokenizer), options)
 
 

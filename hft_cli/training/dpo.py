@@ -46,7 +46,7 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
     """
     phase, longest = job.phase, job.config.train.max_length or sys.maxsize
     preferences = read_pairs(phase.sources[0], job.config.data, job.config.dpo.ties)
-    pairs = prepare_pairs(preferences.rows, tokenizer, longest, where=phase.data)
+    pairs = prepare_pairs(preferences.rows, tokenizer, longest, phase.data, job.config.data.bad_rows)
     summary = pairs.summary
     rows_hash = preferences.rows.sha256()
     key = reference_key(rows_hash, tokenizer, longest, weights_hash(Path(job.model)))

@@ -57,6 +57,7 @@ def tokenized(
         loss=data.loss,
         long_prompts=data.long_prompts,
         where=", ".join(source.path for source in sources),
+        bad_rows=data.bad_rows,
     )
     return tokens, chats
 

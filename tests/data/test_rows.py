@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hft_cli.config.schema import DataConfig
 from hft_cli.data.chats import Chat, canonical, content_hash
 from hft_cli.data.rows import READERS, Source, count_repeats, draw_rows, read_chats, read_sources
+from hft_cli.data.turns import Names
 from hft_cli.errors import UserError
 
 PAIR = chat_of(*ONE.turns, prompt_turns=1)
@@ -202,3 +203,18 @@ def test_a_general_set_is_read_whole_in_its_own_shape(tmp_path: Path) -> None:
     sources = [Source(task, share=0.1), Source(general, general=True)]
     read = read_sources(sources, DataConfig(name="d", path="p", format="trace", max_rows=20), 1)
     assert len(read) == 2 + 5
+
+
+def test_other_names_of_columns_and_roles_are_given(tmp_path: Path) -> None:
+    row = {"dialog": [{"who": "Alice", "says": "Why?"}, {"who": "BOT", "says": "Because."}]}
+    path = write(tmp_path / "a.jsonl", [row])
+    columns = {"messages": "dialog", "role": "who", "content": "says"}
+    assert read_chats(path, names=Names(columns, {"Alice": "user"})) == [ONE]
+    with pytest.raises(UserError, match=r"Unknown role in turn 1 .* Another name: data\.roles\.Alice=user\|assistant"):
+        read_chats(path, names=Names(columns))
+    with pytest.raises(UserError, match=r"Unknown key of data\.columns: 'mesages'\. Did you mean 'messages'"):
+        Names({"mesages": "dialog"})
+    with pytest.raises(UserError, match=r"role in data\.roles for Alice: 'usr'\. Did you mean 'user'"):
+        Names({}, {"Alice": "usr"})
+    with pytest.raises(UserError, match=r"data\.columns\.system=sys: no row and no turn has 'sys'"):
+        read_chats(write(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "a"}]), names=Names({"system": "sys"}))
