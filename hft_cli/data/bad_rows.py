@@ -23,8 +23,8 @@ class BadRows:
     rows: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, place: str, error: UserError | str) -> None:
-        """Note a bad row; the reason may begin with the place."""
-        self.rows.append((place, str(error).removeprefix(f"{place}: ")))
+        """Note a bad row. The reason may begin with the place: "PLACE: it is empty", "PLACE, chosen: it is empty"."""
+        self.rows.append((place, str(error).removeprefix(place).removeprefix(": ").removeprefix(", ")))
 
     def refuse(self, policy: str, total: int, where: str) -> None:
         """Raise a UserError that lists the rows, unless they are to be skipped and there are others.

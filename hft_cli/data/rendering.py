@@ -116,6 +116,8 @@ class Renderer:
             _check_piece(piece, text, chat, place, needed)
         self._check_tools(turns, chat, place, text)
         row = _Row(chat, turns, place, text, pieces, template)
+        if whole:  # the answers are taken out of the loss, however they are written
+            return Rendered(text, tuple(self._answer(row, index, True, None, learnt=False) for index in answers))
         marks = self._marks(row) if answers else None
         return Rendered(text, tuple(self._answer(row, index, index == answers[-1], marks) for index in answers))
 
@@ -220,7 +222,7 @@ class Renderer:
 
     # ----------------------------------------------------------------------------------------------------- the answers
 
-    def _answer(self, row: _Row, index: int, is_last: bool, marks: list[Span] | None) -> Answer:
+    def _answer(self, row: _Row, index: int, is_last: bool, marks: list[Span] | None, learnt: bool = True) -> Answer:
         first, last = row.bounds(index)
         before, after = row.text[row.end_before(first) : first], row.text[last : row.start_after(last)]
         key = (self._source(row.chat), before, after)
@@ -241,7 +243,7 @@ class Renderer:
                 f"{OTHER_TEMPLATE}."
             )
         end = self._end(row, index, last)
-        if marks is None and key not in self._seen and index + 1 < len(row.turns):
+        if learnt and marks is None and key not in self._seen and index + 1 < len(row.turns):
             through_turn = self._text(row.turns[: index + 1], row.chat, row.place)
             if through_turn[:end] != row.text[:end]:
                 raise UserError(
@@ -251,7 +253,8 @@ class Renderer:
                 )
         if len(self._seen) >= REMEMBERED:
             self._seen.clear()
-        self._seen[key] = extra
+        if learnt:
+            self._seen[key] = extra
         if index == row.chat.prompt_turns and row.chat.prefill:
             start = row.after_prefill(index)
         spans = ((start, end),) if marks is None else _within(marks, row.spans(index), start, end)

@@ -62,7 +62,7 @@ class ShownPhase:
             return tokenize_chats(items, places, self.renderer, self.options)
         except UserError as error:
             if len(items) == 1:
-                return [str(error).removeprefix(f"{places[0]}: ")]
+                return [str(error).removeprefix(places[0]).removeprefix(": ").removeprefix(", ")]
         return [row for item, place in zip(items, places, strict=True) for row in self._tokens([item], [place])]
 
 

@@ -334,7 +334,7 @@ def test_a_template_that_would_train_wrongly_is_refused(tokenizer: Any) -> None:
         ("{% for m in messages %}{{ m['role'] }}.{% endfor %}", "leaves out the assistant's turns"),
         (
             "{{ raise_exception('no') if messages[0]['content'] == 'Why?' }}" + tokenizer.chat_template,
-            "example 2, chosen: the",
+            "example 2: chosen: the",
         ),
     ):
         other.chat_template = template
