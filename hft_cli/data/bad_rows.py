@@ -35,10 +35,15 @@ class BadRows:
         """
         if not self.rows or (policy == "skip" and len(self.rows) < total):
             return
+        first = f"{self.rows[0][0]}: {self.rows[0][1]}"
         if len(self.rows) == 1:
-            raise UserError(f"{self.rows[0][0]}: {self.rows[0][1]}")
-        fix = "Mend them" if policy == "skip" else "Mend them, or leave them out with data.bad_rows=skip"
-        raise UserError(f"{len(self.rows):,} of {total:,} rows of {where} are bad. {fix}:\n{listing(self.rows)}")
+            raise UserError(first)
+        if len(self.rows) == total:  # probably another kind of data than is asked for
+            raise UserError(f"{first} All {total:,} rows of {where} are bad.")
+        raise UserError(
+            f"{len(self.rows):,} of {total:,} rows of {where} are bad. Mend them, or leave them out with "
+            f"data.bad_rows=skip:\n{listing(self.rows)}"
+        )
 
 
 def listing(rows: Sequence[tuple[str, str]]) -> str:

@@ -83,7 +83,7 @@ def test_pairs_are_skipped_as_well(tmp_path: Path) -> None:
 
 def test_nothing_but_bad_rows_stops_in_any_case(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "[1]", "[2]")
-    with pytest.raises(UserError, match=r"^2 of 2 rows of .* are bad\. Mend them:"):
+    with pytest.raises(UserError, match=r"line 1: not an object but a list\. All 2 rows of .*a\.jsonl are bad\.$"):
         read_chats(path, names=skip())
     with pytest.raises(UserError, match="tool_calls"):
         tokenize(
