@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, stored_tensors
+from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, NAMED_TEMPLATES, stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
 from hft_cli.errors import UserError
@@ -49,8 +49,8 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix in COMPANION_SUFFIXES:
             shutil.copyfile(file, part / file.name)
-    if (base / "additional_chat_templates").is_dir():
-        shutil.copytree(base / "additional_chat_templates", part / "additional_chat_templates")
+    if (base / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(base / NAMED_TEMPLATES, part / NAMED_TEMPLATES)
     for name, text in (extra or {}).items():
         (part / name).parent.mkdir(exist_ok=True)
         (part / name).write_text(text, encoding="utf-8")

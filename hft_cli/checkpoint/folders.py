@@ -14,6 +14,8 @@ from hft_cli.paths import ARCHITECTURES
 # Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 
+NAMED_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates besides the default one
+
 
 def model_folder(path: str, key: str = "model.path", revision: str | None = None) -> Path:
     """The local folder of a model: `path` itself, or the snapshot of a hub repository, downloaded if necessary.

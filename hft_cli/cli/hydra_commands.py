@@ -28,7 +28,7 @@ def train(parser: Parser, words: list[str]) -> int:
     argv = hydra_arguments("train", words)
     if is_sweep(argv):
         _refuse_sweep_of_several_nodes(argv)
-    return _exit_status(run_hydra("train", argv, _train), argv)
+    return exit_status(run_hydra("train", argv, _train), argv)
 
 
 def _refuse_sweep_of_several_nodes(argv: Sequence[str]) -> None:
@@ -66,14 +66,14 @@ def plan(parser: Parser, words: list[str]) -> int:
         failures = run_hydra("plan", argv, partial(_plan, plans))
         for _, result in plans:  # empty after --cfg
             print(plan_text(result))
-        return _exit_status(failures, argv)
+        return exit_status(failures, argv)
     argv = [word for word in argv if not re.match(r"hydra[/.]launcher", word)]  # all plans in this process
     with tempfile.TemporaryDirectory(prefix="hft-") as folder:  # Hydra writes multirun.yaml into it
         argv = [*argv, f"hydra.sweep.dir={folder}", "hydra/hydra_logging=none"]
         failures = run_hydra("plan", argv, partial(_plan, plans))
     if plans:
         print(comparison_text(plans))
-    return _exit_status(failures, argv)
+    return exit_status(failures, argv)
 
 
 def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> 
 def evaluate(parser: Parser, words: list[str]) -> int:
     """`hft eval`."""
     argv = hydra_arguments("eval", words)
-    return _exit_status(run_hydra("eval", argv, _evaluate), argv)
+    return exit_status(run_hydra("eval", argv, _evaluate), argv)
 
 
 def _evaluate(composed: Any, argv: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def _keep_settings_of_run(config: EvalConfig, overrides: Sequence[str]) -> None:
             setattr(config.model, key, getattr(of_run, key))
 
 
-def _exit_status(failures: Sequence[JobFailure], argv: Sequence[str]) -> int:
+def exit_status(failures: Sequence[JobFailure], argv: Sequence[str]) -> int:
     """The exit status of a command of which some jobs may have failed. The failed jobs of a sweep are listed.
 
     Raises:

@@ -8,12 +8,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hft_cli.cli.arguments import Parser, path
+from hft_cli.cli.compat import hydra_parser, option_names
 from hft_cli.cli.hydra_app import composed_values, run_hydra
+from hft_cli.cli.hydra_commands import exit_status
 from hft_cli.cli.overrides import hydra_arguments, is_sweep
 from hft_cli.config.help import help_text
 from hft_cli.config.schema import RunConfig
@@ -43,35 +44,14 @@ def show_tokens(words: Sequence[str]) -> int:
     parser.add_argument("--rows", type=_count)
     parser.add_argument("--html", type=path)
     parser.add_argument("--json", action="store_true")
-    own, rest = _split(words)
-    options = Namespace(rows=None, html=None, json=False) if not own else parser.parse(own)
+    options, rest = parser.parse_known_args(words)
+    known = [*option_names(parser), *option_names(hydra_parser())]
+    for name in (word.partition("=")[0] for word in rest if word.startswith("-")):
+        choose("option", name, known)
     argv = hydra_arguments("train", rest)
     if is_sweep(argv):
         raise UserError("hft show tokens shows one run: leave out -m and the lists of values.")
-    failures = run_hydra("train", argv, partial(_show, options))
-    if failures:
-        if failures[0].status == 2:
-            raise UserError(failures[0].reason)
-        return failures[0].status
-    return 0
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of this command, and what is for `hft train`."""
-    own: list[str] = []
-    rest: list[str] = []
-    waiting = iter(words)
-    for word in waiting:
-        name = word.partition("=")[0]
-        if name in ("--rows", "--html", "--json"):
-            own.append(word)
-            if name != "--json" and "=" not in word:
-                own += list(islice(waiting, 1))
-        elif name.startswith(("--r", "--h", "--j")):
-            choose("option", name, ("--rows", "--html", "--json", "--help"))
-        else:
-            rest.append(word)
-    return own, rest
+    return exit_status(run_hydra("train", argv, partial(_show, options)), argv)
 
 
 def _count(text: str) -> int | str:

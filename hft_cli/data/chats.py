@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,14 +97,6 @@ def check_chat(chat: Chat) -> Chat:
     if set(chat.answers) <= set(chat.masked):
         raise UserError("every answer is without a loss (weight, train, loss or mask of its turn): nothing to learn.")
     return chat
-
-
-def content_hash(chats: Iterable[Chat]) -> str:
-    """SHA-256 (hex) of the chats in their order. The same data give the same hash, from whatever file."""
-    digest = hashlib.sha256()
-    for chat in chats:
-        digest.update(canonical(chat))
-    return digest.hexdigest()
 
 
 def canonical(chat: Chat) -> bytes:

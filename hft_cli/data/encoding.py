@@ -51,7 +51,7 @@ def encode(texts: list[str], tokenizer: Any, *, special: bool = False) -> tuple[
         return ids, [[] for _ in ids]
     offsets: list[list[Span]] = encoded["offset_mapping"]
     greedy = {
-        number: len(str(token))
+        number
         for number, token in tokenizer.added_tokens_decoder.items()
         if (token.lstrip or token.rstrip) and str(token).strip()
     }

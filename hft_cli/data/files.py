@@ -10,7 +10,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,6 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 PARQUET_BATCH = 1000  # rows read at a time
 
 _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
-
-
-@dataclass(frozen=True)
-class _BadLine:
-    reason: str
 
 
 def read_rows(
@@ -43,10 +37,10 @@ def read_rows(
         if isinstance(row, dict):
             yield place, row
             continue
-        reason = row.reason if isinstance(row, _BadLine) else f"not an object but {json_type(row)}."
+        error = row if isinstance(row, UserError) else UserError(f"{place}: not an object but {json_type(row)}.")
         if bad is None:
-            raise UserError(f"{place}: {reason}")
-        bad.add(place, reason)
+            raise error
+        bad.add(place, error)
 
 
 def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
@@ -114,7 +108,7 @@ def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]
             try:
                 row = _parse(line, place)
             except UserError as error:
-                row = _BadLine(str(error).removeprefix(f"{place}: "))
+                row = error
             yield place, row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hft_cli.data.chats import Chat
@@ -12,8 +13,7 @@ from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Renderer
 from hft_cli.data.store import Rows
-from hft_cli.data.summary import BAD, Summary, count_bad, facts_of_rows, lengths_of, most_common, nonzero
-from hft_cli.data.templates import chat_template
+from hft_cli.data.summary import BAD, Summary, count_bad, ends_of_answers, facts_of_rows, lengths_of, nonzero
 from hft_cli.data.tokenization import FILLED
 from hft_cli.errors import UserError
 
@@ -82,7 +82,8 @@ def prepare_pairs(
     columns = {**dict.fromkeys((*COLUMNS, "first", "last"), tokens), **dict.fromkeys(NUMBERS, number)}
     features = datasets.Features({**columns, "left_out": datasets.Value("string")})
     key = ("pairs", tokenizer_key(tokenizer), max_length)
-    dataset, bad = prepare(pairs, Work(_PairWork(tokenizer, max_length), features, key, where, bad_rows))
+    function = partial(tokenize_pairs, renderer=Renderer(tokenizer), max_length=max_length)
+    dataset, bad = prepare(pairs, Work(function, _columns, features, key, where, bad_rows))
     data = dataset.data
     reasons = data.column("left_out").to_pylist()
     counts = {reason: reasons.count(reason) for reason in (FILLED, ALIKE)}
@@ -104,39 +105,24 @@ def prepare_pairs(
         tokens=int(trained.sum() + 2 * prompt.sum()),
         trained_tokens=int(trained.sum()),
         lengths=lengths_of(length),
-        first=most_common(data.column("first").combine_chunks().flatten().to_numpy(), tokenizer),
-        last=most_common(data.column("last").combine_chunks().flatten().to_numpy(), tokenizer),
+        **ends_of_answers(data, tokenizer),
         **facts_of_rows(facts),
     )
     return TokenizedPairs(dataset.select_columns(list(COLUMNS)).select(kept), summary)
 
 
-class _PairWork:
-    """Tokenizes batches of pairs. Each process makes its own renderer."""
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self._renderer: Renderer | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_renderer": None}
-
-    def __call__(self, pairs: Sequence[Preference], places: Sequence[str]) -> Columns:
-        if self._renderer is None:
-            chat_template(None, self.tokenizer)  # raises if the tokenizer has none
-            self._renderer = Renderer(self.tokenizer)
-        rows = tokenize_pairs(pairs, places, self._renderer, self.max_length)
-        ids = [(row.prompt, *row.answers) for row in rows]
-        return {
-            **{name: [row[index] for row in ids] for index, name in enumerate(COLUMNS)},
-            "prompt": [len(row.prompt) for row in rows],
-            "trained": [sum(map(len, row.answers)) for row in rows],
-            "truncated": [int(row.truncated) for row in rows],
-            "length": [len(row.prompt) + max(map(len, row.answers)) for row in rows],
-            "first": [[answer[0] for answer in row.answers if answer] for row in rows],
-            "last": [[answer[-1] for answer in row.answers if answer] for row in rows],
-            "left_out": [row.left_out or "" for row in rows],
-        }
+def _columns(rows: Sequence[PairRow]) -> Columns:
+    ids = [(row.prompt, *row.answers) for row in rows]
+    return {
+        **{name: [row[index] for row in ids] for index, name in enumerate(COLUMNS)},
+        "prompt": [len(row.prompt) for row in rows],
+        "trained": [sum(map(len, row.answers)) for row in rows],
+        "truncated": [int(row.truncated) for row in rows],
+        "length": [len(row.prompt) + max(map(len, row.answers)) for row in rows],
+        "first": [[answer[0] for answer in row.answers if answer] for row in rows],
+        "last": [[answer[-1] for answer in row.answers if answer] for row in rows],
+        "left_out": [row.left_out or "" for row in rows],
+    }
 
 
 def tokenize_pairs(

@@ -6,19 +6,16 @@ can be learned are left out and counted in `Preferences.left_out`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import Chat, Turn, canonical, check_chat
 from hft_cli.data.files import read_rows
-from hft_cli.data.rows import Row, Source, continued, history_of, question_of, with_row_fields
+from hft_cli.data.rows import Row, Source, continued, history_of, question_of, read_each, with_row_fields
 from hft_cli.data.store import Codec, Rows, cache_folder, source_key, store
 from hft_cli.data.turns import Names, Turns, refuse_media, text_turn, turns_or_text
 from hft_cli.errors import UserError, choose
@@ -92,37 +89,25 @@ def read_preferences(
     left_out = {"equal answers": 0, "empty answer": 0, "tied scores": 0}
     names = names or Names()
 
-    bad, good = BadRows(), 0
+    def read(row: Row) -> tuple[Preference, bool]:
+        return read_preference(row, names), ties == "drop" and _is_tied(row)
 
     def pairs() -> Iterator[tuple[str, Preference]]:
-        nonlocal good
-        for place, row in read_rows(path, split, max_rows, bad):
-            try:
-                preference = read_preference(row, names)
-                tied = ties == "drop" and _is_tied(row)
-            except UserError as error:
-                bad.add(place, error)
-                continue
-            good += 1
+        rows = read_rows(path, split, max_rows, names.bad)
+        for place, (preference, tied) in read_each(rows, read, names, path):
             if reason := reason_to_leave_out(preference) or ("tied scores" if tied else None):
                 left_out[reason] += 1
             else:
                 yield place, preference
-        bad.refuse(names.bad_rows, good + len(bad.rows), path)
-        names.check_columns()
-
-    def facts() -> dict[str, Any]:
-        return {"bad": bad.rows, "unused": names.unused, "left_out": left_out, "notices": names.notices}
 
     key = source_key(path, split, max_rows, ties, names.columns, names.roles, names.bad_rows)
-    rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, facts)
+    rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, lambda: {**names.facts(), "left_out": left_out})
     left_out = rows.facts[0]["left_out"]
     if not rows:
         if not any(left_out.values()):
             raise UserError(f"No rows in {path}.")
         counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items() if count)
         raise UserError(f"All {sum(left_out.values())} rows of {path} are left out ({counts}): nothing to learn.")
-    names.unused.update(Counter(rows.facts[0]["unused"]) - names.unused)
     return Preferences(rows, left_out)
 
 
@@ -135,14 +120,6 @@ def read_pairs(source: Source, data: DataConfig, ties: str) -> Preferences:
         ties=ties,
         names=Names(data.columns, data.roles, bad_rows=data.bad_rows),
     )
-
-
-def preferences_hash(rows: Iterable[Preference]) -> str:
-    """SHA-256 (hex) of the pairs in their order, like `chats.content_hash`."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(_canonical(row))
-    return digest.hexdigest()
 
 
 def _canonical(row: Preference) -> bytes:

@@ -11,11 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hft_cli.data.bad_rows import BadRows
+from hft_cli.data.bad_rows import BadRow, BadRows, reason_of, try_rows
+from hft_cli.data.encoding import BATCH, batches
 from hft_cli.data.store import Rows, cache_folder, key_of, made
-from hft_cli.errors import UserError
-
-BATCH = 1000  # rows tokenized at a time: enough for the threads of the tokenizer, few enough to hold with offsets
 
 PARALLEL = 4 * BATCH  # rows from which on further processes are worth their start
 
@@ -27,32 +25,27 @@ class Work:
     """What is done with rows, on which everything but the rows depends.
 
     Attributes:
-        function: (rows of a batch, their names in errors) -> columns, one value for each row. It is sent to other
-            processes. A UserError that begins with the name of a row says that the row is bad.
+        function: (rows of a batch, their names in errors) -> a result for each. It is sent to other processes. A
+            UserError that begins with the name of a row says that the row is bad.
+        columns: results -> columns, one value for each.
         features: of `datasets`, the types of the columns.
         key: all that the result depends on besides the rows.
         where: the name of the rows in errors, if they are not `Rows`, which know their files and lines.
         bad_rows: a value of `data.bad_rows`.
     """
 
-    function: Callable[[Sequence[Any], Sequence[str]], Columns]
+    function: Callable[[Sequence[Any], Sequence[str]], Sequence[Any]]
+    columns: Callable[[Sequence[Any]], Columns]
     features: Any
     key: Sequence[Any]
     where: str
     bad_rows: str = "stop"
 
-    def columns(self, rows: Sequence[Any], places: Sequence[str], bad: BadRows) -> Columns:
-        """The columns of a batch, without its bad rows, which are added to `bad`."""
-        try:
-            return self.function(rows, places)
-        except UserError as error:
-            if len(rows) == 1:
-                if not str(error).startswith(places[0]):
-                    raise  # of the template, not of the row
-                bad.add(places[0], error)
-                return {name: [] for name in self.features}
-        parts = [self.columns([row], [place], bad) for row, place in zip(rows, places, strict=True)]
-        return {name: [value for part in parts for value in part[name]] for name in self.features}
+    def __call__(self, rows: Sequence[Any], places: Sequence[str]) -> tuple[Columns, list[tuple[int, str]]]:
+        """The columns of a batch without its bad rows; and these, by their index, with the reason."""
+        results = try_rows(self.function, rows, places)
+        bad = [(i, reason_of(places[i], each.error)) for i, each in enumerate(results) if isinstance(each, BadRow)]
+        return self.columns([each for each in results if not isinstance(each, BadRow)]), bad
 
 
 def prepare(rows: Sequence[Any], work: Work) -> tuple[Any, list[tuple[str, str]]]:
@@ -73,10 +66,11 @@ def _in_memory(rows: Sequence[Any], work: Work, bad: BadRows) -> Any:
     import datasets
 
     parts = []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        places = [f"{work.where}, example {start + number}" for number in range(1, len(batch) + 1)]
-        parts.append(datasets.Dataset.from_dict(work.columns(batch, places, bad), features=work.features))
+    for batch, places in batches(rows, work.where):
+        columns, bad_rows = work(batch, places)
+        parts.append(datasets.Dataset.from_dict(columns, features=work.features))
+        for index, reason in bad_rows:
+            bad.add(places[index], reason)
     return datasets.concatenate_datasets(parts)
 
 
@@ -117,13 +111,11 @@ class _Batches:
     folder: Path
 
     def __call__(self, batch: dict[str, list[int]]) -> Columns:
-        part, bad = self.rows.select(batch["number"]), BadRows()
-        places = list(part.places())
-        columns = self.work.columns(list(part), places, bad)
-        if bad.rows:
-            number = dict(zip(places, batch["number"], strict=True))
+        part = self.rows.select(batch["number"])
+        columns, bad_rows = self.work(list(part), list(part.places()))
+        if bad_rows:
             with (self.folder / f"bad-{os.getpid()}.jsonl").open("a") as file:
-                file.writelines(json.dumps([number[place], reason]) + "\n" for place, reason in bad.rows)
+                file.writelines(json.dumps([batch["number"][index], reason]) + "\n" for index, reason in bad_rows)
         return columns
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hft_cli.data.chats import Chat
 from hft_cli.data.encoding import TokenPlaces, batches, check_fast, encode
 from hft_cli.data.rendering import Renderer
-from hft_cli.data.templates import chat_template, first_special
+from hft_cli.data.templates import first_special
 from hft_cli.data.tokenization import question_surplus
 from hft_cli.errors import UserError
 
@@ -58,7 +58,6 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
         raise UserError(f"No rows in {where}.")
     if any(chat.text is not None for chat in chats):
         raise UserError(f"{where}: rows of raw text have no answers to score.")
-    chat_template(None, tokenizer)  # raises if the tokenizer has none
     renderer = Renderer(tokenizer)
     ends, stop = answer_ends(renderer.template(chats[0], f"{where}, example 1").tail, tokenizer)
     prompts: list[list[int]] = []

@@ -33,6 +33,7 @@ from hft_cli.data.templates import (
     apply_template,
     arguments_form,
     examine,
+    own_template,
     reasoning_key,
 )
 from hft_cli.errors import UserError
@@ -91,7 +92,7 @@ class Renderer:
         """What the template for this chat does."""
         source = self._source(chat)
         if source not in self._templates:
-            self._templates[source] = examine(_plain(chat), place, self.tokenizer, self._options(chat))
+            self._templates[source] = examine(_plain(chat), place, self.tokenizer, self.options(chat))
         return self._templates[source]
 
     def render(self, chat: Chat, place: str, answers: Sequence[int], *, whole: bool = False) -> Rendered:
@@ -128,7 +129,7 @@ class Renderer:
         return [self._turn(turn, chat, place) for turn in chat.turns]
 
     def _turn(self, turn: Turn, chat: Chat, place: str) -> Turn:
-        source, options = self._source(chat), self._options(chat)
+        source, options = self._source(chat), self.options(chat)
         if "reasoning_content" in turn:
             if source not in self._reasoning:
                 self._reasoning[source] = reasoning_key(_plain(chat), place, self.tokenizer, options)
@@ -149,14 +150,14 @@ class Renderer:
 
     def _source(self, chat: Chat) -> str:
         """The text of the template for this chat."""
-        return str(self.tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        return own_template(self.tokenizer, chat.tools)
 
-    def _options(self, chat: Chat, tools: Sequence[Any] | None = None) -> dict[str, Any]:
-        tools = chat.tools if tools is None else tools
-        return {**({"tools": list(tools)} if tools else {}), **chat.options}
+    def options(self, chat: Chat) -> dict[str, Any]:
+        """What `apply_template` needs besides the turns."""
+        return {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.options}
 
     def _text(self, turns: Sequence[Turn], chat: Chat, place: str, **options: Any) -> str:
-        return apply_template(turns, place, self.tokenizer, **{**self._options(chat), **options})
+        return apply_template(turns, place, self.tokenizer, **{**self.options(chat), **options})
 
     # --------------------------------------------------------------------------------------------- where the turns are
 
@@ -166,10 +167,11 @@ class Renderer:
         Some templates ask how a turn of the user begins (Qwen 3: with <tool_response>?), so that marks there would
         change what they write. Then only the assistant's turns are marked, and the others are looked for.
         """
+        first_mark = first_mark_of(turns, place)
         for roles in (None, ("assistant",)):
-            marked, tools, pieces = mark_pieces(turns, chat, first_mark_of(turns, place), roles)
+            marked, tools, pieces = mark_pieces(turns, chat, first_mark, roles)
             marked_text = self._text(marked, chat, place, **({"tools": tools} if tools else {}))
-            clean, spans = take_out_marks(marked_text, first_mark_of(turns, place), len(pieces))
+            clean, spans = take_out_marks(marked_text, first_mark, len(pieces))
             if clean == text:
                 found = [replace(piece, spans=places) for piece, places in zip(pieces, spans, strict=True)]
                 return found if roles is None else [*found, *search_pieces(turns, text)]
@@ -181,7 +183,7 @@ class Renderer:
     def _check_tools(self, turns: list[Turn], chat: Chat, place: str, text: str) -> None:
         """UserError if the template leaves out the row's tools, or arguments of calls."""
         if chat.tools and not all(tool_name(tool) for tool in chat.tools):
-            without = apply_template(turns, place, self.tokenizer, **self._options(chat, tools=()))
+            without = apply_template(turns, place, self.tokenizer, **chat.options)
             if without == text:
                 raise UserError(f"{place}: the chat template leaves out the row's 'tools': {OTHER_TEMPLATE}.")
         for number, turn in enumerate(chat.turns, 1):
@@ -264,11 +266,12 @@ class Renderer:
         """How many characters the template writes between the prompt for an answer and its text, at `first`."""
         prompt = self._text(row.turns[:index], row.chat, row.place, add_generation_prompt=True)
         if not row.text.startswith(prompt) or len(prompt) > first:
-            written = row.text[len(prompt[: _common(prompt, row.text)]) :][:30]
+            common = _common(prompt, row.text)
+            asked, written = (_shown(text[common : common + 30]) for text in (prompt, row.text))
             raise UserError(
                 f"{row.place}: the chat template writes the prompt for an answer differently than in the whole chat "
-                f"(turn {index + 1}: '{_shown(prompt[_common(prompt, row.text) :][:30])}' instead of "
-                f"'{_shown(written)}'), so the model would be asked in another form than it was trained on: {FIXES}."
+                f"(turn {index + 1}: '{asked}' instead of '{written}'), so the model would be asked in another form "
+                f"than it was trained on: {FIXES}."
             )
         return first - len(prompt)
 

@@ -10,10 +10,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import CHATS, Chat, check_chat
 from hft_cli.data.files import json_type, read_rows
 from hft_cli.data.store import Rows, cache_folder, source_key, store
@@ -32,6 +31,8 @@ from hft_cli.errors import UserError, choose
 from hft_cli.paths import resolve_path
 
 Row = dict[str, Any]
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def read_chats(
         split: which files of a folder (train.jsonl, train-00000-of-00002.parquet, …) or which split of a hub data set.
             A folder whose file names have no split is read whole as "train". A single file is read whatever its name.
         max_rows: the largest number of rows to read, at least 1; None reads all.
-        names: what the data set calls things; its counts of unused fields are updated. Bad rows that it leaves out are
-            in the `facts` of the rows.
+        names: what the data set calls things, and whether bad rows are left out. What is seen in the rows is in their
+            `facts`.
 
     Raises:
         UserError: if there is nothing at `path`, there are no rows, or a row is bad. Rows and lines count from 1.
@@ -112,31 +113,33 @@ def read_chats(
     choose("data.format", format, ("auto", *READERS))
     names = names or Names()
     read = ChatReader(format, names)
-
-    bad, good = BadRows(), 0
-
-    def chats() -> Iterator[tuple[str, Chat]]:
-        nonlocal good
-        for place, row in read_rows(path, split, max_rows, bad):
-            try:
-                chat = read(row)
-            except UserError as error:
-                bad.add(place, error)
-            else:
-                good += 1
-                yield place, chat
-        bad.refuse(names.bad_rows, good + len(bad.rows), path)
-        names.check_columns()
-
-    def facts() -> dict[str, Any]:
-        return {"bad": bad.rows, "unused": names.unused, "shapes": read.shapes, "notices": names.notices}
-
     key = source_key(path, split, max_rows, format, names.columns, names.roles, names.bad_rows)
-    rows = store(cache_folder() / "rows" / key, chats(), CHATS, facts)
+    chats = read_each(read_rows(path, split, max_rows, names.bad), read, names, path)
+    rows = store(cache_folder() / "rows" / key, chats, CHATS, lambda: {**names.facts(), "shapes": read.shapes})
     if not rows:
         raise UserError(f"No rows in {path}.")
-    names.unused.update(Counter(rows.facts[0]["unused"]) - names.unused)
     return rows
+
+
+def read_each(
+    rows: Iterable[tuple[str, Row]], read: Callable[[Row], Item], names: Names, where: str
+) -> Iterator[tuple[str, Item]]:
+    """What `read` makes of each row, with its place. Bad rows are added to `names.bad`.
+
+    Raises:
+        UserError: after the last row, if bad rows are to stop, or a name of `data.columns` was not found.
+    """
+    good = 0
+    for place, row in rows:
+        try:
+            item = read(row)
+        except UserError as error:
+            names.bad.add(place, error)
+        else:
+            good += 1
+            yield place, item
+    names.bad.refuse(names.bad_rows, good + len(names.bad.rows), where)
+    names.check_columns()
 
 
 def count_repeats(train: Iterable[bytes], test: Iterable[bytes]) -> tuple[int, int]:

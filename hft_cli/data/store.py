@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -51,7 +52,7 @@ def _code() -> str:
 
 def files_key(path: Path) -> list[list[Any]]:
     """What shows that a file, or the files of a folder, have changed: names, sizes and times."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     return [[str(file), (state := file.stat()).st_size, state.st_mtime_ns] for file in files]
 
 
@@ -95,6 +96,13 @@ class Codec(Generic[Item]):
     decode: Callable[[str], Item]
     canonical: Callable[[Item], bytes]
 
+    def sha256(self, rows: Iterable[Item]) -> str:
+        """SHA-256 (hex) of the rows in their order. The same data give the same hash, from whatever file."""
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(self.canonical(row))
+        return digest.hexdigest()
+
 
 class Rows(Sequence[Item]):
     """Rows in files of the cache, as a sequence that decodes what is asked for.
@@ -109,7 +117,7 @@ class Rows(Sequence[Item]):
     def __init__(self, folders: Sequence[Path], codec: Codec[Item], numbers: Sequence[int] | None = None) -> None:
         self.folders, self.codec = tuple(folders), codec
         self.facts: list[dict[str, Any]] = [read_json(folder / FACTS) for folder in self.folders]
-        self._all = numbers is None
+        self.known_hash = str(self.facts[0]["sha256"]) if numbers is None and len(self.folders) == 1 else None
         if numbers is None:
             numbers = [(number << 40) + row for number, facts in enumerate(self.facts) for row in range(facts["rows"])]
         self.numbers = array("Q", numbers)
@@ -154,7 +162,9 @@ class Rows(Sequence[Item]):
 
     def select(self, indices: Iterable[int]) -> Rows[Item]:
         """Some of these rows, by their indices."""
-        return Rows(self.folders, self.codec, [self.numbers[index] for index in indices])
+        part = copy(self)  # which shares the open files
+        part.numbers, part.known_hash = array("Q", [self.numbers[index] for index in indices]), None
+        return part
 
     def places(self) -> Iterator[str]:
         """Where each row stands: "FILE, line 3"."""
@@ -165,13 +175,10 @@ class Rows(Sequence[Item]):
         return self._cells("digest", self.numbers)
 
     def sha256(self) -> str:
-        """SHA-256 (hex) of the canonical bytes of all rows in their order."""
-        if self._all and len(self.folders) == 1:
-            return str(self.facts[0]["sha256"])
-        digest = hashlib.sha256()
-        for row in self:
-            digest.update(self.codec.canonical(row))
-        return digest.hexdigest()
+        """`Codec.sha256` of these rows."""
+        if self.known_hash is None:
+            self.known_hash = self.codec.sha256(self)
+        return self.known_hash
 
     def _cells(self, column: str, places: Sequence[int]) -> Iterator[Any]:
         """The values of a column; a batch of the file is read once for the rows in it that follow each other."""

@@ -58,7 +58,7 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """The summary as it stands in a run's directory."""
-        return {**asdict(self), "used": self.used}
+        return {**asdict(self), "used": self.used, "line": self.line()}
 
     def line(self) -> str:
         """The summary in one line."""
@@ -129,11 +129,16 @@ def lengths_of(sizes: Any) -> dict[str, int]:
     return {str(percent): int(np.percentile(sizes, percent, method="nearest")) for percent in PERCENTILES}
 
 
-def most_common(ids: Any, tokenizer: Any) -> list[tuple[str, int]]:
-    """The most common of the token ids in an array, as text."""
+def ends_of_answers(columns: Any, tokenizer: Any) -> dict[str, Any]:
+    """`first` and `last` of a summary, from Arrow columns of these names with lists of token ids."""
+    return {name: _most_common(columns.column(name), tokenizer) for name in ("first", "last")}
+
+
+def _most_common(column: Any, tokenizer: Any) -> list[tuple[str, int]]:
+    """The most common of the token ids in an Arrow column of lists, as text."""
     import numpy as np
 
-    values, counts = np.unique(ids, return_counts=True)
+    values, counts = np.unique(column.combine_chunks().flatten().to_numpy(), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:COMMON]
     return [(tokenizer.decode([int(values[index])]), int(counts[index])) for index in order]
 

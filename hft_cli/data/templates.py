@@ -40,10 +40,7 @@ def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
             token for a built-in one.
     """
     if name_or_path is None:
-        try:
-            return str(tokenizer.get_chat_template())
-        except ValueError:
-            raise UserError("The tokenizer has no chat template. Set model.chat_template=tulu|plain|PATH.") from None
+        return own_template(tokenizer)
     built_in = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
     if name_or_path not in built_in:
         file = Path(name_or_path).expanduser()
@@ -57,6 +54,26 @@ def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
     return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + built_in[name_or_path].read_text(
         encoding="utf-8"
     )
+
+
+def own_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
+    """The tokenizer's template; of several named ones the default, or with `tools` the one for tools.
+
+    Raises:
+        UserError: if it has none.
+    """
+    try:
+        return str(tokenizer.get_chat_template(tools=list(tools) or None))
+    except ValueError:
+        raise UserError("The tokenizer has no chat template. Set model.chat_template=tulu|plain|PATH.") from None
+
+
+def use_template(name_or_path: str | None, tokenizer: Any) -> str:
+    """Give the tokenizer the template of `chat_template`, and return it. With None, several named ones stay."""
+    template = chat_template(name_or_path, tokenizer)
+    if name_or_path is not None:
+        tokenizer.chat_template = template
+    return template
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
@@ -88,7 +105,6 @@ class Template:
     Attributes:
         marked: the template with a character, START and END, in the place of each `{% generation %}` mark; None if it
             has no marks.
-        prompts: whether it writes a generation prompt.
         header: what stands before an answer and is no generation prompt, because the template has none.
         end: what ends an answer: the text after it up to and including the first special token.
         tail: all that it writes after the last answer.
@@ -96,7 +112,6 @@ class Template:
     """
 
     marked: str | None
-    prompts: bool
     header: str
     end: str
     tail: str
@@ -126,10 +141,9 @@ def examine(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[
     header = REASONING_TAG.split(header)[0]
     special = first_special(tail, tokenizer)
     end = tail[: special[1]] if special else tail.rstrip() or tail
-    source = tokenizer.get_chat_template(tools=options.get("tools"))
+    source = own_template(tokenizer, options.get("tools", ()))
     return Template(
         marked=MARKS.sub(_visible_mark, source) if MARKS.search(source) else None,
-        prompts=prompt != history,
         header=header if header.strip() else "",
         end=end,
         tail=tail,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+from hft_cli.config.schema import RunConfig
 from hft_cli.data.chats import LOSSES, Chat
 from hft_cli.data.encoding import TokenPlaces, check_fast, encode, question_span, surplus_tokens
 from hft_cli.data.pieces import Span
@@ -17,13 +20,12 @@ from hft_cli.data.summary import (
     IGNORED,
     Summary,
     count_bad,
+    ends_of_answers,
     facts_of_rows,
     lengths_of,
-    most_common,
     nonzero,
     trained_runs,
 )
-from hft_cli.data.templates import chat_template
 from hft_cli.errors import UserError, choose
 
 LONG_PROMPTS = ("drop", "cut")
@@ -47,6 +49,11 @@ class TokenOptions:
     max_length: int
     loss: str = "assistant"
     long_prompts: str = "drop"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> TokenOptions:
+        """Those of a run."""
+        return cls(config.train.max_length or sys.maxsize, config.data.loss, config.data.long_prompts)
 
     def check(self, tokenizer: Any) -> None:
         """UserError for an unknown value, or one that the tokenizer does not allow."""
@@ -118,7 +125,8 @@ def tokenize(
     if not chats:
         raise UserError(f"No rows in {where}.")
     key = (tokenizer_key(tokenizer), asdict(options))
-    dataset, bad = prepare(chats, Work(_ChatWork(tokenizer, options), _features(), key, where, bad_rows))
+    function = partial(tokenize_chats, renderer=Renderer(tokenizer), options=options)
+    dataset, bad = prepare(chats, Work(function, _columns, _features(), key, where, bad_rows))
     facts = [*(chats.facts if isinstance(chats, Rows) else ()), {"bad": bad}]
     columns = dataset.data
     start, length, cut = (columns.column(name).to_numpy() for name in ("answer_start", "length", "cut"))
@@ -138,8 +146,7 @@ def tokenize(
         tokens=int(sizes.sum()),
         trained_tokens=int(columns.column("trained").to_numpy()[kept].sum()),
         lengths=lengths_of(sizes),
-        first=most_common(columns.column("first").combine_chunks().flatten().to_numpy(), tokenizer),
-        last=most_common(columns.column("last").combine_chunks().flatten().to_numpy(), tokenizer),
+        **ends_of_answers(columns, tokenizer),
         **facts_of_rows(facts),
     )
     dataset = dataset.select_columns(["input_ids", "labels"])
@@ -154,33 +161,18 @@ def _features() -> Any:
     return datasets.Features({**columns, "cut": datasets.Value("bool"), "first": tokens, "last": tokens})
 
 
-class _ChatWork:
-    """Tokenizes batches of chats. Each process makes its own renderer."""
-
-    def __init__(self, tokenizer: Any, options: TokenOptions) -> None:
-        self.tokenizer, self.options = tokenizer, options
-        self._renderer: Renderer | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_renderer": None}
-
-    def __call__(self, chats: Sequence[Chat], places: Sequence[str]) -> Columns:
-        if self._renderer is None:
-            if any(chat.turns for chat in chats):
-                chat_template(None, self.tokenizer)  # raises if the tokenizer has none
-            self._renderer = Renderer(self.tokenizer)
-        rows = tokenize_chats(chats, places, self._renderer, self.options)
-        runs = [trained_runs(row.labels) for row in rows]
-        return {
-            "first": [[row.ids[start] for start, _ in spans] for row, spans in zip(rows, runs, strict=True)],
-            "last": [[row.ids[end - 1] for _, end in spans] for row, spans in zip(rows, runs, strict=True)],
-            "input_ids": [row.ids for row in rows],
-            "labels": [row.labels for row in rows],
-            "length": [row.length for row in rows],
-            "answer_start": [row.answer_start for row in rows],
-            "trained": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
-            "cut": [row.cut for row in rows],
-        }
+def _columns(rows: Sequence[TokenRow]) -> Columns:
+    runs = [trained_runs(row.labels) for row in rows]
+    return {
+        "first": [[row.ids[start] for start, _ in spans] for row, spans in zip(rows, runs, strict=True)],
+        "last": [[row.ids[end - 1] for _, end in spans] for row, spans in zip(rows, runs, strict=True)],
+        "input_ids": [row.ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "length": [row.length for row in rows],
+        "answer_start": [row.answer_start for row in rows],
+        "trained": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
+        "cut": [row.cut for row in rows],
+    }
 
 
 def tokenize_chats(
@@ -252,8 +244,8 @@ def _row(
 
 def question_surplus(chat: Chat, place: str, text: str, offsets: list[Span], renderer: Renderer, surplus: int) -> slice:
     """The tokens of the first user turn that a row loses to become shorter by `surplus` tokens, if it can."""
-    options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.options}
-    question = question_span(renderer.turns(chat, place), text, place, renderer.tokenizer, **options)
+    turns, options = renderer.turns(chat, place), renderer.options(chat)
+    question = question_span(turns, text, place, renderer.tokenizer, **options)
     return surplus_tokens(text, offsets, question, surplus)
 
 

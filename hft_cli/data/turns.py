@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import Turn
 from hft_cli.data.files import json_type
 from hft_cli.errors import UserError, choose
@@ -52,15 +53,16 @@ DIALOGUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # as in hh-rlhf
 
 @dataclass(frozen=True)
 class Names:
-    """What a data set calls things, and what of it is not used or not read as it is written.
+    """What a data set calls things, and what is bad in it, not used, or not read as it is written.
 
     Attributes:
         columns: our name -> the data set's, of columns and of fields of turns (`data.columns`).
         roles: the data set's name of a role -> ours (`data.roles`), besides ROLES.
         unused: counts of fields that are not empty and not used, by their name.
         found: the names of `columns` that a row or a turn had.
-        bad_rows: "stop", or "skip" to leave bad rows out.
         notices: counts of values that were read in another form, by what was done.
+        bad_rows: "stop", or "skip" to leave bad rows out.
+        bad: the bad rows.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +71,11 @@ class Names:
     found: set[str] = field(default_factory=set)
     notices: Counter[str] = field(default_factory=Counter)
     bad_rows: str = "stop"
+    bad: BadRows = field(default_factory=BadRows)
+
+    def facts(self) -> dict[str, Any]:
+        """What was seen in the rows, as JSON."""
+        return {"bad": self.bad.rows, "unused": self.unused, "notices": self.notices}
 
     def renamed(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a row or a turn by our names. A field that another one replaces counts as unused."""
@@ -150,9 +157,9 @@ class Turns:
         return Turns(self.turns + other.turns, self.masked + [start + index for index in other.masked])
 
 
-def text_turn(role: str, text: str, **fields: Any) -> Turns:
+def text_turn(role: str, text: str) -> Turns:
     """A single turn."""
-    return Turns([{"role": role, "content": text, **fields}])
+    return Turns([{"role": role, "content": text}])
 
 
 def turns_or_text(value: Any, column: str, role: str, names: Names) -> Turns:
@@ -175,7 +182,7 @@ def _dialogue(text: str) -> Turns | None:
         return None
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     turns = [
-        {"role": ROLES[mark[1].lower() if mark[1] == "Human" else "assistant"], "content": text[mark.end() : end]}
+        {"role": ROLES[mark[1].lower()], "content": text[mark.end() : end]}
         for mark, end in zip(marks, ends, strict=True)
     ]
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():

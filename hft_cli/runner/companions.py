@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import NAMED_TEMPLATES
 from hft_cli.files import read_json
 from hft_cli.run_dir import RoundDir
-
-NAMED = "additional_chat_templates"  # folder of the templates that are not the default
 
 
 def companions(folder: RoundDir, base: Path, configured: str | None) -> dict[str, str]:
@@ -24,7 +23,8 @@ def companions(folder: RoundDir, base: Path, configured: str | None) -> dict[str
         base: the model whose other files are copied.
         configured: model.chat_template; None is the base's own.
     """
-    settings = _read(base / "tokenizer_config.json")
+    original = _read(base / "tokenizer_config.json")
+    settings = dict(original)
     files: dict[str, Any] = {}
     if configured is not None and folder.template.exists():
         files[folder.template.name] = folder.template.read_text()
@@ -32,7 +32,7 @@ def companions(folder: RoundDir, base: Path, configured: str | None) -> dict[str
         named = settings.pop("chat_template", None)
         for entry in named if isinstance(named, list) else []:
             if entry["name"] != "default":
-                files[f"{NAMED}/{entry['name']}.jinja"] = entry["template"]
+                files[f"{NAMED_TEMPLATES}/{entry['name']}.jinja"] = entry["template"]
     if folder.answer_end.exists():
         end = read_json(folder.answer_end)
         generation, special = (_read(base / name) for name in ("generation_config.json", "special_tokens_map.json"))
@@ -44,7 +44,7 @@ def companions(folder: RoundDir, base: Path, configured: str | None) -> dict[str
             files["special_tokens_map.json"] = {**special, "eos_token": end["token"]}
         if settings and _text(settings.get("eos_token")) != end["token"]:
             settings["eos_token"] = end["token"]
-    if settings != _read(base / "tokenizer_config.json"):
+    if settings != original:
         files["tokenizer_config.json"] = settings
     return {
         name: value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"

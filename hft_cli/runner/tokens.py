@@ -2,68 +2,57 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import config_from_hub
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
-from hft_cli.data.pairs import PairRow, prepare_pairs, tokenize_pairs
-from hft_cli.data.preferences import read_pairs
-from hft_cli.data.rendering import Renderer
-from hft_cli.data.rows import read_sources
+from hft_cli.data.bad_rows import BadRow, reason_of, try_rows
+from hft_cli.data.encoding import BATCH
+from hft_cli.data.pairs import PairRow
+from hft_cli.data.phase_rows import phase_rows, tokenizing
 from hft_cli.data.shown import ShownRow, show_chat, show_pair
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
-from hft_cli.data.templates import chat_template
-from hft_cli.data.tokenization import TokenOptions, TokenRow, tokenize, tokenize_chats
+from hft_cli.data.templates import use_template
+from hft_cli.data.tokenization import TokenOptions, TokenRow
 from hft_cli.errors import UserError, first_line
 from hft_cli.files import read_json
 from hft_cli.method.rounds import Phase, phase_config, phases, with_model_limits
 from hft_cli.paths import resolve_path
 
-BATCH = 500  # rows that are tokenized at a time, to be shown
-
 
 @dataclass(frozen=True)
 class ShownPhase:
-    """The rows of a phase as they will be trained on."""
+    """The rows of a phase as they will be trained on; `config` is that of the phase."""
 
     phase: Phase
-    summary: Summary
+    config: RunConfig
+    tokenizer: Any
     rows: Rows[Any]
-    renderer: Renderer
-    options: TokenOptions
+    summary: Summary
 
     def shown(self, count: int | None) -> Iterator[ShownRow]:
         """The first rows, or all (None)."""
         rows = self.rows if count is None else self.rows.select(range(min(count, len(self.rows))))
-        tokenizer, longest = self.renderer.tokenizer, self.options.max_length
+        function = tokenizing(self.phase.stage, self.config, self.tokenizer)
+        places = rows.places()
         for start in range(0, len(rows), BATCH):
-            part = rows.select(range(start, min(start + BATCH, len(rows))))
-            places, items = list(part.places()), list(part)
-            for offset, row in enumerate(self._tokens(items, places), start + 1):
-                place = places[offset - start - 1]
-                if isinstance(row, str):
-                    yield ShownRow(offset, place, {}, f"bad: {row}")
-                elif isinstance(row, PairRow):
-                    yield show_pair(row, offset, place, tokenizer)
-                else:
-                    yield show_chat(row, offset, place, longest, tokenizer)
+            items = rows[start : start + BATCH]
+            some = list(islice(places, len(items)))
+            for number, (row, place) in enumerate(zip(try_rows(function, items, some), some, strict=True), start + 1):
+                yield self._shown(row, number, place)
 
-    def _tokens(self, items: Sequence[Any], places: Sequence[str]) -> Sequence[PairRow | TokenRow | str]:
-        """The rows as tokens; of a bad row that is left out, the reason."""
-        try:
-            if self.phase.stage == "dpo":
-                return tokenize_pairs(items, places, self.renderer, self.options.max_length)
-            return tokenize_chats(items, places, self.renderer, self.options)
-        except UserError as error:
-            if len(items) == 1:
-                return [str(error).removeprefix(places[0]).removeprefix(": ").removeprefix(", ")]
-        return [row for item, place in zip(items, places, strict=True) for row in self._tokens([item], [place])]
+    def _shown(self, row: TokenRow | PairRow | BadRow, number: int, place: str) -> ShownRow:
+        if isinstance(row, BadRow):
+            return ShownRow(number, place, {}, f"bad: {reason_of(place, row.error)}")
+        if isinstance(row, PairRow):
+            return show_pair(row, number, place, self.tokenizer)
+        return show_chat(row, number, place, TokenOptions.of(self.config).max_length, self.tokenizer)
 
 
 def shown_phases(config: RunConfig) -> list[ShownPhase]:
@@ -80,9 +69,7 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     model = read_json(folder / "config.json" if folder.is_dir() else config_from_hub(path))
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path)
-    template = chat_template(config.model.chat_template, tokenizer)
-    if config.model.chat_template is not None:
-        tokenizer.chat_template = template
+    use_template(config.model.chat_template, tokenizer)
     return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
 
 
@@ -97,16 +84,8 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _shown_phase(phase: Phase, config: RunConfig, tokenizer: Any) -> ShownPhase:
-    options = TokenOptions(config.train.max_length or sys.maxsize, config.data.loss, config.data.long_prompts)
-    rows: Rows[Any]
-    if phase.stage == "dpo":
-        rows = read_pairs(phase.sources[0], config.data, config.dpo.ties).rows
-        summary = prepare_pairs(rows, tokenizer, options.max_length, phase.data, config.data.bad_rows).summary
-    else:
-        rows = read_sources(phase.sources, config.data, config.seed)
-        settings: dict[str, Any] = vars(options)
-        summary = tokenize(rows, tokenizer, **settings, where=phase.data, bad_rows=config.data.bad_rows).summary
-    return ShownPhase(phase, summary, rows, Renderer(tokenizer), options)
+    rows = phase_rows(phase.stage, phase.sources, config, tokenizer)
+    return ShownPhase(phase, config, tokenizer, rows.rows, rows.summary)
 
 
 def page(shown: Sequence[tuple[ShownPhase, Sequence[ShownRow]]], title: str) -> str:

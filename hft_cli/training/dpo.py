@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from transformers import TrainerCallback
 
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.pairs import prepare_pairs
-from hft_cli.data.preferences import ANSWERS, read_pairs
+from hft_cli.data.phase_rows import PhaseRows, phase_rows
+from hft_cli.data.preferences import ANSWERS
 from hft_cli.data.preparation import tokenizer_key
-from hft_cli.data.summary import Summary
+from hft_cli.data.tokenization import TokenOptions
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
@@ -38,31 +37,17 @@ if TYPE_CHECKING:
 METRICS = (*(f"rewards/{name}" for name in (*ANSWERS, "margins", "accuracies")), *(f"logps/{name}" for name in ANSWERS))
 
 
-def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any], Summary]:
-    """The data set of a DPO phase, its counts and hash for the outcome, and its summary.
+def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[PhaseRows, dict[str, Any]]:
+    """The rows of a DPO phase, and counts for the outcome.
 
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    phase, longest = job.phase, job.config.train.max_length or sys.maxsize
-    preferences = read_pairs(phase.sources[0], job.config.data, job.config.dpo.ties)
-    pairs = prepare_pairs(preferences.rows, tokenizer, longest, phase.data, job.config.data.bad_rows)
-    summary = pairs.summary
-    rows_hash = preferences.rows.sha256()
-    key = reference_key(rows_hash, tokenizer, longest, weights_hash(Path(job.model)))
-    return (
-        compat.salted(pairs.dataset, key),
-        {
-            "rows": summary.used,
-            "rows_dropped": sum(summary.dropped.values()),
-            "rows_truncated": summary.truncated,
-            "tokens": summary.tokens,
-            "tokens_trained_on": summary.trained_tokens,
-            "rows_left_out": summary.dropped,
-            "sha256": rows_hash,
-        },
-        summary,
-    )
+    rows = phase_rows("dpo", job.phase.sources, job.config, tokenizer)
+    counts = {**rows.counts(), "rows_left_out": rows.summary.dropped}
+    longest = TokenOptions.of(job.config).max_length
+    key = reference_key(counts["sha256"], tokenizer, longest, weights_hash(Path(job.model)))
+    return replace(rows, dataset=compat.salted(rows.dataset, key)), counts
 
 
 def reference_key(rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int, weights: str) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from hft_cli.data.phase_rows import phase_rows
 from hft_cli.errors import UserError
 from hft_cli.training import sft
 from hft_cli.training.compat import call_before_steps, gradient, put_gradient, trained_log_probs
@@ -110,7 +111,7 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, to
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer that projects its gradients, if the phase has past tasks."""
     trainer, job, checkpoint = sft.build_trainer(parts, session), session.job, session.checkpoint
-    memories = [sft.tokenized(job, [source], parts.tokenizer)[0].dataset for source in job.phase.memories]
+    memories = [phase_rows("sft", [source], job.config, parts.tokenizer).dataset for source in job.phase.memories]
     if memories:
         rows, margin = job.config.train.micro_batch_size, job.config.continual.gem_margin
         projections = project_gradients(trainer, memories, micro_batch_size=rows, margin=margin)

@@ -10,7 +10,8 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.data.templates import answer_end, chat_template
+from hft_cli.data.phase_rows import phase_rows
+from hft_cli.data.templates import answer_end, use_template
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
@@ -78,9 +79,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the run's chat template, which is also written into the phase's folder."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    template = chat_template(job.config.model.chat_template, tokenizer)
-    if job.config.model.chat_template is not None:  # otherwise several named ones stay
-        tokenizer.chat_template = template
+    template = use_template(job.config.model.chat_template, tokenizer)
     if ranks.first:
         write_text(folder.template, template)
     return tokenizer
@@ -95,13 +94,12 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
-                later = replace(job, phase=phase)
-                procedure_of(later).rows(later, tokenizer)
-        dataset, counts, summary = procedure.rows(job, tokenizer)
-        write_json(folder.data, {**summary.to_json(), "line": summary.line()})
-        if (end := answer_end(tokenizer)) and set(summary.shapes) != {"text"}:
+                phase_rows(phase.stage, phase.sources, job.config, tokenizer)
+        rows, counts = procedure.rows(job, tokenizer)
+        write_json(folder.data, rows.summary.to_json())
+        if (end := answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
             write_json(folder.answer_end, {"token": end[0], "id": end[1]})
-        dataset.save_to_disk(str(folder.tokens))
+        rows.dataset.save_to_disk(str(folder.tokens))
         write_json(counts_file, counts)
     ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.summary import Summary
+from hft_cli.data.phase_rows import PhaseRows
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import dpo, gem, lora, sft, weights
 from hft_cli.training.session import Session, SessionState, TrainerParts
@@ -19,8 +19,8 @@ class Procedure:
 
     Attributes:
         settings: (config) -> the class of the trainer's arguments, and those that the procedure sets.
-        rows: (job, tokenizer) -> the data set that the trainer takes, counts for the outcome, and a summary. Among the
-            counts is `sha256` of the rows, by which a checkpoint knows its data. Only the first rank calls it.
+        rows: (job, tokenizer) -> the rows with the data set that the trainer takes, and counts for the outcome. Only
+            the first rank calls it.
         prepare_model: (model, job) -> the model with the parameters to train, and only those, requiring a gradient.
         build_trainer: (parts, session) -> the trainer.
         restore_masters: (model, session): give DeepSpeed's float32 master weights the values that they have in files.
@@ -31,7 +31,7 @@ class Procedure:
     """
 
     settings: Callable[[RunConfig], tuple[type, dict[str, Any]]]
-    rows: Callable[[PhaseJob, Any], tuple[Any, dict[str, Any], Summary]]
+    rows: Callable[[PhaseJob, Any], tuple[PhaseRows, dict[str, Any]]]
     prepare_model: Callable[[Any, PhaseJob], Any]
     build_trainer: Callable[[TrainerParts, Session], Any]
     restore_masters: Callable[[Any, Session], None]

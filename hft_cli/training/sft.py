@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import trl
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.chats import Chat
-from hft_cli.data.rows import Source, read_sources
-from hft_cli.data.store import Rows
-from hft_cli.data.summary import Summary
-from hft_cli.data.tokenization import Tokenized, tokenize
+from hft_cli.data.phase_rows import PhaseRows, phase_rows
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
 
@@ -21,45 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any], Summary]:
-    """The data set of an SFT phase, its counts and hash for the outcome, and its summary.
+def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[PhaseRows, dict[str, Any]]:
+    """The rows of an SFT phase, and counts for the outcome.
 
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    data, chats = tokenized(job, job.phase.sources, tokenizer)
-    summary = data.summary
-    return (
-        data.dataset,
-        {
-            "rows": summary.used,
-            "rows_dropped": sum(summary.dropped.values()),
-            "rows_truncated": summary.truncated,
-            "tokens": summary.tokens,
-            "tokens_trained_on": summary.trained_tokens,
-            "rows_prompt_cut": summary.cut,
-            "sha256": chats.sha256(),
-        },
-        summary,
-    )
-
-
-def tokenized(
-    job: PhaseJob, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokenized, Rows[Chat]]:
-    """The rows of `sources` as tokens, by the settings of the run, and as chats."""
-    data = job.config.data
-    chats = read_sources(sources, data, job.config.seed)
-    tokens = tokenize(
-        chats,
-        tokenizer,
-        max_length=job.config.train.max_length or sys.maxsize,
-        loss=data.loss,
-        long_prompts=data.long_prompts,
-        where=", ".join(source.path for source in sources),
-        bad_rows=data.bad_rows,
-    )
-    return tokens, chats
+    rows = phase_rows("sft", job.phase.sources, job.config, tokenizer)
+    return rows, {**rows.counts(), "rows_prompt_cut": rows.summary.cut}
 
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from chats import ONE, TWO
 
-from hft_cli.data.chats import content_hash
+from hft_cli.data.chats import CHATS
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
 
@@ -33,7 +33,7 @@ def write(path: Path, rows: list[Any]) -> str:
 def test_every_file_format_gives_the_same_chats_and_hash(suffix: str, tmp_path: Path) -> None:
     read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE.turns}, {"messages": TWO.turns}]))
     assert read == [ONE, TWO]
-    assert content_hash(read) == content_hash([ONE, TWO])
+    assert CHATS.sha256(read) == CHATS.sha256([ONE, TWO])
 
 
 def test_an_object_with_one_list_is_read_as_that_list(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hft_cli.data.preferences import Preference, Preferences, preferences_hash, read_preferences
+from hft_cli.data.preferences import PAIRS, Preference, Preferences, read_preferences
 from hft_cli.errors import UserError
 
 
@@ -63,13 +63,13 @@ def test_a_shape_is_known_from_the_row(name: str, tmp_path: Path) -> None:
 
 def test_shapes_may_be_mixed_and_have_one_hash(tmp_path: Path) -> None:
     assert read(tmp_path, TEXT, CHATS).rows == [PAIR, PAIR]
-    assert preferences_hash(read(tmp_path, TEXT).rows) == preferences_hash(read(tmp_path, CHATS).rows)
+    assert PAIRS.sha256(read(tmp_path, TEXT).rows) == PAIRS.sha256(read(tmp_path, CHATS).rows)
 
 
 def test_the_hash_tells_the_answers_and_the_order_apart() -> None:
     swapped = Preference(PAIR.rejected, PAIR.chosen)
     others = [[PAIR], [swapped], [PAIR, swapped], [swapped, PAIR], [LONG_PAIR], []]
-    assert len({preferences_hash(rows) for rows in others}) == len(others)
+    assert len({PAIRS.sha256(rows) for rows in others}) == len(others)
 
 
 def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def works(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = tokenization.tokenize_chats
 
-    def counted(chats: Any, *args: Any) -> Any:
+    def counted(chats: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(chats))
-        return original(chats, *args)
+        return original(chats, *args, **options)
 
     monkeypatch.setattr(tokenization, "tokenize_chats", counted)
     return sizes

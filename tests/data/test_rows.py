@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_cli.config.schema import DataConfig
-from hft_cli.data.chats import Chat, canonical, content_hash
+from hft_cli.data.chats import CHATS, Chat, canonical
 from hft_cli.data.rows import READERS, Source, count_repeats, draw_rows, read_chats, read_sources
 from hft_cli.data.turns import Names
 from hft_cli.errors import UserError
@@ -73,7 +73,7 @@ def test_a_said_shape_wins_over_the_keys(tmp_path: Path) -> None:
 
 def test_the_hash_tells_order_roles_and_text_apart() -> None:
     others = [[ONE, TWO], [TWO, ONE], [ONE], [ONE, ONE], [chat("Why?Because.", "")], [chat("é", "Because.")]]
-    assert len({content_hash(chats) for chats in others}) == len(others)
+    assert len({CHATS.sha256(chats) for chats in others}) == len(others)
 
 
 def repeats(train: list[Chat], test: list[Chat]) -> tuple[int, int]:
@@ -81,7 +81,7 @@ def repeats(train: list[Chat], test: list[Chat]) -> tuple[int, int]:
 
 
 def test_the_hash_tells_prompts_apart_only_where_it_matters() -> None:
-    assert content_hash([PAIR]) == content_hash([ONE])
+    assert CHATS.sha256([PAIR]) == CHATS.sha256([ONE])
     four = chat("q", "a", "q", "b").turns
     chats = [
         chat_of(*four),
@@ -89,7 +89,7 @@ def test_the_hash_tells_prompts_apart_only_where_it_matters() -> None:
         chat_of(*four, prompt_turns=1),
         chat_of(*four, masked=(1,)),
     ]
-    assert len({content_hash([each]) for each in chats}) == 4
+    assert len({CHATS.sha256([each]) for each in chats}) == 4
 
 
 def test_repeated_rows_and_rows_of_the_test_set_are_counted() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_cli.data import rows, store
-from hft_cli.data.chats import CHATS, Chat, content_hash
-from hft_cli.data.preferences import PAIRS, Preference, preferences_hash
+from hft_cli.data.chats import CHATS, Chat
+from hft_cli.data.preferences import PAIRS, Preference
 from hft_cli.data.rows import read_chats
 from hft_cli.data.store import Rows
 from hft_cli.errors import UserError
@@ -41,7 +41,7 @@ def test_rows_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
     kept = stored(tmp_path, chats)
     assert list(kept) == chats
     assert (len(kept), kept[2], kept[-1], kept[1500:1502]) == (2504, FULL, chats[-1], chats[1500:1502])
-    assert kept.sha256() == content_hash(chats)
+    assert kept.sha256() == CHATS.sha256(chats)
     assert list(kept.places())[2400] == "a.jsonl, line 2401"
     assert kept.facts[0]["unused"] == {"id": 3}
     assert pickle.loads(pickle.dumps(kept)) == chats
@@ -56,7 +56,7 @@ def test_a_selection_is_what_a_list_would_give(first: list[int], second: list[in
     joined = Rows.joined([kept.select(first), more.select(second)])
     expected = [chats[index] for index in first] + [others[index] for index in second]
     assert joined == expected
-    assert joined.sha256() == content_hash(expected)
+    assert joined.sha256() == CHATS.sha256(expected)
     if expected:
         assert joined.select([len(expected) - 1]) == expected[-1:]
 
@@ -65,7 +65,7 @@ def test_pairs_come_back_as_they_were() -> None:
     pair = Preference.of([turn("user", "q")], turn("assistant", "yes"), turn("assistant", "no"))
     assert PAIRS.decode(PAIRS.encode(pair)) == pair
     assert PAIRS.canonical(pair) != PAIRS.canonical(Preference(pair.rejected, pair.chosen))
-    assert preferences_hash([pair]) == preferences_hash([PAIRS.decode(PAIRS.encode(pair))])
+    assert PAIRS.sha256([pair]) == PAIRS.sha256([PAIRS.decode(PAIRS.encode(pair))])
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +91,7 @@ def test_what_a_row_has_besides_is_known_without_reading(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "q", "answer": "a", "source": "x"}\n' * 2)
     for _ in range(2):
-        names = rows.Names()
-        read_chats(str(path), names=names)
-        assert names.unused == {"source": 2}
+        assert read_chats(str(path)).facts[0]["unused"] == {"source": 2}
 
 
 def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

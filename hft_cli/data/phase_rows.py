@@ -1,0 +1,69 @@
+"""The rows of a phase, read and tokenized by the settings of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hft_cli.config.schema import RunConfig
+from hft_cli.data.pairs import prepare_pairs, tokenize_pairs
+from hft_cli.data.preferences import read_pairs
+from hft_cli.data.rendering import Renderer
+from hft_cli.data.rows import Source, read_sources
+from hft_cli.data.store import Rows
+from hft_cli.data.summary import Summary
+from hft_cli.data.tokenization import TokenOptions, tokenize, tokenize_chats
+
+
+@dataclass(frozen=True)
+class PhaseRows:
+    """Rows of a phase, in the form of its stage.
+
+    Attributes:
+        rows: chats, or preference pairs for DPO.
+        dataset: their tokens, for TRL's trainer.
+        summary: of the rows.
+    """
+
+    rows: Rows[Any]
+    dataset: Any
+    summary: Summary
+
+    def counts(self) -> dict[str, Any]:
+        """Counts for a phase's outcome, and `sha256` of the rows, by which a checkpoint knows its data."""
+        return {
+            "rows": self.summary.used,
+            "rows_dropped": sum(self.summary.dropped.values()),
+            "rows_truncated": self.summary.truncated,
+            "tokens": self.summary.tokens,
+            "tokens_trained_on": self.summary.trained_tokens,
+            "sha256": self.rows.sha256(),
+        }
+
+
+def phase_rows(stage: str, sources: Sequence[Source], config: RunConfig, tokenizer: Any) -> PhaseRows:
+    """The rows of `sources` for a stage, "sft" or "dpo".
+
+    Raises:
+        UserError: for a bad row or a template that does not allow this, or if no row is left.
+    """
+    options, where = TokenOptions.of(config), ", ".join(source.path for source in sources)
+    bad_rows = config.data.bad_rows
+    rows: Rows[Any]
+    if stage == "dpo":
+        rows = read_pairs(sources[0], config.data, config.dpo.ties).rows
+        pairs = prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
+        return PhaseRows(rows, pairs.dataset, pairs.summary)
+    rows = read_sources(sources, config.data, config.seed)
+    chats = tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
+    return PhaseRows(rows, chats.dataset, chats.summary)
+
+
+def tokenizing(stage: str, config: RunConfig, tokenizer: Any) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:
+    """The function by which `phase_rows` tokenizes a batch: (rows, places) -> a TokenRow or PairRow for each."""
+    renderer, options = Renderer(tokenizer), TokenOptions.of(config)
+    if stage == "dpo":
+        return partial(tokenize_pairs, renderer=renderer, max_length=options.max_length)
+    return partial(tokenize_chats, renderer=renderer, options=options)
