@@ -20,9 +20,11 @@ NAMED_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's cha
 def model_folder(path: str, key: str = "model.path", revision: str | None = None) -> Path:
     """The local folder of a model: `path` itself, or the snapshot of a hub repository, downloaded if necessary.
 
-    `revision` is a commit of the repository; None is the newest. `key` is the config key in errors.
+    `revision` is a commit, branch or tag of the repository; None is the newest. `key` is the config key in errors.
     """
     if Path(path).is_dir():
+        if revision is not None:
+            raise UserError(f"{key}={path} is a folder, so it has no revision '{revision}': leave out model.revision.")
         return Path(path)
     if Path(path).exists() or _looks_local(path):
         raise UserError(f"{key}={path} is not a folder.")
@@ -38,12 +40,12 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def config_from_hub(path: str) -> Path:
+def config_from_hub(path: str, revision: str | None = None) -> Path:
     """The config.json of a hub repository, from the cache or downloaded (a few hundred bytes)."""
     try:
         if _looks_local(path):
             raise OSError("there is no such folder")
-        return _download("hf_hub_download", path, filename="config.json")
+        return _download("hf_hub_download", path, revision=revision, filename="config.json")
     except OSError as error:
         shipped = "|".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
         raise UserError(

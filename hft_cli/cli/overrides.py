@@ -98,7 +98,11 @@ def _with_own_paths(arguments: Sequence[str]) -> list[str]:
     if "model.path" in values and "model" not in values:
         added.append("model=pocket" if values["model.path"].startswith("pocket:") else "model=local")
     experiment = values.get("experiment")
-    if "data.path" in values and "data" not in values and not (experiment and needs_data_path(experiment)):
+    if (
+        {"data.path", "data.mix"} & values.keys()
+        and "data" not in values
+        and not (experiment and needs_data_path(experiment))
+    ):
         added.append("data=local")
     return [*added, *arguments]
 

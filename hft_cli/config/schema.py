@@ -25,6 +25,9 @@ class ModelConfig:
     path: str = setting(
         REQUIRED, "Folder in Hugging Face layout with safetensors weights, a hub name, or `pocket:model` (embedded)."
     )
+    revision: str | None = setting(
+        None, "Commit, branch or tag of a hub model; null: the newest. A run keeps the commit that it began with."
+    )
     architecture: str | None = setting(
         None,
         "`hft plan` without the weights: a config.json, or the name of one that ships (llama2_70b, …). null: read it "
@@ -55,12 +58,34 @@ class ModelConfig:
 
 
 @dataclass
+class MixedSet:
+    """A set of `data.mix`: its rows are trained on in the same batches as those of data.path."""
+
+    path: str = setting(REQUIRED, "Its rows, as in data.path.")
+    share: float | None = setting(
+        None,
+        "Share of the round's rows that are drawn from it. If all sets have a share, the round has as many rows as it "
+        "can without repeating one.",
+        range="(0, 1]",
+    )
+    rows: int | None = setting(
+        None, "Rows that are drawn from it. null, and no share: all its rows.", unit="rows", range="[1, inf)"
+    )
+    split: str = setting("train", "As data.split.")
+    subset: str | None = setting(None, "As data.subset.")
+    revision: str | None = setting(None, "As data.revision.")
+    format: str = setting("auto", "As data.format.", choices=("auto", "hft_cli.data.rows:READERS"))
+    columns: dict[str, str] = setting({}, "As data.columns.")
+    roles: dict[str, str] = setting({}, "As data.roles.")
+
+
+@dataclass
 class DataConfig:
     """Group `data`: one training set, or several in order. Each set is a round of its own (paper, section 3)."""
 
     name: str = setting(REQUIRED, "Label in tables and figures.")
     path: Any = setting(
-        REQUIRED,
+        None,
         "Training rows: a file (JSON, JSONL, .gz, Parquet), a folder or a hub name. A list: one round for each.",
     )
     test_path: Any = setting(
@@ -70,6 +95,15 @@ class DataConfig:
     tasks: list[str] = setting(
         [],
         "Folders below data.path, each with train and test files. Each task is a round and is scored after it.",
+    )
+    mix: Any = setting(
+        None,
+        "Further sets in every round, or without data.path the sets of the one round: [{path: general.jsonl, share: "
+        "0.01}]. Of each set, share is its part of the round's rows, and rows a number that is drawn; without both all "
+        "rows are used. It may have its own split, subset, revision, format, columns and roles.",
+    )
+    deduplicate: bool = setting(
+        False, "Leave out training rows that equal an earlier row of the round, of any of its sets."
     )
     metric: Any = setting(
         "exact_match",
@@ -84,6 +118,10 @@ class DataConfig:
     )
     split: Any = setting(
         "train", "Split to read if data.path is a folder or a hub name. One, or a map from training set to split."
+    )
+    subset: Any = setting(None, "Subset (configuration) of a hub data set. One, or a map from training set to subset.")
+    revision: Any = setting(
+        None, "Commit, branch or tag of a hub data set. One, or a map from training set to revision."
     )
     max_rows: int | None = setting(
         None, "Use only the first rows of each training set; null: all rows.", unit="rows", range="[1, inf)"

@@ -102,9 +102,9 @@ class ContinualConfig:
 
     name: str = setting(
         "seqft",
-        "seqft: nothing; replay: rows of past tasks are trained on again; gem (Lopez-Paz & Ranzato 2017) and lora (Hu "
-        "et al. 2021): not on ZeRO-3.",
-        choices=("seqft", "replay", "gem", "lora"),
+        "seqft: nothing; replay: rows of past tasks are trained on again after each task; mixed_replay: they are in "
+        "the same batches as the task's; gem (Lopez-Paz & Ranzato 2017) and lora (Hu et al. 2021): not on ZeRO-3.",
+        choices=("seqft", "replay", "mixed_replay", "gem", "lora"),
     )
     score_unseen: bool = setting(
         False, "After each round, score the tasks that are still to come too, not only those seen so far."
@@ -112,9 +112,15 @@ class ContinualConfig:
     replay_ratio: float = setting(
         0.1, "Replay: share of the rows of each past task that is trained on again after a task.", range="(0, 1]"
     )
+    replay_share: float = setting(
+        0.01,
+        "Mixed replay: share of a round's rows that are replayed, in equal parts from each past task and the general "
+        "set.",
+        range="(0, 1)",
+    )
     replay_epochs: float = setting(1.0, "Replay: passes over those rows.", unit="epochs", range="(0, inf)")
     replay_general: str | None = setting(
-        None, "Replay: rows of general instructions (TRACE: LIMA), as in data.path; all of them are trained on too."
+        None, "Replays: rows of general instructions (TRACE: LIMA), as in data.path. replay trains on all of them."
     )
     replay_shuffle: bool = setting(
         True, "Replay: mix the rows of all past tasks. false trains task by task, in the order of the files."

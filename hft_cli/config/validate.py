@@ -6,11 +6,12 @@ to a message, or to None if the config keeps the rule. Adding a rule is one func
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hft_cli.config.data_sets import as_paths, test_sets, training_sets
+from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
 from hft_cli.config.schema import EvalConfig, RunConfig
 from hft_cli.config.settings import REQUIRED, check_settings, leaves
 from hft_cli.errors import UserError
@@ -68,9 +69,38 @@ def _paths_are_text(config: RunConfig) -> str | None:
 
 
 def _data_are_named(config: RunConfig) -> str | None:
-    if _is_half_reset(config) or training_sets(config.data):
+    tasks = config.data.tasks
+    if tasks and config.data.path is None and not _is_half_reset(config):
+        return (
+            f"data.path is not set. Give the folder that holds {tasks[0]}{', …' * (len(tasks) > 1)}: data.path=FOLDER."
+        )
+    if _is_half_reset(config) or count_rounds(config.data):
         return None
     return f"No data: give data.path=FILE|FOLDER|HUB_NAME or data=NAME. Available: {', '.join(group_options('data'))}."
+
+
+def _shares_leave_room(config: RunConfig) -> str | None:
+    data, continual, mix = config.data, config.continual, mixed_sets(config.data)
+    if _is_half_reset(config):
+        return "method=half_reset does not train: leave out data.mix." if mix else None
+    if both := [number for number, each in enumerate(mix) if each.share is not None and each.rows is not None]:
+        return f"data.mix[{both[0]}] has a share and a number of rows: give one of them."
+    shares = [each.share for each in mix if each.share is not None]
+    replayed = continual.replay_share if continual.name == "mixed_replay" else 0.0
+    total = sum(shares) + replayed
+    if as_paths(data.path) or len(shares) < len(mix):
+        whole = "data.path" if as_paths(data.path) else "the sets without a share"
+        return None if total < 1 else f"The shares of data.mix add up to {total:g} and leave no room for {whole}."
+    if replayed or not shares or math.isclose(total, 1):
+        return "continual=mixed_replay needs data.path." if replayed else None
+    fix = ", ".join(f"{share / total:.4g}" for share in shares)
+    return f"Every set of data.mix has a share, and they add up to {total:g}, not 1. Use {fix}, or give data.path."
+
+
+def _mix_is_of_one_stage(config: RunConfig) -> str | None:
+    if config.data.mix and len(set(config.method.stages)) > 1:
+        return "data.mix adds the same rows to every round, but method.stages has SFT rounds, of chats, and DPO rounds."
+    return None
 
 
 def _tasks_are_in_one_folder(config: RunConfig) -> str | None:
@@ -89,14 +119,14 @@ def _tasks_are_in_one_folder(config: RunConfig) -> str | None:
 
 def _test_sets_match_training_sets(config: RunConfig) -> str | None:
     tests = len(test_sets(config.data))
-    rounds = 0 if _is_half_reset(config) else len(training_sets(config.data))
+    rounds = 0 if _is_half_reset(config) else count_rounds(config.data)
     if tests in (0, 1, rounds):
         return None
     return f"data.test_path names {tests} sets for {rounds} training sets: give none, one, or one for each."
 
 
 def _stages_match_training_sets(config: RunConfig) -> str | None:
-    stages, rounds = len(config.method.stages), len(training_sets(config.data))
+    stages, rounds = len(config.method.stages), count_rounds(config.data)
     if _is_half_reset(config) or stages in (1, rounds):
         return None
     return f"method.stages names {stages} stages for {rounds} training sets: give one for all sets, or one for each."
@@ -212,19 +242,27 @@ def _nodes_can_meet(config: RunConfig) -> str | None:
 
 def _replay_keys_need_replay(config: RunConfig) -> str | None:
     continual = config.continual
-    if continual.replay_general is not None and continual.name != "replay":
-        return f"continual.replay_general is for continual=replay; continual={continual.name} does not read it."
+    if continual.replay_general is not None and continual.name not in ("replay", "mixed_replay"):
+        return (
+            f"continual.replay_general is for continual=replay and mixed_replay; continual={continual.name} does not "
+            "read it."
+        )
     if continual.name == "replay" and config.train.packing and not continual.replay_shuffle:
         return "train.packing=true packs rows in an order of its own: set continual.replay_shuffle=true."
     return None
 
 
 def _continual_suits_the_method(config: RunConfig) -> str | None:
-    name, rounds = config.continual.name, len(training_sets(config.data))
+    name, rounds = config.continual.name, count_rounds(config.data)
     if name == "seqft":
         return None
     if config.method.name not in ("fft", "hft") or set(config.method.stages) != {"sft"}:
         return f"continual={name} is for SFT by method=fft or hft, not for DPO or Half-Reset."
+    if name == "mixed_replay" and rounds < 2 and config.continual.replay_general is None:
+        return (
+            "continual=mixed_replay has nothing to replay in one round: give continual.replay_general=PATH, or several "
+            "training sets (data.path=[…])."
+        )
     if name in ("replay", "gem") and rounds < 2:
         return (
             f"continual={name} needs a sequence of tasks, but there is {rounds} round. Give several training sets "
@@ -303,6 +341,8 @@ RULES: tuple[Rule, ...] = (
     _dpo_can_be_done,
     _flash_attention_is_in_bfloat16,
     _batch_is_whole,
+    _shares_leave_room,
+    _mix_is_of_one_stage,
     _tasks_are_in_one_folder,
     _test_sets_match_training_sets,
 )

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,19 @@ PARQUET_BATCH = 1000  # rows read at a time
 _SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
 
 
+@dataclass(frozen=True)
+class Hub:
+    """What else a hub data set is known by: its subset ("configuration"), and a commit, branch or tag."""
+
+    subset: str | None = None
+    revision: str | None = None
+
+
+ANY_HUB = Hub()
+
+
 def read_rows(
-    path: str, split: str, max_rows: int | None = None, bad: BadRows | None = None
+    path: str, split: str, max_rows: int | None = None, bad: BadRows | None = None, hub: Hub = ANY_HUB
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows at a path (see `rows.read_chats`), each with its place for errors: "FILE, line 3".
 
@@ -33,7 +45,7 @@ def read_rows(
     downloaded first. A UserError if the path does not exist, a file cannot be read, or a row is not an object; with
     `bad`, bad lines and rows are added to it instead and left out.
     """
-    for place, row in islice(_values(path, split, stream=max_rows is not None), max_rows):
+    for place, row in islice(_values(path, split, hub, stream=max_rows is not None), max_rows):
         if isinstance(row, dict):
             yield place, row
             continue
@@ -43,8 +55,11 @@ def read_rows(
         bad.add(place, error)
 
 
-def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
+def _values(path: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str, Any]]:
     local = Path(path).expanduser()
+    if local.exists() and hub != ANY_HUB:
+        key, value = ("subset", hub.subset) if hub.subset is not None else ("revision", hub.revision)
+        raise UserError(f"{path} is not on the hub, so it has no {key} '{value}': leave out data.{key}.")
     if local.is_dir():
         for file in _files_of_split(local, split):
             yield from _rows_of_file(file)
@@ -53,7 +68,7 @@ def _values(path: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
     elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")):
         raise UserError(f"No such file or folder: '{path}'.")
     else:
-        yield from _rows_of_hub(path, split, stream)
+        yield from _rows_of_hub(path, split, hub, stream)
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -151,11 +166,11 @@ def _without_nulls(value: Any) -> Any:
 _KEPT = ("content", "value")  # of turns: null is a mistake there, or stands beside calls of tools
 
 
-def _rows_of_hub(name: str, split: str, stream: bool) -> Iterator[tuple[str, Any]]:
+def _rows_of_hub(name: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=stream)
+        rows = datasets.load_dataset(name, hub.subset, split=split, streaming=stream, revision=hub.revision)
     except Exception as error:  # the exceptions of the hub and its cache have no common base
         raise UserError(
             f"'{name}' is no local file or folder, and its split '{split}' could not be loaded from the hub: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,9 @@ def prepare_pairs(
         )
     prompt, trained, truncated, length = (data.column(name).to_numpy()[kept] for name in NUMBERS)
     facts = [*(pairs.facts if isinstance(pairs, Rows) else ()), {"bad": bad}]
-    left_out = {BAD: count_bad(facts), **facts[0].get("left_out", {})}
+    left_out = Counter({BAD: count_bad(facts)})
+    for each in facts:
+        left_out.update(each.get("left_out", {}))
     summary = Summary(
         rows=len(reasons) + sum(left_out.values()),
         dropped=nonzero({**left_out, **counts}),

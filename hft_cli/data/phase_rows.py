@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.pairs import prepare_pairs, tokenize_pairs
-from hft_cli.data.preferences import read_pairs
+from hft_cli.data.mixing import read_mixed
+from hft_cli.data.pairs import TokenizedPairs, prepare_pairs, tokenize_pairs
 from hft_cli.data.rendering import Renderer
-from hft_cli.data.rows import Source, read_sources
+from hft_cli.data.sources import Source
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
-from hft_cli.data.tokenization import TokenOptions, tokenize, tokenize_chats
+from hft_cli.data.tokenization import Tokenized, TokenOptions, tokenize, tokenize_chats
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ def phase_rows(stage: str, sources: Sequence[Source], config: RunConfig, tokeniz
     """
     options, where = TokenOptions.of(config), ", ".join(source.path for source in sources)
     bad_rows = config.data.bad_rows
-    rows: Rows[Any]
+    mixed = read_mixed(stage, sources, config)
+    made: Tokenized | TokenizedPairs
     if stage == "dpo":
-        rows = read_pairs(sources[0], config.data, config.dpo.ties).rows
-        pairs = prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
-        return PhaseRows(rows, pairs.dataset, pairs.summary)
-    rows = read_sources(sources, config.data, config.seed)
-    chats = tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
-    return PhaseRows(rows, chats.dataset, chats.summary)
+        made = prepare_pairs(mixed.rows, tokenizer, options.max_length, where, bad_rows)
+    else:
+        made = tokenize(mixed.rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
+    return PhaseRows(mixed.rows, made.dataset, replace(made.summary, parts=mixed.parts))
 
 
 def tokenizing(stage: str, config: RunConfig, tokenizer: Any) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hft_cli.config.schema import DataConfig
 from hft_cli.data.chats import Chat, Turn, canonical, check_chat
-from hft_cli.data.files import read_rows
-from hft_cli.data.rows import Row, Source, continued, history_of, question_of, read_each, with_row_fields
+from hft_cli.data.files import ANY_HUB, Hub, read_rows
+from hft_cli.data.rows import Row, continued, history_of, question_of, read_each, with_row_fields
 from hft_cli.data.store import Codec, Rows, cache_folder, source_key, store
 from hft_cli.data.turns import Names, Turns, refuse_media, text_turn, turns_or_text
 from hft_cli.errors import UserError, choose
-from hft_cli.paths import resolve_path
 
 ANSWERS = ("chosen", "rejected")
 
@@ -68,6 +66,7 @@ def read_preferences(
     max_rows: int | None = None,
     ties: str = "keep",
     names: Names | None = None,
+    hub: Hub = ANY_HUB,
 ) -> Preferences:
     """Read rows with `chosen` and `rejected`. These shapes may be mixed:
 
@@ -77,7 +76,7 @@ def read_preferences(
       (UltraFeedback); also as one text with "Human:" and "Assistant:" before the turns (hh-rlhf).
 
     Args:
-        path, split, names: as for `rows.read_chats`.
+        path, split, names, hub: as for `rows.read_chats`.
         max_rows: the largest number of rows to read, including those left out; None reads all.
         ties: "drop" leaves out rows with equal `score_chosen` and `score_rejected`; "keep" ignores the scores.
 
@@ -93,14 +92,14 @@ def read_preferences(
         return read_preference(row, names), ties == "drop" and _is_tied(row)
 
     def pairs() -> Iterator[tuple[str, Preference]]:
-        rows = read_rows(path, split, max_rows, names.bad)
+        rows = read_rows(path, split, max_rows, names.bad, hub)
         for place, (preference, tied) in read_each(rows, read, names, path):
             if reason := reason_to_leave_out(preference) or ("tied scores" if tied else None):
                 left_out[reason] += 1
             else:
                 yield place, preference
 
-    key = source_key(path, split, max_rows, ties, names.columns, names.roles, names.bad_rows)
+    key = source_key(path, split, hub, max_rows, ties, names.columns, names.roles, names.bad_rows)
     rows = store(cache_folder() / "pairs" / key, pairs(), PAIRS, lambda: {**names.facts(), "left_out": left_out})
     left_out = rows.facts[0]["left_out"]
     if not rows:
@@ -109,17 +108,6 @@ def read_preferences(
         counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items() if count)
         raise UserError(f"All {sum(left_out.values())} rows of {path} are left out ({counts}): nothing to learn.")
     return Preferences(rows, left_out)
-
-
-def read_pairs(source: Source, data: DataConfig, ties: str) -> Preferences:
-    """The pairs of a DPO phase; see `read_preferences`."""
-    return read_preferences(
-        resolve_path(source.path),
-        split=source.split,
-        max_rows=data.max_rows,
-        ties=ties,
-        names=Names(data.columns, data.roles, bad_rows=data.bad_rows),
-    )
 
 
 def _canonical(row: Preference) -> bytes:

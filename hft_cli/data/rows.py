@@ -6,15 +6,13 @@ UserError that names the file, the line or row, and the reason.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from hft_cli.config.schema import DataConfig
 from hft_cli.data.chats import CHATS, Chat, check_chat
-from hft_cli.data.files import json_type, read_rows
+from hft_cli.data.files import ANY_HUB, Hub, json_type, read_rows
 from hft_cli.data.store import Rows, cache_folder, source_key, store
 from hft_cli.data.turns import (
     LOSS_KEYS,
@@ -28,62 +26,10 @@ from hft_cli.data.turns import (
     turns_or_text,
 )
 from hft_cli.errors import UserError, choose
-from hft_cli.paths import resolve_path
 
 Row = dict[str, Any]
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Training rows of one path.
-
-    Attributes:
-        path: a file, a folder or a hub name; see `read_chats`.
-        share: the share of the rows to use, in (0, 1], drawn under the run's seed.
-        rows: the number of rows to use, which takes precedence over `share`.
-        general: whether it is a general set instead of a task's: data.format and data.max_rows do not apply to it.
-        split: the split of a folder or a hub data set.
-    """
-
-    path: str
-    share: float = 1.0
-    rows: int | None = None
-    general: bool = False
-    split: str = "train"
-
-
-def read_sources(sources: Iterable[Source], data: DataConfig, seed: int) -> Rows[Chat]:
-    """The training rows of a phase, source by source, each in the order of its file."""
-    parts: list[Rows[Chat]] = []
-    for source in sources:
-        if source.general:
-            parts.append(read_chats(resolve_path(source.path)))
-            continue
-        rows = read_chats(
-            resolve_path(source.path),
-            format=data.format,
-            split=source.split,
-            max_rows=data.max_rows,
-            names=Names(data.columns, data.roles, bad_rows=data.bad_rows),
-        )
-        count = round(source.share * len(rows)) if source.rows is None else source.rows
-        drawn = draw_rows(len(rows), max(count, 1), f"{seed}\0{source.path}")
-        parts.append(rows if len(drawn) == len(rows) else rows.select(drawn))
-    return Rows.joined(parts)
-
-
-def draw_rows(rows: int, count: int, key: str) -> list[int]:
-    """Draw `count` of the indices 0 to `rows` - 1 uniformly, in ascending order; all if there are fewer.
-
-    As in `method.selection`, the indices are sorted by a hash, so that the draw depends on `key` alone.
-    """
-
-    def order(index: int) -> bytes:
-        return hashlib.blake2b(f"{key}\0{index}".encode(), digest_size=16).digest()
-
-    return sorted(sorted(range(rows), key=order)[:count]) if count < rows else list(range(rows))
 
 
 def read_chats(
@@ -93,6 +39,7 @@ def read_chats(
     split: str = "train",
     max_rows: int | None = None,
     names: Names | None = None,
+    hub: Hub = ANY_HUB,
 ) -> Rows[Chat]:
     """Read rows as chats, or find them in the cache if they were read before.
 
@@ -106,6 +53,7 @@ def read_chats(
         max_rows: the largest number of rows to read, at least 1; None reads all.
         names: what the data set calls things, and whether bad rows are left out. What is seen in the rows is in their
             `facts`.
+        hub: the subset and the revision of a hub data set.
 
     Raises:
         UserError: if there is nothing at `path`, there are no rows, or a row is bad. Rows and lines count from 1.
@@ -113,8 +61,8 @@ def read_chats(
     choose("data.format", format, ("auto", *READERS))
     names = names or Names()
     read = ChatReader(format, names)
-    key = source_key(path, split, max_rows, format, names.columns, names.roles, names.bad_rows)
-    chats = read_each(read_rows(path, split, max_rows, names.bad), read, names, path)
+    key = source_key(path, split, hub, max_rows, format, names.columns, names.roles, names.bad_rows)
+    chats = read_each(read_rows(path, split, max_rows, names.bad, hub), read, names, path)
     rows = store(cache_folder() / "rows" / key, chats, CHATS, lambda: {**names.facts(), "shapes": read.shapes})
     if not rows:
         raise UserError(f"No rows in {path}.")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hft_cli.data.bad_rows import listing
+from hft_cli.data.sources import Part
 
 PERCENTILES = (5, 50, 95, 100)
 
@@ -35,6 +36,7 @@ class Summary:
         shapes: shape of rows -> number of rows.
         notices: what was read in another form than it is written -> number of values.
         bad: place and reason of the rows that data.bad_rows=skip leaves out.
+        parts: what was taken of each set.
     """
 
     rows: int
@@ -50,11 +52,17 @@ class Summary:
     shapes: dict[str, int] = field(default_factory=dict)
     notices: dict[str, int] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    parts: tuple[Part, ...] = ()
 
     @property
     def used(self) -> int:
         """Rows that are trained on."""
         return self.rows - sum(self.dropped.values())
+
+    @property
+    def repeats(self) -> int:
+        """Rows that data.deduplicate leaves out."""
+        return sum(part.repeats for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
         """The summary as it stands in a run's directory."""
@@ -63,8 +71,9 @@ class Summary:
     def line(self) -> str:
         """The summary in one line."""
         left_out = sum(self.dropped.values())
+        of_sets = f" ({', '.join(f'{part.taken:,} of {part.path}' for part in self.parts)})"
         parts = [
-            f"{self.used:,} rows" + (f" ({left_out:,} dropped)" if left_out else ""),
+            f"{self.used:,} rows" + of_sets * (len(self.parts) > 1) + (f" ({left_out:,} dropped)" if left_out else ""),
             f"{self.tokens:,} tokens",
             f"{self.trained_tokens / max(self.tokens, 1):.0%} with a loss",
             f"answers begin with {_quoted(self.first[:2])}",
@@ -72,6 +81,7 @@ class Summary:
         ]
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         notices = "".join(f"; {count:,} {notice}" for notice, count in self.notices.items())
+        notices += f"; {self.repeats:,} repeats left out" if self.repeats else ""
         return ", ".join(parts) + unused + notices
 
     def text(self) -> str:
@@ -80,6 +90,7 @@ class Summary:
         lengths = ", ".join(f"{'max' if name == '100' else name + '%'} {size:,}" for name, size in self.lengths.items())
         lines = {
             "rows": f"{self.rows:,} read, {self.used:,} trained on",
+            "sets": "; ".join(part.text() for part in self.parts) * (len(self.parts) > 1 or self.repeats > 0),
             "shapes": ", ".join(f"{name} {count:,}" for name, count in self.shapes.items()),
             "dropped": dropped,
             "shortened": f"{self.cut:,} at the prompt, {self.truncated:,} at the end" * bool(self.cut + self.truncated),

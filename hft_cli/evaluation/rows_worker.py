@@ -43,7 +43,10 @@ def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
     `nll` is the mean negative log-likelihood of the answers' tokens, in nats.
     """
     tasks = {
-        folder.score(suite, name): (task, read_chats(resolve_path(task.path), format=task.format, split="test"))
+        folder.score(suite, name): (
+            task,
+            read_chats(resolve_path(task.path), format=task.format, split="test", hub=task.hub),
+        )
         for suite, suite_tasks in job.tasks.items()
         for name, task in suite_tasks.items()
         if not folder.score(suite, name).exists()

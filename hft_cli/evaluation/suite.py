@@ -110,7 +110,7 @@ def _read_probes(config: SuiteConfig, data_dir: Path | None) -> tuple[dict[str, 
 
 def rows_hash(task: RowsTask) -> str:
     """SHA-256 of the rows of a task."""
-    return read_chats(resolve_path(task.path), format=task.format, split="test").sha256()
+    return read_chats(resolve_path(task.path), format=task.format, split="test", hub=task.hub).sha256()
 
 
 def uses_chat_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from hft_cli.config.schema import ModelConfig, RunConfig
 from hft_cli.config.suites import ProbeConfig
 from hft_cli.config.training import GenerationConfig
+from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.files import write_json
 from hft_cli.method.rounds import Phase
 
@@ -45,11 +46,12 @@ class PhaseJob:
 
 @dataclass(frozen=True)
 class RowsTask:
-    """A set of rows to score a model on: a file or hub name, the metric, and the format of the rows."""
+    """A set of rows to score a model on: a file or hub name and its part of it, the metric, the format of the rows."""
 
     path: str
     metric: str = "exact_match"
     format: str = "auto"
+    hub: Hub = ANY_HUB
 
 
 @dataclass(frozen=True)

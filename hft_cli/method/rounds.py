@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.naming import Param
-from hft_cli.config.data_sets import as_paths, test_sets, training_sets, value_for_task
-from hft_cli.config.schema import RunConfig
-from hft_cli.data.rows import Source
+from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets, training_sets, value_for_task
+from hft_cli.config.schema import DataConfig, RunConfig
+from hft_cli.data.files import ANY_HUB, Hub
+from hft_cli.data.sources import Source
 from hft_cli.errors import UserError, choose
 from hft_cli.method.selection import Draw, draw, lora_draw
 
@@ -57,6 +58,12 @@ class Phase:
     def data(self) -> str:
         """The paths of its sources, as text."""
         return ", ".join(source.path for source in self.sources)
+
+    @property
+    def test_hub(self) -> Hub:
+        """Subset and revision of the test rows: those of the training rows, if both are in one data set."""
+        own = self.sources[0] if self.sources and self.sources[0].path == self.test else None
+        return Hub(own.subset, own.revision) if own else ANY_HUB
 
     @property
     def task(self) -> str:
@@ -124,17 +131,15 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
 
 
 def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
-    """One phase for each training set, and after it a replay where `continual` asks for one."""
+    """One phase for each training set with the sets of data.mix, and after it a replay if `continual` asks for one."""
     data, continual = config.data, config.continual
-    paths, tests = training_sets(data), test_sets(data)
-    stages = config.method.stages * (len(paths) if len(config.method.stages) == 1 else 1)
-    tests = tests if len(tests) > 1 else (tests * len(paths))
-    names = _round_names(paths)
+    paths, tests, rounds = training_sets(data), test_sets(data), count_rounds(data)
+    stages = config.method.stages * (rounds if len(config.method.stages) == 1 else 1)
+    tests = tests if len(tests) > 1 else (tests * rounds)
+    names = _round_names(paths) or ["mix"] * rounds
     tasks = data.tasks or names
-    sources = [
-        Source(path, split=value_for_task("data.split", data.split, task))
-        for path, task in zip(paths, tasks, strict=True)
-    ]
+    sources = [_source(data, path, task) for path, task in zip(paths, tasks, strict=False)]
+    mix = tuple(Source(**vars(mixed)) for mixed in mixed_sets(data))
     run: list[Phase] = []
     for index, (name, stage, task) in enumerate(zip(names, stages, tasks, strict=True)):
         past = sources[:index]
@@ -143,13 +148,13 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
             round=index + 1,
             name=name,
             stage=stage,
-            sources=(sources[index],),
+            sources=(*sources[index : index + 1], *mix, *_mixed_replay(config, past)),
             test=tests[index] if tests else None,
             metric=value_for_task("data.metric", data.metric, task),
             epochs=value_for_task("train.epochs", config.train.epochs, task),
         )
         if continual.name == "gem":
-            phase = replace(phase, memories=tuple(replace(source, rows=continual.gem_memory) for source in past))
+            phase = replace(phase, memories=tuple(replace(source, at_most=continual.gem_memory) for source in past))
         run.append(phase)
         if continual.name == "replay" and (replayed := _replayed(config, past)):
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
@@ -159,9 +164,27 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
 
 def _replayed(config: RunConfig, past: Iterable[Source]) -> tuple[Source, ...]:
     """The rows of a replay: a share of each past task, and the general set."""
-    continual = config.continual
-    sources = tuple(replace(source, share=continual.replay_ratio) for source in past)
-    return sources if continual.replay_general is None else (*sources, Source(continual.replay_general, general=True))
+    return (*(replace(source, fraction=config.continual.replay_ratio) for source in past), *_general(config))
+
+
+def _mixed_replay(config: RunConfig, past: Iterable[Source]) -> tuple[Source, ...]:
+    """What `continual=mixed_replay` adds to a round: equal shares of each past task and the general set."""
+    replayed = (*past, *_general(config))
+    if config.continual.name != "mixed_replay":
+        return ()
+    return tuple(replace(source, share=config.continual.replay_share / len(replayed)) for source in replayed)
+
+
+def _general(config: RunConfig) -> tuple[Source, ...]:
+    """The set of general instructions that replays include."""
+    return () if config.continual.replay_general is None else (Source(config.continual.replay_general),)
+
+
+def _source(data: DataConfig, path: str, task: str) -> Source:
+    split, subset, revision = (
+        value_for_task(f"data.{name}", getattr(data, name), task) for name in ("split", "subset", "revision")
+    )
+    return Source(path, split, subset, revision, data.format, data.max_rows, data.columns, data.roles)
 
 
 def _half_reset_phases(config: RunConfig) -> tuple[Phase, ...]:

@@ -45,7 +45,7 @@ def read_model(config: ModelConfig) -> Model:
     if folder.is_dir() and list(folder.glob("*.safetensors")):
         return _model_from_folder(folder, path, kinds)
     if architecture is None:
-        file = folder / "config.json" if folder.is_dir() else config_from_hub(path)
+        file = folder / "config.json" if folder.is_dir() else config_from_hub(path, config.revision)
     elif Path(architecture).suffix == ".json" or "/" in architecture:
         file = Path(architecture).expanduser()
     else:

@@ -13,8 +13,8 @@ from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import EngineConfig, PlanConfig
 from hft_cli.config.settings import REQUIRED
 from hft_cli.config.validate import check
-from hft_cli.data.preferences import read_pairs
-from hft_cli.data.rows import Source, read_sources
+from hft_cli.data.mixing import read_mixed, read_source
+from hft_cli.data.sources import row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import Draw, heaviest_draw
@@ -258,23 +258,16 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
 
 def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
     """Training rows of a phase: counted if the data are on this machine, otherwise from rows=N; None if unknown."""
-    total = 0
-    for source in phase.sources:
-        path = resolve_path(source.path)
-        if Path(path).exists() and phase.stage == "dpo":
-            total += len(read_pairs(source, config.data, config.dpo.ties).rows)
-        elif Path(path).exists():
-            total += len(read_sources([source], config.data, config.seed))
-        elif config.rows is None or source.general:
-            return None
-        else:
-            total += _source_rows(source, min(config.rows, config.data.max_rows or config.rows))
-    return total
-
-
-def _source_rows(source: Source, rows: int) -> int:
-    """The number of rows that `read_sources` takes of a set of `rows` rows."""
-    return min(max(round(source.share * rows) if source.rows is None else source.rows, 1), rows)
+    local = [Path(resolve_path(source.path)).expanduser().exists() for source in phase.sources]
+    if all(local):
+        return len(read_mixed(phase.stage, phase.sources, config).rows)
+    if config.rows is None:
+        return None
+    sizes = [
+        len(read_source(phase.stage, source, config)) if known else min(config.rows, source.max_rows or config.rows)
+        for source, known in zip(phase.sources, local, strict=True)
+    ]
+    return sum(row_counts(phase.sources, sizes))
 
 
 def _count_steps(config: PlanConfig, rows: int | None) -> int | None:

@@ -98,7 +98,9 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
         op=_finite_or_none(sequence.get("OP")),
         bwt=_finite_or_none(sequence.get("BWT")),
-        continual=str(sequence.get("name", "seqft")) if tasks or sequence.get("name") == "lora" else "",
+        continual=str(sequence.get("name", "seqft"))
+        if tasks or sequence.get("name") in ("lora", "mixed_replay")
+        else "",
         level=level,
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),

@@ -11,6 +11,8 @@ Matrix = tuple[tuple[float | None, ...], ...]
 Scores = dict[str, dict[str, float | None]]  # SUITE/TASK -> before, after; None where it was not scored
 SettingKey = tuple[tuple[str, str], ...]
 
+COMBINED = ("replay", "mixed_replay", "gem")  # values of `continual` that stand beside a method's name
+
 
 @dataclass(frozen=True)
 class RunRow:
@@ -24,7 +26,7 @@ class RunRow:
         skill: mean score after the last round on the test sets of what was trained, in [0, 1].
         retained: mean score after the last round on the suites, in [0, 1].
         op, bwt: overall performance and backward transfer of a sequence of tasks, as shares.
-        continual: seqft, replay or gem for a sequence of tasks; lora for LoRA; else empty.
+        continual: seqft, replay, mixed_replay or gem for a sequence of tasks; lora and mixed_replay always; else empty.
         ratio: the ratio of the selection that was requested.
         note: what is wrong with the run.
         scores: every score.
@@ -56,7 +58,7 @@ class RunRow:
         """The method's name in tables and figures."""
         name = "LoRA" if self.continual == "lora" else self.method.upper().replace("_", "-")
         name = {"HALF-RESET": "Half-Reset"}.get(name, name)
-        return f"{name} + {self.continual}" if self.continual in ("replay", "gem") else name
+        return f"{name} + {self.continual.replace('_', ' ')}" if self.continual in COMBINED else name
 
 
 @dataclass(frozen=True)

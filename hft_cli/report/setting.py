@@ -41,7 +41,7 @@ def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[st
 def _unused_keys(row: RunRow, stages: str) -> list[str]:
     """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
     patterns = [r"continual\.score_unseen$"]
-    patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name != row.continual]
+    patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name not in row.continual]
     if row.level == "all":
         patterns.append(r"selection\.(ratio|balance|redraw)$")
     if row.method == "half_reset":

@@ -76,7 +76,7 @@ def _read_suite(config: EvalConfig) -> Suite:
 def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     """The models to score, by the name of their folder of results: those of a run, or one model."""
     if config.run is None:
-        path = model_folder(resolve_path(config.model.path))
+        path = model_folder(resolve_path(config.model.path), revision=config.model.revision)
         models = {"model": ScoredModel(path, config.model, weights_hash(path))}
     else:
         models = _models_of_run(config, config.run)

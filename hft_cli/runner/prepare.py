@@ -14,8 +14,8 @@ from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
-from hft_cli.data.preferences import read_pairs
-from hft_cli.data.rows import count_repeats, read_chats, read_sources
+from hft_cli.data.mixing import read_mixed
+from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import flatten, read_json
@@ -65,7 +65,7 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     is no such model, or it cannot do what the config asks for.
     """
     path = config.model.path
-    base = model_folder(resolve_path(path), revision=recorded_revision(run, path))
+    base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
     return with_model_limits(config, read_json(base / "config.json"), base.name), base
 
 
@@ -119,21 +119,20 @@ def half_reset_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig)
 def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     """What plan.json records of a phase's data; UserError for a bad row.
 
-    These are `data_sha256` (of a Half-Reset: the hash of the weights to reset to), `rows`, and with a test set
-    `test_sha256` and, for SFT, the number of rows that repeat an earlier one or are in the test set too.
+    These are `data_sha256` (of a Half-Reset: the hash of the weights to reset to), `rows`, `parts` (what is taken of
+    each set), and with a test set `test_sha256` and, for SFT, the number of rows that repeat an earlier one or are in
+    the test set too.
     """
     data = config.data
     if phase.stage == "half_reset":
         record: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(phase.data), "model.base"))}
-    elif phase.stage == "dpo":
-        pairs = read_pairs(phase.sources[0], data, config.dpo.ties).rows
-        record = {"data_sha256": pairs.sha256(), "rows": len(pairs)}
     else:
-        chats = read_sources(phase.sources, data, config.seed)
-        record = {"data_sha256": chats.sha256(), "rows": len(chats)}
+        mixed = read_mixed(phase.stage, phase.sources, config)
+        chats = mixed.rows
+        record = {"data_sha256": chats.sha256(), "rows": len(chats), "parts": [vars(part) for part in mixed.parts]}
     if phase.test is None:
         return record
-    test = read_chats(resolve_path(phase.test), format=test_format(data), split="test")
+    test = read_chats(resolve_path(phase.test), format=test_format(data), split="test", hub=phase.test_hub)
     record["test_sha256"] = test.sha256()
     if phase.stage == "sft" and not phase.replays:
         repeated, shared = count_repeats(chats.digests(), test.digests())

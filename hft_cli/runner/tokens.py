@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from heapq import nsmallest
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import config_from_hub
+from hft_cli.checkpoint.folders import config_from_hub, model_folder
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
 from hft_cli.data.bad_rows import BadRow, reason_of, try_rows
@@ -16,6 +17,7 @@ from hft_cli.data.encoding import BATCH
 from hft_cli.data.pairs import PairRow
 from hft_cli.data.phase_rows import phase_rows, tokenizing
 from hft_cli.data.shown import ShownRow, show_chat, show_pair
+from hft_cli.data.sources import Part
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
 from hft_cli.data.templates import use_template
@@ -37,15 +39,16 @@ class ShownPhase:
     summary: Summary
 
     def shown(self, count: int | None) -> Iterator[ShownRow]:
-        """The first rows, or all (None)."""
-        rows = self.rows if count is None else self.rows.select(range(min(count, len(self.rows))))
+        """The first rows of each set, `count` in all, or all rows (None)."""
+        indices = range(len(self.rows)) if count is None else first_of_each(self.summary.parts, count)
+        rows = self.rows.select(indices)
         function = tokenizing(self.phase.stage, self.config, self.tokenizer)
         places = rows.places()
         for start in range(0, len(rows), BATCH):
             items = rows[start : start + BATCH]
             some = list(islice(places, len(items)))
-            for number, (row, place) in enumerate(zip(try_rows(function, items, some), some, strict=True), start + 1):
-                yield self._shown(row, number, place)
+            for row, index, place in zip(try_rows(function, items, some), indices[start:], some, strict=False):
+                yield self._shown(row, index + 1, place)
 
     def _shown(self, row: TokenRow | PairRow | BadRow, number: int, place: str) -> ShownRow:
         if isinstance(row, BadRow):
@@ -53,6 +56,13 @@ class ShownPhase:
         if isinstance(row, PairRow):
             return show_pair(row, number, place, self.tokenizer)
         return show_chat(row, number, place, TokenOptions.of(self.config).max_length, self.tokenizer)
+
+
+def first_of_each(parts: Sequence[Part], count: int) -> list[int]:
+    """The indices of `count` rows, or of all if there are fewer: as many as possible of each set, from its start."""
+    starts = accumulate((part.taken for part in parts), initial=0)
+    order = ((number, start) for start, part in zip(starts, parts, strict=False) for number in range(part.taken))
+    return sorted(number + start for number, start in nsmallest(count, order))
 
 
 def shown_phases(config: RunConfig) -> list[ShownPhase]:
@@ -64,21 +74,22 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     check(config)
     if config.method.name == "half_reset":
         raise UserError("method=half_reset trains on no rows, so there are no tokens to show.")
-    path = resolve_path(config.model.path)
-    folder = Path(path)
-    model = read_json(folder / "config.json" if folder.is_dir() else config_from_hub(path))
+    path, revision = resolve_path(config.model.path), config.model.revision
+    if Path(path).is_dir():
+        path = str(model_folder(path, revision=revision))
+    model = read_json(Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision))
     config = with_model_limits(config, model, config.model.name)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, revision)
     use_template(config.model.chat_template, tokenizer)
     return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The tokenizer of a model's folder or hub repository; UserError if there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={path} has no tokenizer that can be read: {first_line(error)}") from error
 

@@ -178,7 +178,7 @@ def _walk(session: Session) -> RunDir:
 def _all_tasks(prepared: Prepared) -> TasksToScore:
     shape = test_format(prepared.config.data)
     tests = {
-        phase.task: RowsTask(phase.test, phase.metric, shape)
+        phase.task: RowsTask(phase.test, phase.metric, shape, phase.test_hub)
         for phase in prepared.phases
         if phase.test is not None and not phase.replays
     }

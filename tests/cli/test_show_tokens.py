@@ -52,6 +52,19 @@ def test_json_has_a_line_for_each_row_with_what_is_trained(tmp_path: Path) -> No
     assert re.search(r"not used: +source \(1\)", done.err)
 
 
+def test_rows_of_each_set_of_a_mix_are_shown(tmp_path: Path) -> None:
+    new = write(tmp_path / "new.jsonl", *({"prompt": f"new {number}", "completion": "a"} for number in range(30)))
+    write(tmp_path / "old.jsonl", *({"prompt": f"old {number}", "completion": "b"} for number in range(30)))
+    mix = f"data.mix=[{{path: {tmp_path}/old.jsonl, share: 0.25}}]"
+    done = show("--json", "--rows", "3", "+method=hft", new, mix)
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["row"] for row in rows] == [1, 2, 31]
+    assert [row["trained_text"] for row in rows] == [["a<|end|>"], ["a<|end|>"], ["b<|end|>"]]
+    assert f"10 of 30 rows of {tmp_path}/old.jsonl" in done.err
+    everything = show("--json", "--rows", "all", "+method=hft", new, mix)
+    assert len(everything.out.splitlines()) == 40
+
+
 def test_both_answers_of_a_pair_are_shown(tmp_path: Path) -> None:
     done = show("--json", "+method=dpo", write(tmp_path / "a.jsonl", PAIR))
     row = json.loads(done.out)

@@ -19,6 +19,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("conf/**/README.m
              ROOT / "scripts/hosts.sh"]  # fmt: skip
 # What stands before the arguments of `hft train` in a script that passes them on.
 PASSES_ON = re.compile(r"(?:sbatch .*?(?:one_node|several_nodes)\.sbatch|scripts/hosts\.sh [\w ]+ --) (?=\+)")
+# A command up to what ends it in a text or a script, which does not count between quotes.
+COMMAND = re.compile(r"(?:'[^']*'|(?!\s+#| && |\s{3,}|[),;:] |, |[.,;]$).)*")
 PLACEHOLDERS = ("…", "|", "[group", "$", "NAME")  # a grammar or a shell's variable, not a command
 
 
@@ -28,7 +30,7 @@ def commands(text: str) -> Iterator[str]:
     text = re.sub(r"\\\n(?:#\s)?\s*", " ", text.replace("$(BIN)/", "").replace("$(DEMO)", "runs/demo"))
     for line in PASSES_ON.sub("hft train ", text).splitlines():
         for match in re.finditer(r"\bhft (?:train|plan|eval) [^`]*", line):
-            command = re.split(r"\s+#| && |\s{3,}|[),;:] |, |[.,;]$", match[0])[0].strip(" .")
+            command = COMMAND.match(match[0])[0].strip(" .")
             if "=" in command and not any(sign in command for sign in PLACEHOLDERS):
                 yield command
 

@@ -11,6 +11,7 @@ import pytest
 from chats import ONE, TWO
 
 from hft_cli.data.chats import CHATS
+from hft_cli.data.files import Hub
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
 
@@ -81,19 +82,30 @@ def test_any_other_name_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) 
 
     calls = []
 
-    def load(name: str, **options: Any) -> Any:
-        calls.append((name, options))
+    def load(name: str, subset: str | None, **options: Any) -> Any:
+        calls.append((name, subset, options))
         return iter([{"messages": list(ONE.turns)}] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_chats("org/set", split="test", max_rows=2) == [ONE, ONE]
-    assert calls == [("org/set", {"split": "test", "streaming": True})]
+    assert read_chats("org/set", max_rows=1, hub=Hub("main", "v1")) == [ONE]
+    assert calls == [
+        ("org/set", None, {"split": "test", "streaming": True, "revision": None}),
+        ("org/set", "main", {"split": "train", "streaming": True, "revision": "v1"}),
+    ]
+
+
+@pytest.mark.parametrize(("hub", "key"), [(Hub("main"), "subset"), (Hub(revision="v1"), "revision")])
+def test_a_local_file_has_no_subset_and_no_revision(hub: Hub, key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": ONE.turns}])
+    with pytest.raises(UserError, match=rf"a\.jsonl is not on the hub, so it has no {key} '.*': leave out data\.{key}"):
+        read_chats(path, hub=hub)
 
 
 def test_an_error_of_the_hub_is_one_line_with_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load(name: str, **options: Any) -> Any:
+    def load(name: str, *_: Any, **__: Any) -> Any:
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -13,9 +13,8 @@ from chats import ONE, TWO, chat, chat_of, turn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hft_cli.config.schema import DataConfig
 from hft_cli.data.chats import CHATS, Chat, canonical
-from hft_cli.data.rows import READERS, Source, count_repeats, draw_rows, read_chats, read_sources
+from hft_cli.data.rows import READERS, count_repeats, read_chats
 from hft_cli.data.turns import Names
 from hft_cli.errors import UserError
 
@@ -176,33 +175,6 @@ def test_importing_the_package_imports_no_heavy_module() -> None:
     code = f"import sys, hft_cli.data.tokenization; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_rows_are_drawn_by_seed_in_the_order_of_the_file(tmp_path: Path) -> None:
-    for rows, count in ((10, 3), (10, 10), (3, 10)):
-        kept = draw_rows(rows, count, "42\0x")
-        assert kept == sorted(set(kept)) == draw_rows(rows, count, "42\0x")
-        assert len(kept) == min(rows, count)
-        assert all(0 <= index < rows for index in kept)
-    drawn = [tuple(draw_rows(100, 10, f"{seed}\0x")) for seed in range(50)]
-    assert len(set(drawn)) == 50
-    path = write(tmp_path / "a.jsonl", [{"prompt": str(number), "answer": "a"} for number in range(40)])
-    data = DataConfig(name="d", path="p")
-    some = read_sources([Source(path, share=0.5), Source(path, rows=3)], data, 1)
-    whole = read_sources([Source(path)], data, 1)
-    assert len(some) == 23
-    assert all(chat in whole for chat in some)
-
-
-def test_a_general_set_is_read_whole_in_its_own_shape(tmp_path: Path) -> None:
-    chats = [
-        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]} for i in range(5)
-    ]
-    general = write(tmp_path / "general.jsonl", chats)
-    task = write(tmp_path / "task.jsonl", [{"prompt": str(number), "answer": "a"} for number in range(40)])
-    sources = [Source(task, share=0.1), Source(general, general=True)]
-    read = read_sources(sources, DataConfig(name="d", path="p", format="trace", max_rows=20), 1)
-    assert len(read) == 2 + 5
 
 
 def test_other_names_of_columns_and_roles_are_given(tmp_path: Path) -> None:

@@ -21,6 +21,25 @@ def test_a_row_of_a_later_round_is_refused_before_the_first(tmp_path: Path) -> N
     assert not list((tmp_path / "run/rounds").glob("*/outcome.json"))
 
 
+def test_old_rows_are_trained_on_in_the_batches_of_new_ones(tmp_path: Path) -> None:
+    mix = "data.mix=[{path: pocket:skills/order/train.jsonl, share: 0.2}]"
+    tasks = "data.path=[pocket:skills/capitals/train.jsonl,pocket:skills/backwards/train.jsonl]"
+    two = (*QUICK, "+method=hft", tasks, "data.max_rows=40", "train.max_steps=3")
+    run = train(tmp_path / "run", *two, mix, "continual=mixed_replay", "continual.replay_share=0.3")
+    rounds = json.loads((run / "plan.json").read_text())["rounds"]
+    parts = [[(Path(part["path"]).parent.name, part["taken"]) for part in row["parts"]] for row in rounds]
+    assert parts == [
+        [("capitals", 40), ("order", 10)],
+        [("backwards", 40), ("order", 16), ("capitals", 24)],
+    ]
+    data = json.loads((run / "rounds/02-backwards/data.json").read_text())
+    assert [part["taken"] for part in data["parts"]] == [40, 16, 24]
+    assert data["used"] == 80
+    assert hft("verify", run).status == 0
+    changed = hft("train", *two, mix.replace("0.2", "0.3"), f"output_dir={run}")
+    assert "data.mix was" in changed.err
+
+
 def test_a_model_knows_the_end_that_it_was_trained_on(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 

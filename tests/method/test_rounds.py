@@ -9,7 +9,7 @@ from helpers import composed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.rows import Source
+from hft_cli.data.sources import Source
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import METHODS, draws, phase_config, phases, with_model_limits
 from hft_cli.paths import resolve_path
@@ -39,9 +39,10 @@ def test_a_replay_follows_each_task_in_the_same_round():
         (1, 1, "C-STANCE", False), (2, 1, "C-STANCE-replay", True), (3, 2, "Py150", False),
         (4, 2, "Py150-replay", True), (5, 3, "20Minuten", False), (6, 3, "20Minuten-replay", True),
     ]  # fmt: skip
-    general = Source("lima", general=True)
+    general = Source("lima")
     assert run[1].sources == (general,)
-    assert run[5].sources == (Source("root/C-STANCE", 0.1), Source("root/Py150", 0.1), general)
+    past = [Source(f"root/{task}", format="trace", fraction=0.1) for task in ("C-STANCE", "Py150")]
+    assert run[5].sources == (*past, general)
     assert run[5].epochs == 1
 
 
@@ -49,10 +50,38 @@ def test_without_a_general_set_the_first_task_has_no_replay():
     assert [p.name for p in phases(trace("continual=replay"))][:3] == ["C-STANCE", "Py150", "Py150-replay"]
 
 
+def test_a_mixed_replay_is_within_each_round():
+    run = phases(trace("continual=mixed_replay", "continual.replay_share=0.06", "continual.replay_general=lima"))
+    assert [(p.number, p.round, p.replays) for p in run] == [(1, 1, False), (2, 2, False), (3, 3, False)]
+    assert [[(each.path, each.share) for each in p.sources] for p in run] == [
+        [("root/C-STANCE", None), ("lima", 0.06)],
+        [("root/Py150", None), ("root/C-STANCE", 0.03), ("lima", 0.03)],
+        [("root/20Minuten", None), ("root/C-STANCE", 0.02), ("root/Py150", 0.02), ("lima", 0.02)],
+    ]
+    assert run[2].sources[1].format == "trace"
+    first = phases(trace("continual=mixed_replay"))[0]
+    assert [each.share for each in first.sources] == [None]
+
+
+def test_every_round_has_the_sets_of_a_mix():
+    run = phases(trace("data.mix=[{path: a, share: 0.1},{path: b, rows: 5, split: test}]"))
+    mixed = (Source("a", share=0.1), Source("b", split="test", rows=5))
+    assert [p.sources[1:] for p in run] == [mixed] * 3
+    alone = composed("+method=hft", "data=local", "data.mix=[{path: a},{path: b}]")
+    assert [(p.name, p.data) for p in phases(alone)] == [("mix", "a, b")]
+
+
+def test_each_training_set_may_have_its_own_part_of_the_hub():
+    config = composed("+method=hft", "data=local", "data.path=[org/a,org/b]", "data.subset={a: main, b: null}",
+                      "data.revision=v1")  # fmt: skip
+    sources = [phase.sources[0] for phase in phases(config)]
+    assert [(each.subset, each.revision) for each in sources] == [("main", "v1"), (None, "v1")]
+
+
 def test_gem_remembers_rows_of_every_past_task():
     run = phases(trace("continual=gem", "continual.gem_memory=5"))
     assert [len(p.memories) for p in run] == [0, 1, 2]
-    assert run[2].memories == (Source("root/C-STANCE", rows=5), Source("root/Py150", rows=5))
+    assert run[2].memories == tuple(Source(f"root/{task}", format="trace", at_most=5) for task in TASKS[:2])
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import BASE
+from helpers import BASE, composed
 
 from hft_cli.errors import UserError
+from hft_cli.files import write_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.base import base_record, find_base, recorded_revision
+from hft_cli.runner.prepare import fetch_model
 from hft_cli.runner.verify import verify
 
 
@@ -63,6 +65,25 @@ def test_other_weights_are_refused_as_the_base(copied, tmp_path):
 
 def test_a_folder_that_is_no_checkpoint_is_not_the_base(copied, tmp_path):
     assert find_base(record(copied, base=str(tmp_path))) == BASE
+
+
+def test_a_model_of_the_hub_starts_at_the_revision_asked_for(tmp_path, monkeypatch):
+    fetched = []
+
+    def snapshot_download(path: str, revision: str | None, **options: object) -> str:
+        fetched.append((path, revision))
+        return str(BASE)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = composed("+method=hft", "model.path=org/model", "model.revision=v1.0", "data=pocket_order")
+    assert fetch_model(config, RunDir(tmp_path / "new"))[1] == BASE
+    run = RunDir(tmp_path)
+    write_json(run.plan, {"base_path": "org/model", "base_revision": "0123abcd"})
+    fetch_model(config, run)
+    assert fetched == [("org/model", "v1.0"), ("org/model", "0123abcd")]
+    local = composed("+method=hft", f"model.path={BASE}", "model.revision=v1.0", "data=pocket_order")
+    with pytest.raises(UserError, match=r"is a folder, so it has no revision 'v1\.0': leave out model\.revision"):
+        fetch_model(local, run)
 
 
 def test_a_model_of_the_hub_is_fetched_at_its_recorded_commit(copied, tmp_path, monkeypatch):

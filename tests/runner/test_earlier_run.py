@@ -76,4 +76,10 @@ def test_its_configuration_gives_the_same_bytes_of_draws_json(earlier, monkeypat
     seal(new, prepare(read_config(old), FIXTURE / "base", new), [])
     assert new.draws.read_bytes() == old.draws.read_bytes()
     old_plan, new_plan = (json.loads(run.plan.read_text()) for run in (old, new))
-    assert [new_plan[key] for key in ("base_sha256", "rounds")] == [old_plan[key] for key in ("base_sha256", "rounds")]
+    assert new_plan["base_sha256"] == old_plan["base_sha256"]
+    later = {"sources", "parts"}  # what later versions say of the data in another form
+    rounds = [
+        [{key: value for key, value in row.items() if key not in later} for row in plan["rounds"]]
+        for plan in (old_plan, new_plan)
+    ]
+    assert rounds[0] == rounds[1]

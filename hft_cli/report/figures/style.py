@@ -27,7 +27,8 @@ METHOD_STYLES: dict[str, Style] = {
     "LoRA": ("#009E73", "^", "-."), "DPO": ("#E69F00", "v", "-"), "HFT-DPO": ("#56B4E9", "P", "--"),
 }  # fmt: skip
 
-SEQUENCE_STYLES = {"replay": ("^", "-."), "gem": ("X", ":")}  # marker and line of a method that is combined with it
+# Marker and line of a method that is combined with a measure against forgetting.
+SEQUENCE_STYLES = {"replay": ("^", "-."), "mixed replay": ("v", "-."), "gem": ("X", ":")}
 
 OTHER_STYLES: list[Style] = [
     (colour, marker, line)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hft_cli.report.groups import Comparison
-from hft_cli.report.runs import RunRow
+from hft_cli.report.runs import COMBINED, RunRow
 from hft_cli.report.tables import Column, Record, Section, Table, columns, formatted, plain
 from hft_cli.text import mebibytes, natural_order
 
@@ -59,7 +59,7 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
 
 def _method(record: Record) -> str:
     method, continual = record["method"], record["continual"]
-    return f"{method} + {continual}" if continual in ("replay", "gem", "lora") else str(method or record["run"])
+    return f"{method} + {continual}" if continual in (*COMBINED, "lora") else str(method or record["run"])
 
 
 def _seed(record: Record) -> str:

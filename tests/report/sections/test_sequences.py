@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from report_runs import figure, sections_of, table, write_run
 
+from hft_cli.report.reading import find_runs
 from hft_cli.report.sections.sequences import mean_matrix
 
 
@@ -21,6 +22,12 @@ def test_r_is_averaged_cell_by_cell(tmp_path):
     assert [text.get_text() for text in second.texts] == ["60", "10", "50", "70"]
     assert first.get_title() == "HFT\nOP 60.0, BWT -20.0, n = 2"
     assert table(sections, "paper_trace").paper
+
+
+def test_mixed_replay_is_named_also_in_one_round(tmp_path):
+    write_run(tmp_path / "a", continual="mixed_replay")
+    write_run(tmp_path / "b")
+    assert sorted(run.row.label for run in find_runs([tmp_path])) == ["HFT", "HFT + mixed replay"]
 
 
 def test_every_cell_of_r_is_in_the_csv(tmp_path):

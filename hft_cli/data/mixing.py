@@ -1,0 +1,77 @@
+"""The rows of a round, from one set or several: chats, or preference pairs for DPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hft_cli.config.schema import RunConfig
+from hft_cli.data.files import Hub
+from hft_cli.data.preferences import read_preferences
+from hft_cli.data.rows import read_chats
+from hft_cli.data.sources import Part, Source, draw_rows, row_counts
+from hft_cli.data.store import Rows
+from hft_cli.data.turns import Names
+from hft_cli.errors import UserError
+from hft_cli.paths import resolve_path
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """The rows of a round, source by source, each in the order of its file; and what was taken of each source."""
+
+    rows: Rows[Any]
+    parts: tuple[Part, ...]
+
+
+def read_mixed(stage: str, sources: Sequence[Source], config: RunConfig) -> MixedRows:
+    """Read the rows of a round, for a stage "sft" or "dpo". What is drawn depends on the run's seed and the paths.
+
+    Raises:
+        UserError: for a bad row, or if no row is left.
+    """
+    sets = [read_source(stage, source, config) for source in sources]
+    read = list(map(len, sets))
+    if config.data.deduplicate:
+        sets = _without_repeats(sets)
+    counts = row_counts(sources, list(map(len, sets)))
+    taken = []
+    for source, rows, count in zip(sources, sets, counts, strict=True):
+        drawn = draw_rows(len(rows), count, f"{config.seed}\0{source.path}") if rows else []
+        taken.append(rows if len(drawn) == len(rows) == count else rows.select(drawn))
+    parts = [
+        Part(source.path, size, size - len(rows), count)
+        for source, size, rows, count in zip(sources, read, sets, counts, strict=True)
+    ]
+    if not any(counts):
+        raise UserError(f"No rows are left of {', '.join(source.path for source in sources)}.")
+    return MixedRows(Rows.joined(taken), tuple(parts))
+
+
+def read_source(stage: str, source: Source, config: RunConfig) -> Rows[Any]:
+    """All rows of a source.
+
+    Raises:
+        UserError: for a bad row, or if there are no rows.
+    """
+    path, hub = resolve_path(source.path), Hub(source.subset, source.revision)
+    names = Names(source.columns, source.roles, bad_rows=config.data.bad_rows)
+    options: dict[str, Any] = {"split": source.split, "max_rows": source.max_rows, "names": names, "hub": hub}
+    if stage == "dpo":
+        return read_preferences(path, ties=config.dpo.ties, **options).rows
+    return read_chats(path, format=source.format, **options)
+
+
+def _without_repeats(sets: Iterable[Rows[Any]]) -> list[Rows[Any]]:
+    """The sets without rows that equal an earlier row, of the same set or of one before."""
+    seen: set[bytes] = set()
+    kept = []
+    for rows in sets:
+        first = []
+        for index, digest in enumerate(rows.digests()):
+            if digest not in seen:
+                seen.add(digest)
+                first.append(index)
+        kept.append(rows if len(first) == len(rows) else rows.select(first))
+    return kept
