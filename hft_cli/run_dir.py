@@ -30,6 +30,8 @@ class RoundDir:
     outcome = Child("outcome.json")  # seconds, losses, counts; written last: without it the phase is not finished
     checkpoints = Child("checkpoints")
     tokens = Child("tokens")  # the tokenized training set, which rank 0 writes and all ranks read
+    validation_tokens = Child("tokens/validation")
+    best = Child("best")  # STEP/, with delta (and adapter) of the lowest validation loss, while the phase is trained
     data = Child("data.json")  # what the rows were trained as: see data/summary.py
     template = Child("chat_template.jinja")  # with which the phase was trained
     answer_end = Child("answer_end.json")  # the special token that was trained to end an answer: token, id

@@ -21,6 +21,7 @@ PATHS = (
     "model.architecture",
     "data.path",
     "data.test_path",
+    "data.validation",
     "continual.replay_general",
     "engine.deepspeed",
     "output_dir",

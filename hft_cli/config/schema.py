@@ -92,6 +92,12 @@ class DataConfig:
         None,
         "Rows scored before and after training: null, one path, or a list with one path for each training set.",
     )
+    validation: Any = setting(
+        None,
+        "Rows whose loss is measured while training: null; rows as in data.path, and read like them; a share of each "
+        "round's rows, which is split off (0.05); or a list with one for each training set.",
+    )
+    validation_split: str = setting("validation", "Split to read if data.validation is a folder or a hub name.")
     tasks: list[str] = setting(
         [],
         "Folders below data.path, each with train and test files. Each task is a round and is scored after it.",

@@ -71,6 +71,19 @@ class TrainConfig:
         None, "Interval between checkpoints, in addition to save_every; null: none.", unit="minutes", range="(0, inf)"
     )
     save_limit: int = setting(1, "Checkpoints of the running round that are kept.", range="[1, inf)")
+    validate_every: int | None = setting(
+        None, "Interval between validations; null: a tenth of the round.", unit="steps", range="[1, inf)"
+    )
+    early_stopping: int | None = setting(
+        None,
+        "Validations without a lower loss after which a round ends; null: it never ends early.",
+        unit="validations",
+        range="[1, inf)",
+    )
+    keep_best: bool | None = setting(
+        None,
+        "Whether a round ends with the weights of its lowest validation loss; null: if it has train.early_stopping.",
+    )
     log_every: int = setting(10, "Interval between lines of metrics.jsonl.", unit="steps", range="[1, inf)")
 
 

@@ -103,6 +103,25 @@ def _mix_is_of_one_stage(config: RunConfig) -> str | None:
     return None
 
 
+def _validation_sets_are_known(config: RunConfig) -> str | None:
+    sets, train = as_paths(config.data.validation), config.train
+    for name in ("validate_every", "early_stopping", "keep_best"):
+        if getattr(train, name) and not sets:
+            return f"train.{name}={getattr(train, name)} needs validation rows: give data.validation=PATH or 0.05."
+    if sets and _is_half_reset(config):
+        return "method=half_reset does not train: leave out data.validation."
+    if len(sets) > 1 and len(sets) != count_rounds(config.data):
+        return (
+            f"data.validation names {len(sets)} sets for {count_rounds(config.data)} training sets: give one, or one "
+            "for each."
+        )
+    for value in sets:
+        known = value is None or (isinstance(value, str) and value) or (isinstance(value, float) and 0 < value < 1)
+        if not known:
+            return f"data.validation={value} is neither a path nor a share above 0 and below 1."
+    return None
+
+
 def _tasks_are_in_one_folder(config: RunConfig) -> str | None:
     data = config.data
     if not data.tasks:
@@ -343,6 +362,7 @@ RULES: tuple[Rule, ...] = (
     _batch_is_whole,
     _shares_leave_room,
     _mix_is_of_one_stage,
+    _validation_sets_are_known,
     _tasks_are_in_one_folder,
     _test_sets_match_training_sets,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.files import Hub
 from hft_cli.data.preferences import read_preferences
 from hft_cli.data.rows import read_chats
-from hft_cli.data.sources import Part, Source, draw_rows, row_counts
+from hft_cli.data.sources import Part, Source, ValidationSet, draw_rows, row_counts
 from hft_cli.data.store import Rows
 from hft_cli.data.turns import Names
 from hft_cli.errors import UserError
@@ -19,14 +21,25 @@ from hft_cli.paths import resolve_path
 
 @dataclass(frozen=True)
 class MixedRows:
-    """The rows of a round, source by source, each in the order of its file; and what was taken of each source."""
+    """The rows of a round.
+
+    Attributes:
+        rows: those to train on, source by source, each in the order of its file.
+        held_out: those that a share for validation splits off.
+        parts: what was taken of each source, for both.
+    """
 
     rows: Rows[Any]
+    held_out: Rows[Any]
     parts: tuple[Part, ...]
 
 
-def read_mixed(stage: str, sources: Sequence[Source], config: RunConfig) -> MixedRows:
+def read_mixed(
+    stage: str, sources: Sequence[Source], config: RunConfig, validation: ValidationSet | None = None
+) -> MixedRows:
     """Read the rows of a round, for a stage "sft" or "dpo". What is drawn depends on the run's seed and the paths.
+
+    Rows that are equal are either all trained on or all held out.
 
     Raises:
         UserError: for a bad row, or if no row is left.
@@ -46,7 +59,18 @@ def read_mixed(stage: str, sources: Sequence[Source], config: RunConfig) -> Mixe
     ]
     if not any(counts):
         raise UserError(f"No rows are left of {', '.join(source.path for source in sources)}.")
-    return MixedRows(Rows.joined(taken), tuple(parts))
+    rows = Rows.joined(taken)
+    if not isinstance(validation, float):
+        return MixedRows(rows, rows.select(()), tuple(parts))
+    held_out = _held_out(rows, validation, f"{config.seed}\0validation")
+    trained = [index for index, out in enumerate(held_out) if not out]
+    if not trained:
+        raise UserError(
+            f"data.validation={validation} leaves no row of {', '.join(source.path for source in sources)} to train on."
+        )
+    return MixedRows(
+        rows.select(trained), rows.select(index for index, out in enumerate(held_out) if out), tuple(parts)
+    )
 
 
 def read_source(stage: str, source: Source, config: RunConfig) -> Rows[Any]:
@@ -61,6 +85,33 @@ def read_source(stage: str, source: Source, config: RunConfig) -> Rows[Any]:
     if stage == "dpo":
         return read_preferences(path, ties=config.dpo.ties, **options).rows
     return read_chats(path, format=source.format, **options)
+
+
+def validation_rows(stage: str, sources: Sequence[Source], config: RunConfig, validation: ValidationSet) -> Rows[Any]:
+    """The rows whose loss is measured in the training of a round.
+
+    Raises:
+        UserError: for a bad row, or if there are no rows.
+    """
+    if isinstance(validation, float):
+        return read_mixed(stage, sources, config, validation).held_out
+    return read_source(stage, validation, config)
+
+
+def _held_out(rows: Rows[Any], share: float, key: str) -> list[bool]:
+    """For each row whether it is held out: at least `share` of the rows and one, drawn by their content."""
+
+    def order(digest: bytes) -> bytes:
+        return hashlib.blake2b(key.encode() + digest, digest_size=16).digest()
+
+    digests = list(rows.digests())
+    times, chosen, count = Counter(digests), set(), 0
+    for digest in sorted(times, key=order):
+        if count >= max(round(share * len(digests)), 1):
+            break
+        chosen.add(digest)
+        count += times[digest]
+    return [digest in chosen for digest in digests]
 
 
 def _without_repeats(sets: Iterable[Rows[Any]]) -> list[Rows[Any]]:

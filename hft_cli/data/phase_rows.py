@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.mixing import read_mixed
+from hft_cli.data.mixing import read_mixed, validation_rows
 from hft_cli.data.pairs import TokenizedPairs, prepare_pairs, tokenize_pairs
 from hft_cli.data.rendering import Renderer
-from hft_cli.data.sources import Source
+from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
 from hft_cli.data.tokenization import Tokenized, TokenOptions, tokenize, tokenize_chats
@@ -43,21 +43,39 @@ class PhaseRows:
         }
 
 
-def phase_rows(stage: str, sources: Sequence[Source], config: RunConfig, tokenizer: Any) -> PhaseRows:
-    """The rows of `sources` for a stage, "sft" or "dpo".
+def phase_rows(
+    stage: str, sources: Sequence[Source], config: RunConfig, tokenizer: Any, validation: ValidationSet | None = None
+) -> PhaseRows:
+    """The rows of `sources` for a stage, "sft" or "dpo", without those that are split off for validation.
 
     Raises:
         UserError: for a bad row or a template that does not allow this, or if no row is left.
     """
-    options, where = TokenOptions.of(config), ", ".join(source.path for source in sources)
-    bad_rows = config.data.bad_rows
-    mixed = read_mixed(stage, sources, config)
+    mixed = read_mixed(stage, sources, config, validation)
+    rows = _prepared(stage, mixed.rows, config, tokenizer, ", ".join(source.path for source in sources))
+    return replace(rows, summary=replace(rows.summary, parts=mixed.parts, held_out=len(mixed.held_out)))
+
+
+def rows_to_validate(
+    stage: str, sources: Sequence[Source], config: RunConfig, tokenizer: Any, validation: ValidationSet
+) -> PhaseRows:
+    """The rows whose loss is measured in the training of `sources`.
+
+    Raises:
+        UserError: as for `phase_rows`.
+    """
+    where = "the rows split off by data.validation" if isinstance(validation, float) else validation.path
+    return _prepared(stage, validation_rows(stage, sources, config, validation), config, tokenizer, where)
+
+
+def _prepared(stage: str, rows: Rows[Any], config: RunConfig, tokenizer: Any, where: str) -> PhaseRows:
+    options, bad_rows = TokenOptions.of(config), config.data.bad_rows
     made: Tokenized | TokenizedPairs
     if stage == "dpo":
-        made = prepare_pairs(mixed.rows, tokenizer, options.max_length, where, bad_rows)
+        made = prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
     else:
-        made = tokenize(mixed.rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
-    return PhaseRows(mixed.rows, made.dataset, replace(made.summary, parts=mixed.parts))
+        made = tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
+    return PhaseRows(rows, made.dataset, made.summary)
 
 
 def tokenizing(stage: str, config: RunConfig, tokenizer: Any) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:

@@ -60,6 +60,10 @@ class Part:
         return f"{self.taken:,} of {self.read:,} rows{repeats} of {self.path}"
 
 
+# The rows whose loss is measured in training: of a set, or a share that is split off from those of the round.
+ValidationSet = Source | float
+
+
 def row_counts(sources: Sequence[Source], sizes: Sequence[int]) -> list[int]:
     """The number of rows that a round takes of each source.
 

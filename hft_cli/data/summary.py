@@ -37,6 +37,7 @@ class Summary:
         notices: what was read in another form than it is written -> number of values.
         bad: place and reason of the rows that data.bad_rows=skip leaves out.
         parts: what was taken of each set.
+        held_out: rows of these that are split off for validation.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Summary:
     notices: dict[str, int] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
     parts: tuple[Part, ...] = ()
+    held_out: int = 0
 
     @property
     def used(self) -> int:
@@ -81,6 +83,7 @@ class Summary:
         ]
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         notices = "".join(f"; {count:,} {notice}" for notice, count in self.notices.items())
+        notices += f"; {self.held_out:,} more held out for validation" if self.held_out else ""
         notices += f"; {self.repeats:,} repeats left out" if self.repeats else ""
         return ", ".join(parts) + unused + notices
 
@@ -101,6 +104,7 @@ class Summary:
             "last": _counted(self.last),
             "not used": ", ".join(f"{name} ({count:,})" for name, count in self.unused.items()),
         }
+        lines |= {"held out": f"{self.held_out:,} more for validation" if self.held_out else ""}
         lines |= {"read": ", ".join(f"{count:,} {notice}" for notice, count in self.notices.items())}
         facts = "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items() if text)
         return f"{facts}\nbad rows, which are left out:\n{listing(self.bad)}" if self.bad else facts

@@ -160,12 +160,14 @@ class Progress:
         activity: what the worker does besides counting, for example "loading torch", or null.
         step, total: how much is done and how much there is (optimizer steps, rows); null before the count starts.
         loss: the last loss, or null.
+        validation_loss: the last one, or null.
         tokens_per_second: or null.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.path, self.rank = path, rank
-        self.values: dict[str, Any] = dict.fromkeys(("activity", "step", "total", "loss", "tokens_per_second"))
+        names = ("activity", "step", "total", "loss", "validation_loss", "tokens_per_second")
+        self.values: dict[str, Any] = dict.fromkeys(names)
         self.tokens, self.start = 0, 0.0
 
     def activity(self, text: str | None) -> None:
@@ -177,6 +179,10 @@ class Progress:
     ) -> None:
         """Say that `step` of `total` is done, at `rate` tokens per second."""
         self._write(step=step, total=total, loss=loss, tokens_per_second=rate, activity=activity)
+
+    def validated(self, loss: float) -> None:
+        """Say that the loss on the validation rows is `loss`."""
+        self._write(validation_loss=loss)
 
     def begin(self, total: int) -> None:
         """Start to count `total` items with `advance`."""

@@ -298,6 +298,7 @@ def _update(bar: Any, progress: Path) -> None:
     step, total, loss, rate = (values[key] for key in ("step", "total", "loss", "tokens_per_second"))
     parts = [
         "" if loss is None else f"loss {loss:.3f}",
+        "" if values["validation_loss"] is None else f"validation {values['validation_loss']:.3f}",
         "" if rate is None else f"{rate:,.0f} tokens/s",
         values["activity"] or "",
     ]

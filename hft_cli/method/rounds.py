@@ -16,7 +16,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets, training_sets, value_for_task
 from hft_cli.config.schema import DataConfig, RunConfig
 from hft_cli.data.files import ANY_HUB, Hub
-from hft_cli.data.sources import Source
+from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
 from hft_cli.method.selection import Draw, draw, lora_draw
 
@@ -41,6 +41,7 @@ class Phase:
         epochs: passes over the training rows, unless train.max_steps is set.
         memories: the rows of past tasks that GEM keeps.
         replays: whether it trains on rows of past tasks.
+        validation: the rows whose loss is measured while it trains.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Phase:
     epochs: float | None = None
     memories: tuple[Source, ...] = ()
     replays: bool = False
+    validation: ValidationSet | None = None
 
     @property
     def data(self) -> str:
@@ -152,12 +154,14 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
             test=tests[index] if tests else None,
             metric=value_for_task("data.metric", data.metric, task),
             epochs=value_for_task("train.epochs", config.train.epochs, task),
+            validation=_validation(data, index, sources[index : index + 1]),
         )
         if continual.name == "gem":
             phase = replace(phase, memories=tuple(replace(source, at_most=continual.gem_memory) for source in past))
         run.append(phase)
         if continual.name == "replay" and (replayed := _replayed(config, past)):
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
+            replay = replace(replay, validation=None)
             run.append(replace(replay, epochs=continual.replay_epochs))
     return tuple(run)
 
@@ -178,6 +182,17 @@ def _mixed_replay(config: RunConfig, past: Iterable[Source]) -> tuple[Source, ..
 def _general(config: RunConfig) -> tuple[Source, ...]:
     """The set of general instructions that replays include."""
     return () if config.continual.replay_general is None else (Source(config.continual.replay_general),)
+
+
+def _validation(data: DataConfig, index: int, own: Sequence[Source]) -> ValidationSet | None:
+    """The validation rows of a round, which are read like its own."""
+    sets = as_paths(data.validation)
+    value = sets[index] if len(sets) > 1 else next(iter(sets), None)
+    if value is None or isinstance(value, float):
+        return value
+    like = own[0] if own else Source("")
+    hub = (like.subset, like.revision) if like.path == value else (None, None)
+    return Source(value, data.validation_split, *hub, data.format, None, data.columns, data.roles)
 
 
 def _source(data: DataConfig, path: str, task: str) -> Source:

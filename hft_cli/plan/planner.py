@@ -260,14 +260,15 @@ def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
     """Training rows of a phase: counted if the data are on this machine, otherwise from rows=N; None if unknown."""
     local = [Path(resolve_path(source.path)).expanduser().exists() for source in phase.sources]
     if all(local):
-        return len(read_mixed(phase.stage, phase.sources, config).rows)
+        return len(read_mixed(phase.stage, phase.sources, config, phase.validation).rows)
     if config.rows is None:
         return None
     sizes = [
         len(read_source(phase.stage, source, config)) if known else min(config.rows, source.max_rows or config.rows)
         for source, known in zip(phase.sources, local, strict=True)
     ]
-    return sum(row_counts(phase.sources, sizes))
+    rows = sum(row_counts(phase.sources, sizes))
+    return rows - round(rows * phase.validation) if isinstance(phase.validation, float) else rows
 
 
 def _count_steps(config: PlanConfig, rows: int | None) -> int | None:

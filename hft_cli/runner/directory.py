@@ -98,7 +98,7 @@ def _require_same_inputs(run: RunDir, recorded: dict[str, Any], record: dict[str
     if recorded["suite_sha256"] != record["suite_sha256"]:
         raise _changed(run, f"The rows of suite={read_config(run).suite.name} have", "them")
     for old, new in zip(recorded["rounds"], record["rounds"], strict=True):
-        for key, what in (("data", "data"), ("test", "test data")):
+        for key, what in (("data", "data"), ("test", "test data"), ("validation", "validation data")):
             if old.get(f"{key}_sha256") != new.get(f"{key}_sha256"):
                 raise _changed(run, f"The {what} of round {old['name']} ({old[key]}) has", "it")
 

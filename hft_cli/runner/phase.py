@@ -109,6 +109,7 @@ def _write_model(session: Session, folder: RoundDir, start: Position) -> Path:
     run = session.run
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     shutil.rmtree(folder.tokens, ignore_errors=True)
+    shutil.rmtree(folder.best, ignore_errors=True)
     out = run.model if run.model.exists() else folder.model
     if not out.exists():
         base = _trained_model(session, start)

@@ -14,7 +14,7 @@ from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
-from hft_cli.data.mixing import read_mixed
+from hft_cli.data.mixing import read_mixed, validation_rows
 from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
@@ -127,9 +127,15 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     if phase.stage == "half_reset":
         record: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(phase.data), "model.base"))}
     else:
-        mixed = read_mixed(phase.stage, phase.sources, config)
+        mixed = read_mixed(phase.stage, phase.sources, config, phase.validation)
         chats = mixed.rows
         record = {"data_sha256": chats.sha256(), "rows": len(chats), "parts": [vars(part) for part in mixed.parts]}
+    if phase.validation is not None:
+        rows = validation_rows(phase.stage, phase.sources, config, phase.validation)
+        repeated, shared = count_repeats(chats.digests(), rows.digests())
+        record |= {"validation_sha256": rows.sha256(), "validation_rows": len(rows), "rows_in_validation": shared}
+        if shared:
+            logger.warning(f"{phase.name}: {shared:,} of {len(chats):,} rows are in the validation set too.")
     if phase.test is None:
         return record
     test = read_chats(resolve_path(phase.test), format=test_format(data), split="test", hub=phase.test_hub)

@@ -61,7 +61,7 @@ def _round_results(
             "updated_fraction": draw.updated_fraction,
             **proven,
             **outcome,
-            **{key: record[key] for key in ("rows_repeated", "rows_in_test") if key in record},
+            **{key: record[key] for key in ("rows_repeated", "rows_in_test", "rows_in_validation") if key in record},
         }
 
 

@@ -95,7 +95,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
 
 def _shown_phase(phase: Phase, config: RunConfig, tokenizer: Any) -> ShownPhase:
-    rows = phase_rows(phase.stage, phase.sources, config, tokenizer)
+    rows = phase_rows(phase.stage, phase.sources, config, tokenizer, phase.validation)
     return ShownPhase(phase, config, tokenizer, rows.rows, rows.summary)
 
 

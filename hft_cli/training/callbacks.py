@@ -20,16 +20,21 @@ from hft_cli.training import universal
 from hft_cli.training.compat import unwrapped
 from hft_cli.training.procedures import Procedure
 from hft_cli.training.resume import MARKER, stop_requested
-from hft_cli.training.session import Losses, Session
+from hft_cli.training.session import Losses, Session, SessionCallback
+from hft_cli.training.validation import Validation
 from hft_cli.training.weights import frozen_checksum
 
 
-def phase_callbacks(session: Session, procedure: Procedure, progress: Progress) -> list[TrainerCallback]:
+def phase_callbacks(
+    session: Session, procedure: Procedure, progress: Progress, validation: Validation | None = None
+) -> list[TrainerCallback]:
     """The callbacks of a phase. The trainer calls them in this order, after its own.
 
     - `RestoreMasters` is first: the others must see the weights that the phase starts from.
     - `Meter` is before the other ones because they report its values, and because its clock must stop before
       `FrozenProof` reads all weights at the end. It starts at the first epoch, after every `on_train_begin`.
+    - `Validation` is before `Metrics` and `ProgressReport`, which report its loss, and before `Stop`, because a phase
+      that ends by early stopping needs no checkpoint.
     - `Stop` is before `Checkpoints`, which makes the trainer log before each checkpoint, whoever asked for it.
     """
     return [
@@ -37,18 +42,12 @@ def phase_callbacks(session: Session, procedure: Procedure, progress: Progress) 
         Meter(session),
         FrozenProof(session),
         EngineHistory(session),
+        *([validation] if validation else []),
         Metrics(session, procedure.metrics),
         ProgressReport(session, progress),
         Stop(session),
         Checkpoints(session),
     ]
-
-
-class SessionCallback(TrainerCallback):  # type: ignore[misc]
-    """A callback that works on a session and its state."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.state = session, session.state
 
 
 class RestoreMasters(SessionCallback):
@@ -137,6 +136,8 @@ class Metrics(SessionCallback):
         self.logged_step = state.global_step
         if self.session.ranks.first and self.file.exists():
             drop_lines_after(self.file, self.session.job.phase.name, state.global_step)
+        if state.global_step == 0 and self.state.validations:
+            self._write({"step": 0, "validation_loss": self.state.validations[0][1]})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
@@ -151,18 +152,22 @@ class Metrics(SessionCallback):
         self.state.losses = Losses(sums.total + loss * steps, sums.steps + steps)
         self.logged_step = state.global_step
         self.state.metrics = {name: logs[name] for name in self.names if name in logs}
-        if self.session.ranks.first:
-            phase = self.session.job.phase
-            line = {
-                "round": phase.round,
-                "name": phase.name,
+        step, validated = self.state.validations[-1] if self.state.validations else (None, None)
+        self._write(
+            {
                 "step": state.global_step,
                 "tokens_per_second": self.state.tokens_per_second(),
+                **({"validation_loss": validated} if step == state.global_step else {}),
                 **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "epoch") if name in logs},
                 **self.state.metrics,
             }
+        )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        phase = self.session.job.phase
+        if self.session.ranks.first:
             with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"round": phase.round, "name": phase.name, **values}) + "\n")
 
 
 def drop_lines_after(file: Path, phase: str, last_step: int) -> None:
@@ -173,7 +178,7 @@ def drop_lines_after(file: Path, phase: str, last_step: int) -> None:
             line = json.loads(text)
         except json.JSONDecodeError:  # the stopped session was killed while it wrote this line
             continue
-        if line["name"] != phase or line["step"] <= last_step:
+        if line["name"] != phase or 0 < last_step >= line["step"]:
             lines.append(text + "\n")
     write_text(file, "".join(lines))
 
@@ -200,8 +205,8 @@ class Stop(SessionCallback):
     """End the session after the step at which a stop was requested, with a checkpoint of that step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps:  # the phase's end is better than a checkpoint
-            return
+        if state.global_step == state.max_steps or control.should_training_stop:
+            return  # the phase's end is better than a checkpoint
         ranks = self.session.ranks
         if ranks.maximum(stop_requested(self.session.folder, ranks)):
             self.state.stopped = True
@@ -216,7 +221,8 @@ class Checkpoints(SessionCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_end = time.perf_counter()
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps or (control.should_training_stop and not self.state.stopped):
+            control.should_save = False  # the trainer would write one, and resuming from it train one step too many
             return
         minutes, ranks = self.session.job.config.train.save_minutes, self.session.ranks
         if minutes is not None:
@@ -234,4 +240,5 @@ class Checkpoints(SessionCallback):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             seconds = time.perf_counter() - self.step_end
             self.state.checkpoint = {"checkpoint_seconds": round(seconds, 3), "checkpoint_bytes": size}
+        self.state.marked_best = self.state.best_step() if self.state.validations else None
         self.last_save = time.perf_counter()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from hft_cli.data.tokenization import TokenOptions
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
+from hft_cli.training.validation import Objective
 from hft_cli.training.weights import load_model
 
 if TYPE_CHECKING:
@@ -43,11 +44,27 @@ def pair_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[PhaseR
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    rows = phase_rows("dpo", job.phase.sources, job.config, tokenizer)
+    rows = phase_rows("dpo", job.phase.sources, job.config, tokenizer, job.phase.validation)
     counts = {**rows.counts(), "rows_left_out": rows.summary.dropped}
     longest = TokenOptions.of(job.config).max_length
     key = reference_key(counts["sha256"], tokenizer, longest, weights_hash(Path(job.model)))
     return replace(rows, dataset=compat.salted(rows.dataset, key)), counts
+
+
+def _sequences(row: Mapping[str, list[int]]) -> list[tuple[list[int], list[int]]]:
+    prompt = row["prompt_ids"]
+    return [(prompt + row[f"{name}_ids"], [-100] * len(prompt) + row[f"{name}_ids"]) for name in ANSWERS]
+
+
+def _loss(log_probs: Sequence[float], start: Sequence[float], tokens: int, config: RunConfig) -> float:
+    """The mean of -log sigmoid(beta x margin); the reference is the model before the first step."""
+    moved = [now - before for now, before in zip(log_probs, start, strict=True)]
+    margins = [config.dpo.beta * (chosen - rejected) for chosen, rejected in zip(moved[::2], moved[1::2], strict=True)]
+    # log(1 + exp(-x)), which must not overflow
+    return math.fsum(max(-x, 0.0) + math.log1p(math.exp(-abs(x))) for x in margins) / len(margins)
+
+
+OBJECTIVE = Objective(_sequences, _loss)
 
 
 def reference_key(rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int, weights: str) -> str:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from hft_cli.data.phase_rows import phase_rows
 from hft_cli.errors import UserError
 from hft_cli.training import sft
+from hft_cli.training.batches import padded
 from hft_cli.training.compat import call_before_steps, gradient, put_gradient, trained_log_probs
 from hft_cli.training.session import Projections, Session, SessionState, TrainerParts
 
@@ -90,22 +90,14 @@ def read_memory(dataset: Dataset, task: int, micro_batch_size: int, rank: int, r
         UserError: if no token of it is trained on.
     """
     # Sorted by length, so that there is little padding and the shares of the ranks are alike.
-    rows = sorted(((row["input_ids"], row["labels"]) for row in dataset), key=lambda row: len(row[0]))
-    tokens = sum(label != -100 for _, labels in rows for label in labels[1:])
+    tensors = ((torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in dataset)
+    rows = sorted(tensors, key=lambda row: len(row[0]))
+    tokens = sum(int((labels[1:] != -100).sum()) for _, labels in rows)
     if not tokens:
         raise UserError(f"The memory of past task {task} has no token with a loss, so GEM has nothing to keep.")
     share = rows[rank::ranks]
     starts = range(0, len(share), micro_batch_size)
-    return Memory([_padded(share[start : start + micro_batch_size]) for start in starts], tokens)
-
-
-def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
-    ids, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
+    return Memory([padded(share[start : start + micro_batch_size]) for start in starts], tokens)
 
 
 def build_trainer(parts: TrainerParts, session: Session) -> Any:

@@ -10,12 +10,13 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.data.phase_rows import phase_rows
+from hft_cli.config.schema import RunConfig
+from hft_cli.data.phase_rows import PhaseRows, phase_rows, rows_to_validate
 from hft_cli.data.templates import answer_end, use_template
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
-from hft_cli.method.rounds import phases
+from hft_cli.method.rounds import Phase, phases
 from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
@@ -25,6 +26,7 @@ from hft_cli.training.compat import load_universal
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
 from hft_cli.training.session import Session, SessionState, TrainerParts
+from hft_cli.training.validation import Validation, keeps_best, use_best, validation_outcome
 from hft_cli.training.weights import load_model
 
 
@@ -64,13 +66,16 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     state = SessionState.resumed(checkpoint.marker if checkpoint else {})
     session = Session(job, folder, ranks, params, counts, identity, checkpoint, state)
 
-    callbacks = phase_callbacks(session, procedure, progress)
+    validation = make_validation(session, procedure, progress)
+    callbacks = phase_callbacks(session, procedure, progress, validation)
     trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
+    if validation:
+        validation.trainer = trainer
     if not ranks.maximum(stop_requested(folder, ranks)):
         result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         if not state.stopped:
             progress.activity("writing the delta")
-            procedure.write_delta(model, session)
+            write_weights(model, session, procedure)
             if ranks.first:
                 write_outcome(session, trainer.state.global_step, result.training_loss, procedure)
     ranks.leave()
@@ -94,15 +99,44 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
-                phase_rows(phase.stage, phase.sources, job.config, tokenizer)
+                phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
+                validated_rows(phase, job.config, tokenizer)
         rows, counts = procedure.rows(job, tokenizer)
-        write_json(folder.data, rows.summary.to_json())
+        validated = validated_rows(job.phase, job.config, tokenizer)
+        summaries = {"validation": validated.summary.to_json()} if validated else {}
+        write_json(folder.data, rows.summary.to_json() | summaries)
         if (end := answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
             write_json(folder.answer_end, {"token": end[0], "id": end[1]})
         rows.dataset.save_to_disk(str(folder.tokens))
+        if validated:
+            validated.dataset.save_to_disk(str(folder.validation_tokens))
         write_json(counts_file, counts)
     ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def validated_rows(phase: Phase, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PhaseRows | None:
+    """The rows whose loss is measured while a phase trains; None if there are none."""
+    if phase.validation is None:
+        return None
+    return rows_to_validate(phase.stage, phase.sources, config, tokenizer, phase.validation)
+
+
+def make_validation(session: Session, procedure: Procedure, progress: Progress) -> Validation | None:
+    """The callback that measures the loss of the phase's validation rows; None if it has none."""
+    if session.job.phase.validation is None:
+        return None
+    rows = load_from_disk(str(session.folder.validation_tokens))
+    return Validation(session, procedure.objective, rows, procedure.write_delta, progress)
+
+
+def write_weights(model: Any, session: Session, procedure: Procedure) -> None:
+    """Write the delta of the last step, or of the step with the lowest validation loss. Collective over the ranks."""
+    if session.state.validations and keeps_best(session.job.config):
+        if session.ranks.first:
+            use_best(session)
+    else:
+        procedure.write_delta(model, session)
 
 
 def write_outcome(session: Session, steps: int, session_loss: float, procedure: Procedure) -> None:
@@ -118,6 +152,7 @@ def write_outcome(session: Session, steps: int, session_loss: float, procedure: 
         **state.metrics,
         **state.checkpoint,
         **procedure.outcome(state),
+        **validation_outcome(session, steps),
         **session.counts,
     }
     write_json(session.folder.outcome, outcome)

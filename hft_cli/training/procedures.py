@@ -11,6 +11,7 @@ from hft_cli.data.phase_rows import PhaseRows
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import dpo, gem, lora, sft, weights
 from hft_cli.training.session import Session, SessionState, TrainerParts
+from hft_cli.training.validation import Objective
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Procedure:
             It is called at the phase's start where the model is in bfloat16.
         write_delta: (model, session): write what was trained. Collective over the ranks.
         outcome: (state) -> further entries of the outcome.
+        objective: of the validation loss.
         metrics: names of TRL's logs that metrics.jsonl and the outcome keep, besides the common ones.
     """
 
@@ -36,6 +38,7 @@ class Procedure:
     build_trainer: Callable[[TrainerParts, Session], Any]
     restore_masters: Callable[[Any, Session], None]
     write_delta: Callable[[Any, Session], None]
+    objective: Objective
     outcome: Callable[[SessionState], dict[str, Any]] = lambda state: {}
     metrics: tuple[str, ...] = ()
 
@@ -58,12 +61,18 @@ SFT = Procedure(
     build_trainer=sft.build_trainer,
     restore_masters=weights.restore_masters,
     write_delta=weights.write_updated,
+    objective=sft.OBJECTIVE,
 )
 
 PROCEDURES = {
     "sft": SFT,
     "dpo": replace(
-        SFT, settings=dpo.settings, rows=dpo.pair_rows, build_trainer=dpo.build_trainer, metrics=dpo.METRICS
+        SFT,
+        settings=dpo.settings,
+        rows=dpo.pair_rows,
+        build_trainer=dpo.build_trainer,
+        objective=dpo.OBJECTIVE,
+        metrics=dpo.METRICS,
     ),
     "gem": replace(SFT, build_trainer=gem.build_trainer, outcome=gem.outcome),
     "lora": replace(

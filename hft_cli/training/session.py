@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
+from transformers import TrainerCallback
+
 from hft_cli.checkpoint.naming import Param
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.ranks import Ranks
@@ -49,17 +51,20 @@ class Projections:
 class SessionState:
     """What the callbacks of a session tell each other, the checkpoints and the outcome.
 
-    `resumed` and `marker` carry the first five fields from session to session.
+    `resumed` and `marker` carry the first six fields from session to session.
     """
 
     seconds_before: float = 0.0  # training time of earlier sessions
     losses_before: Losses = Losses()  # up to the checkpoint that the session resumes from
     losses: Losses = Losses()  # of all sessions, up to the last log
     engines: list[dict[str, Any]] = field(default_factory=list)  # that the phase was trained on, with their first steps
+    validations: list[tuple[int, float]] = field(default_factory=list)  # steps and their validation losses
     projections: Projections | None = None  # where GEM acts
     frozen: list[int] = field(default_factory=list)  # checksum of the frozen weights of each rank
     first_step: int = 0  # optimizer steps of earlier sessions
     tokens: int = 0  # without padding, that this session has trained on
+    marked_best: int | None = None  # the step of the lowest validation loss at the newest checkpoint
+    paused: float = 0.0  # seconds of validation since `start`
     start: float = 0.0  # time.perf_counter() before the first step of this session
     end: float = 0.0  # and after its last one; 0 until then
     metrics: dict[str, float] = field(default_factory=dict)  # of the procedure, logged last
@@ -70,7 +75,10 @@ class SessionState:
     def resumed(cls, marker: Mapping[str, Any]) -> SessionState:
         """The state that continues from a checkpoint's marker. An empty marker starts the phase."""
         losses = Losses(*marker.get("losses", ()))
-        return cls(float(marker.get("seconds", 0.0)), losses, losses, list(marker.get("engines", ())))
+        validations = [(step, loss) for step, loss in marker.get("validations", ())]
+        state = cls(float(marker.get("seconds", 0.0)), losses, losses, list(marker.get("engines", ())), validations)
+        state.marked_best = state.best_step() if validations else None
+        return state
 
     def marker(self, identity: Identity) -> dict[str, Any]:
         """What a checkpoint keeps of this state."""
@@ -80,8 +88,17 @@ class SessionState:
             "frozen": self.frozen,
             "losses": astuple(self.losses),
             "engines": self.engines,
+            **({"validations": self.validations} if self.validations else {}),
             **({"projected": self.projections.projected} if self.projections else {}),
         }
+
+    def best_step(self) -> int:
+        """The step of the lowest validation loss, the first one if there are several."""
+        return min(self.validations, key=lambda validation: validation[1])[0]
+
+    def since_best(self) -> int:
+        """The number of validations after that of the lowest loss."""
+        return sum(step > self.best_step() for step, _ in self.validations)
 
     def seconds(self) -> float:
         """Training time of all sessions."""
@@ -97,7 +114,7 @@ class SessionState:
         return round((before.total + session_mean * steps) / max(before.steps + steps, 1), 6)
 
     def _session_seconds(self) -> float:
-        return (self.end or time.perf_counter()) - self.start
+        return (self.end or time.perf_counter()) - self.start - self.paused
 
 
 @dataclass(frozen=True)
@@ -112,3 +129,10 @@ class Session:
     identity: Identity  # what the session's checkpoints belong to
     checkpoint: Checkpoint | None  # that it resumes from
     state: SessionState
+
+
+class SessionCallback(TrainerCallback):  # type: ignore[misc]
+    """A callback that works on a session and its state."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.state = session, session.state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import trl
@@ -10,6 +12,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.phase_rows import PhaseRows, phase_rows
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
+from hft_cli.training.validation import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +24,16 @@ def chat_rows(job: PhaseJob, tokenizer: PreTrainedTokenizerBase) -> tuple[PhaseR
     Raises:
         UserError: for a bad row, or if no row is left.
     """
-    rows = phase_rows("sft", job.phase.sources, job.config, tokenizer)
+    rows = phase_rows("sft", job.phase.sources, job.config, tokenizer, job.phase.validation)
     return rows, {**rows.counts(), "rows_prompt_cut": rows.summary.cut}
+
+
+def _loss(log_probs: Sequence[float], start: Sequence[float], tokens: int, config: RunConfig) -> float:
+    return -math.fsum(log_probs) / tokens
+
+
+# The mean negative log-likelihood of the trained tokens, in nats.
+OBJECTIVE = Objective(lambda row: [(row["input_ids"], row["labels"])], _loss)
 
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:

@@ -53,6 +53,10 @@ BROKEN = {
         ("+method=hft_dpo", "data=pocket_sft_then_dpo", "method.stages=[sft,dpo]", "data.mix=[{path: a}]"),
         r"data\.mix adds the same rows to every round",
     ),
+    "_validation_sets_are_known": (
+        (HFT, "data.validation=1.5"),
+        r"data\.validation=1\.5 is neither a path nor a share above 0 and below 1",
+    ),
     "_tasks_are_in_one_folder": ((HFT, "data=trace", "data.path=[a,b]"), r"give one data\.path and no data\.test_path"),
     "_test_sets_match_training_sets": ((HFT, "data.test_path=[a,b]"), r"names 2 sets for 1 training sets"),
 }
@@ -119,6 +123,11 @@ def test_every_rule_has_a_case_above():
             ),
             r"continual=mixed_replay needs data\.path",
         ),
+        ((HFT, "data.validation=[0.1,0.2,a]"), r"data\.validation names 3 sets for 1 training sets"),
+        ((HFT, "data.validation=true"), r"data\.validation=True is neither a path nor a share"),
+        ((HFT, "train.early_stopping=3"), r"train\.early_stopping=3 needs validation rows: give data\.validation=PATH"),
+        ((HFT, "train.keep_best=true"), r"train\.keep_best=True needs validation rows"),
+        ((*RESET, "data.validation=0.1"), r"method=half_reset does not train: leave out data\.validation"),
         ((HFT, "data.path=''"), r"data\.path and data\.test_path are each a path"),
         ((HFT, "seed=5000000000"), r"seed=5000000000 must be in \[0, 4294967295\]"),
         ((HFT, "train.epochs=nan"), r"train\.epochs=nan is not a finite number"),

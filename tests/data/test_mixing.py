@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from helpers import composed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.mixing import read_mixed
+from hft_cli.data.mixing import read_mixed, validation_rows
 from hft_cli.data.sources import Source, draw_rows, row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import phases
@@ -117,6 +117,36 @@ def test_a_set_with_nothing_new_is_no_error(tmp_path: Path) -> None:
     assert questions("sft", [Source(one), Source(one, rows=3)], chosen) == ["a"]
     with pytest.raises(UserError, match=r"No rows in .*empty\.jsonl"):
         questions("sft", [Source(one), Source(write(tmp_path / "empty.jsonl", []))])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=60), st.floats(0.05, 0.9), st.integers(0, 5))
+def test_equal_rows_are_on_the_same_side_of_a_split(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], share: float, seed: int
+) -> None:
+    path = write(tmp_path_factory.mktemp("split") / "a.jsonl", [f"row {number}" for number in numbers])
+    seeded = config(f"seed={seed}")
+    try:
+        mixed = read_mixed("sft", [Source(path)], seeded, share)
+    except UserError:
+        assert len(set(numbers)) == 1 or share > 0.5
+        return
+    sides = [[str(chat.turns[0]["content"]) for chat in rows] for rows in (mixed.rows, mixed.held_out)]
+    assert not set(sides[0]) & set(sides[1])
+    assert sorted(sides[0] + sides[1]) == sorted(f"row {number}" for number in numbers)
+    assert len(sides[1]) >= max(round(share * len(numbers)), 1)
+    most = max(Counter(numbers).values())
+    assert len(sides[1]) < max(round(share * len(numbers)), 1) + most
+    assert validation_rows("sft", [Source(path)], seeded, share) == mixed.held_out
+
+
+def test_a_split_depends_on_the_seed_and_the_rows_alone(tmp_path: Path) -> None:
+    texts = [str(number) for number in range(50)]
+    paths = [write(tmp_path / "a.jsonl", texts), write(tmp_path / "b.jsonl", texts[::-1])]
+    one, other = (set(read_mixed("sft", [Source(path)], config(), 0.2).held_out.digests()) for path in paths)
+    assert one == other != set(read_mixed("sft", [Source(paths[0])], config("seed=1"), 0.2).held_out.digests())
+    with pytest.raises(UserError, match=r"data\.validation=0\.9 leaves no row of .*c\.jsonl to train on"):
+        read_mixed("sft", [Source(write(tmp_path / "c.jsonl", ["a", "a"]))], config(), 0.9)
 
 
 def test_pairs_are_mixed_like_chats(tmp_path: Path) -> None:

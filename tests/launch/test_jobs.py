@@ -77,10 +77,13 @@ def test_an_activity_leaves_the_count_as_it_is(tmp_path):
     values = json.loads(progress.path.read_text())
     assert values["tokens_per_second"] > 0
     assert values | {"tokens_per_second": 1} == {
-        "activity": "writing", "step": 5, "total": 8, "loss": None, "tokens_per_second": 1,
+        "activity": "writing", "step": 5, "total": 8, "loss": None, "validation_loss": None, "tokens_per_second": 1,
     }  # fmt: skip
+    progress.validated(1.5)
     progress.count(1, 4, loss=2.5)
-    values = {"activity": None, "step": 1, "total": 4, "loss": 2.5, "tokens_per_second": None}
+    values = {
+        "activity": None, "step": 1, "total": 4, "loss": 2.5, "validation_loss": 1.5, "tokens_per_second": None,
+    }  # fmt: skip
     assert json.loads(progress.path.read_text()) == values
 
 

@@ -64,15 +64,15 @@ def test_the_bar_shows_the_activity_and_then_the_count(tmp_path):
     )  # fmt: skip
     worker._update(bar, file)
     assert shown == []
-    values: dict = {"activity": "loading torch", "step": None, "total": None, "loss": None, "tokens_per_second": None}
+    names = ("step", "total", "loss", "validation_loss", "tokens_per_second")
+    values: dict = {"activity": "loading torch", **dict.fromkeys(names)}
     file.write_text(json.dumps(values))
     worker._update(bar, file)
     assert (shown, bar.n, bar.bar_format) == (["loading torch"], 0, "")
-    file.write_text(
-        json.dumps(values | {"activity": None, "step": 41, "total": 60, "loss": 2, "tokens_per_second": 1e4})
-    )
+    counted = {"activity": None, "step": 41, "total": 60, "loss": 2, "validation_loss": 3, "tokens_per_second": 1e4}
+    file.write_text(json.dumps(values | counted))
     worker._update(bar, file)
-    assert (shown[-1], bar.initial, bar.n, bar.total) == ("loss 2.000, 10,000 tokens/s", 40, 41, 60)
+    assert (shown[-1], bar.initial, bar.n, bar.total) == ("loss 2.000, validation 3.000, 10,000 tokens/s", 40, 41, 60)
     assert bar.bar_format == worker.WITH_COUNT
 
 

@@ -71,6 +71,15 @@ def test_every_round_has_the_sets_of_a_mix():
     assert [(p.name, p.data) for p in phases(alone)] == [("mix", "a, b")]
 
 
+def test_validation_rows_are_read_like_the_rounds_own():
+    config = trace("data.validation=[a,0.1,root/20Minuten]", "continual=replay", "data.validation_split=eval")
+    run = [phase for phase in phases(config) if not phase.replays]
+    assert run[1].validation == 0.1
+    assert run[2].validation == Source("root/20Minuten", split="eval", format="trace")
+    assert run[0].validation == Source("a", split="eval", format="trace")
+    assert {phase.validation for phase in phases(config) if phase.replays} == {None}
+
+
 def test_each_training_set_may_have_its_own_part_of_the_hub():
     config = composed("+method=hft", "data=local", "data.path=[org/a,org/b]", "data.subset={a: main, b: null}",
                       "data.revision=v1")  # fmt: skip

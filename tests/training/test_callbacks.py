@@ -22,6 +22,7 @@ from hft_cli.training import callbacks
 from hft_cli.training.procedures import PROCEDURES
 from hft_cli.training.resume import Checkpoint, Identity
 from hft_cli.training.session import Losses, Session, SessionState
+from hft_cli.training.validation import Validation
 
 ARGUMENTS = SimpleNamespace(per_device_train_batch_size=4)
 
@@ -43,11 +44,14 @@ def lines(session: Session) -> list[dict]:
 
 
 def test_callbacks_come_in_the_order_that_they_need(session, tmp_path):
-    made = callbacks.phase_callbacks(session, PROCEDURES["sft"], Progress(tmp_path / "progress.json"))
+    procedure, progress = PROCEDURES["sft"], Progress(tmp_path / "progress.json")
+    validation = Validation(session, procedure.objective, [], procedure.write_delta, progress)
+    made = callbacks.phase_callbacks(session, procedure, progress, validation)
     order = [type(callback).__name__ for callback in made]
     assert order[0] == "RestoreMasters"
     for before, after in (
         ("Meter", "FrozenProof"), ("Meter", "Metrics"), ("Meter", "ProgressReport"), ("Stop", "Checkpoints"),
+        ("RestoreMasters", "Validation"), ("Validation", "Metrics"), ("Validation", "Stop"),
     ):  # fmt: skip
         assert order.index(before) < order.index(after)
 
@@ -125,6 +129,15 @@ def test_lines_after_the_checkpoint_are_dropped(session):
     assert lines(session) == kept
 
 
+def test_the_validation_before_the_first_step_has_a_line(session):
+    name = session.job.phase.name
+    old = {"name": name, "step": 0, "validation_loss": 3.0}  # of a session that was killed before a checkpoint
+    Path(session.job.metrics).write_text(json.dumps(old) + "\n")
+    session.state.validations.append((0, 2.0))
+    callbacks.Metrics(session, ()).on_train_begin(ARGUMENTS, at(0), None)
+    assert lines(session) == [{"round": 1, "name": name, "step": 0, "validation_loss": 2.0}]
+
+
 def test_an_engine_is_recorded_once_with_its_first_step(session):
     history = callbacks.EngineHistory(session)
     for step in (0, 3):
@@ -141,6 +154,17 @@ def test_a_requested_stop_saves_unless_the_phase_ends(step, session):
     callbacks.Stop(session).on_step_end(ARGUMENTS, at(step), control)
     expected = step < 10
     assert (control.should_save, control.should_training_stop, session.state.stopped) == (expected,) * 3
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_the_step_that_ends_a_phase_has_no_checkpoint(step, session):
+    session.folder.stop.touch()
+    control = TrainerControl(should_save=True, should_training_stop=True)
+    saver = callbacks.Checkpoints(session)
+    saver.on_train_begin(ARGUMENTS, at(0), control)
+    for callback in (callbacks.Stop(session), saver):
+        callback.on_step_end(ARGUMENTS, at(step), control)
+    assert (control.should_save, session.state.stopped) == (False, False)
 
 
 @pytest.mark.parametrize(("asked", "minutes", "saves"), [(False, 0.5, False), (False, 1.5, True), (True, 0.5, True)])
