@@ -175,6 +175,19 @@ def test_a_resumed_round_ends_where_the_whole_one_does(tmp_path_factory, losses,
     assert again.session.folder.delta.read_text() == whole.session.folder.delta.read_text()
 
 
+def test_the_best_weights_of_a_checkpoint_outlive_later_ones(tmp_path):
+    first = Run(tmp_path, [5.0, 2.0, 3.0, 1.0, 1.0], "train.keep_best=true")
+    first.train(last=20)
+    marker = json.loads(json.dumps(first.state.marker(first.session.identity)))
+    first.state.marked_best = first.state.best_step()  # as Checkpoints does
+    first.train(first=20, last=30)  # better than the checkpoint's best, and lost with the session
+    # On another engine, which rounds otherwise, the step is no better.
+    again = Run(tmp_path, [5.0, 2.0, 3.0, 2.0, 4.0], "train.keep_best=true", state=SessionState.resumed(marker))
+    again.train(first=20, last=40)
+    use_best(again.session)
+    assert again.session.folder.delta.read_text() == "weights of step 10"
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     run = Run(tmp_path, [1.0, math.nan], "train.early_stopping=3")
     with pytest.raises(UserError, match=r"The validation loss is nan at step 10: training has diverged\. Lower train"):
