@@ -134,8 +134,8 @@ class DataConfig:
     )
     loss: str = setting(
         "assistant",
-        "Tokens that have a loss: those of the assistant's turns (without those of a prompt), of the last one, of the "
-        "completion (what follows the last question), or all.",
+        "Tokens that have a loss: those of the assistant's turns (without those of a prompt), of each of these at the "
+        "end of a row of its own, of the last one, of the completion (what follows the last question), or all.",
         choices=("hft_cli.data.chats:LOSSES",),
     )
     roles: dict[str, str] = setting(

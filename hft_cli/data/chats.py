@@ -13,7 +13,7 @@ from hft_cli.errors import UserError
 # `reasoning_content` and `tool_calls`; of a tool's also `name` and `tool_call_id`.
 Turn = dict[str, Any]
 
-LOSSES = ("assistant", "last_turn", "completion", "all")
+LOSSES = ("assistant", "each_turn", "last_turn", "completion", "all")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,16 @@ class Chat:
             start = asked[-1] + 1 if asked else 0
         answers = [index for index in self.answers if index >= (0 if loss == "all" else start)]
         return tuple(index for index in answers[-1 if loss == "last_turn" else 0 :] if index not in self.masked)
+
+    def each_answer(self) -> dict[int, Chat]:
+        """A chat for each answer that has a loss, which ends with it, by the index of its turn: data.loss=each_turn."""
+        return {index: self._through(index) for index in self.trained("assistant")}
+
+    def _through(self, index: int) -> Chat:
+        masked = tuple(turn for turn in self.masked if turn < index)
+        if not self.prompt_turns or index == self.prompt_turns:
+            return replace(self, turns=self.turns[: index + 1], masked=masked)
+        return replace(self, turns=self.turns[: index + 1], masked=masked, prompt_turns=index, prefill=0)
 
     def to_json(self) -> str:
         """One line of JSON, which `from_json` reads."""

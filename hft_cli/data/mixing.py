@@ -11,7 +11,7 @@ from typing import Any
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.files import Hub
 from hft_cli.data.preferences import read_preferences
-from hft_cli.data.rows import read_chats
+from hft_cli.data.rows import each_answer, read_chats
 from hft_cli.data.sources import Part, Source, ValidationSet, draw_rows, row_counts
 from hft_cli.data.store import Rows
 from hft_cli.data.turns import Names
@@ -84,7 +84,8 @@ def read_source(stage: str, source: Source, config: RunConfig) -> Rows[Any]:
     options: dict[str, Any] = {"split": source.split, "max_rows": source.max_rows, "names": names, "hub": hub}
     if stage == "dpo":
         return read_preferences(path, ties=config.dpo.ties, **options).rows
-    return read_chats(path, format=source.format, **options)
+    chats = read_chats(path, format=source.format, **options)
+    return each_answer(chats) if config.data.loss == "each_turn" else chats
 
 
 def validation_rows(stage: str, sources: Sequence[Source], config: RunConfig, validation: ValidationSet) -> Rows[Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from hft_cli.data.chats import CHATS, Chat, check_chat
 from hft_cli.data.files import ANY_HUB, Hub, json_type, read_rows
-from hft_cli.data.store import Rows, cache_folder, source_key, store
+from hft_cli.data.store import Rows, cache_folder, key_of, source_key, store
 from hft_cli.data.turns import (
     LOSS_KEYS,
     REASONING_KEYS,
@@ -67,6 +67,21 @@ def read_chats(
     if not rows:
         raise UserError(f"No rows in {path}.")
     return rows
+
+
+def each_answer(rows: Rows[Chat]) -> Rows[Chat]:
+    """A row for each answer of the chats in one set of the cache, which ends with it; see `Chat.each_answer`."""
+
+    def parts() -> Iterator[tuple[str, Chat]]:
+        for place, chat in zip(rows.places(), rows, strict=True):
+            if chat.text is not None:
+                yield place, chat
+            for index, part in chat.each_answer().items():
+                yield f"{place}, turn {index + 1}", part
+
+    (folder,), (facts,) = rows.folders, rows.facts
+    kept = {name: value for name, value in facts.items() if name not in ("rows", "sha256")}
+    return store(cache_folder() / "rows" / key_of("each answer", folder.name), parts(), CHATS, lambda: kept)
 
 
 def read_each(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ from hft_cli.errors import UserError, choose
 
 LONG_PROMPTS = ("drop", "cut")
 
+SPLIT = "texts longer than train.max_length were divided"
+
 FILLED = "prompt fills max_length"  # why a row is dropped
 
 
@@ -53,7 +55,8 @@ class TokenOptions:
     @classmethod
     def of(cls, config: RunConfig) -> TokenOptions:
         """Those of a run."""
-        return cls(config.train.max_length or sys.maxsize, config.data.loss, config.data.long_prompts)
+        loss = "last_turn" if config.data.loss == "each_turn" else config.data.loss  # the rows end with each answer
+        return cls(config.train.max_length or sys.maxsize, loss, config.data.long_prompts)
 
     def check(self, tokenizer: Any) -> None:
         """UserError for an unknown value, or one that the tokenizer does not allow."""
@@ -71,7 +74,7 @@ class TokenRow:
 
     Attributes:
         text: the whole row, before it is cut or truncated.
-        ids: its tokens, at most max_length.
+        ids: its tokens, at most max_length; of a raw text all of them, which `pieces` divides.
         labels: the same ids; -100 where there is no loss. The first token has none, because nothing precedes it.
         length: number of tokens before truncation.
         answer_start: the index of the first token with a loss, before truncation. From max_length on, the row is
@@ -85,6 +88,17 @@ class TokenRow:
     length: int
     answer_start: int
     cut: bool = False
+    is_text: bool = False
+
+    def pieces(self, max_length: int) -> list[TokenRow]:
+        """The row itself, or a raw text in pieces of at most `max_length` tokens.
+
+        A piece begins with the last token of the one before it, so that each token but the first has a loss once.
+        """
+        if not self.is_text or len(self.ids) <= max_length:
+            return [self]
+        parts = (self.ids[start : start + max_length] for start in range(0, len(self.ids) - 1, max_length - 1))
+        return [replace(self, ids=ids, labels=[IGNORED, *ids[1:]], length=len(ids)) for ids in parts]
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,8 @@ def tokenize(
         raise UserError(f"No rows in {where}.")
     key = (tokenizer_key(tokenizer), asdict(options))
     function = partial(tokenize_chats, renderer=Renderer(tokenizer), options=options)
-    dataset, bad = prepare(chats, Work(function, _columns, _features(), key, where, bad_rows))
+    columns_of = partial(_columns, max_length=max_length)
+    dataset, bad = prepare(chats, Work(function, columns_of, _features(), key, where, bad_rows))
     facts = [*(chats.facts if isinstance(chats, Rows) else ()), {"bad": bad}]
     columns = dataset.data
     start, length, cut = (columns.column(name).to_numpy() for name in ("answer_start", "length", "cut"))
@@ -147,7 +162,7 @@ def tokenize(
         trained_tokens=int(columns.column("trained").to_numpy()[kept].sum()),
         lengths=lengths_of(sizes),
         **ends_of_answers(columns, tokenizer),
-        **facts_of_rows(facts),
+        **facts_of_rows([*facts, {"notices": nonzero({SPLIT: int(columns.column("split").to_numpy().sum())})}]),
     )
     dataset = dataset.select_columns(["input_ids", "labels"])
     return Tokenized(dataset if len(kept) == len(start) else dataset.select(kept), summary)
@@ -158,10 +173,13 @@ def _features() -> Any:
 
     tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {"input_ids": tokens, "labels": tokens, "length": number, "answer_start": number, "trained": number}
-    return datasets.Features({**columns, "cut": datasets.Value("bool"), "first": tokens, "last": tokens})
+    flags = dict.fromkeys(("cut", "split"), datasets.Value("bool"))
+    return datasets.Features({**columns, **flags, "first": tokens, "last": tokens})
 
 
-def _columns(rows: Sequence[TokenRow]) -> Columns:
+def _columns(whole_rows: Sequence[TokenRow], max_length: int) -> Columns:
+    pieces = [row.pieces(max_length) for row in whole_rows]
+    rows = [piece for parts in pieces for piece in parts]
     runs = [trained_runs(row.labels) for row in rows]
     return {
         "first": [[row.ids[start] for start, _ in spans] for row, spans in zip(rows, runs, strict=True)],
@@ -172,6 +190,7 @@ def _columns(rows: Sequence[TokenRow]) -> Columns:
         "answer_start": [row.answer_start for row in rows],
         "trained": [len(row.labels) - row.labels.count(IGNORED) for row in rows],
         "cut": [row.cut for row in rows],
+        "split": [len(parts) > 1 and index == 0 for parts in pieces for index in range(len(parts))],
     }
 
 
@@ -204,7 +223,7 @@ def _text_rows(
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
             text += tokenizer.eos_token
-        rows.append(_row(text, ids, list(ids), place, options))
+        rows.append(replace(_row(text, ids, list(ids), place, replace(options, max_length=len(ids))), is_text=True))
     return rows
 
 

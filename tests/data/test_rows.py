@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_cli.data.chats import CHATS, Chat, canonical
-from hft_cli.data.rows import READERS, count_repeats, read_chats
+from hft_cli.data.rows import READERS, count_repeats, each_answer, read_chats
 from hft_cli.data.turns import Names
 from hft_cli.errors import UserError
 
@@ -190,3 +190,21 @@ def test_other_names_of_columns_and_roles_are_given(tmp_path: Path) -> None:
         Names({}, {"Alice": "usr"})
     with pytest.raises(UserError, match=r"data\.columns\.system=sys: no row and no turn has 'sys'"):
         read_chats(write(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "a"}]), names=Names({"system": "sys"}))
+
+
+def test_each_answer_is_the_end_of_a_row(tmp_path: Path) -> None:
+    turns = [turn("user", "q1"), {**turn("assistant", "a1"), "weight": 0}, turn("user", "q2"), turn("assistant", "a2"),
+             turn("user", "q3"), turn("assistant", "a3")]  # fmt: skip
+    prompt = {"prompt": turns[:2] + turns[2:3] + [turn("assistant", "be")], "completion": [turn("assistant", "gin"),
+              *turns[4:]]}  # fmt: skip
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}, prompt])
+    rows = each_answer(read_chats(path))
+    assert list(rows.places()) == [
+        f"{path}, line 1, turn 4", f"{path}, line 1, turn 6", f"{path}, line 2, turn 4", f"{path}, line 2, turn 6",
+    ]  # fmt: skip
+    ends = [(len(chat.turns), chat.turns[-1]["content"], chat.trained("last_turn"), chat.prefill) for chat in rows]
+    assert ends == [(4, "a2", (3,), 0), (6, "a3", (5,), 0), (4, "begin", (3,), 2), (6, "a3", (5,), 0)]
+    assert rows.facts[0]["shapes"] == {"messages": 1, "prompt_completion": 1}
+    assert each_answer(read_chats(path)) == rows
+    text = read_chats(write(tmp_path / "text.jsonl", [{"text": "raw"}]))
+    assert each_answer(text) == text

@@ -6,7 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import CHATML, CHATS, NEWLINE_ENDS, ONE, TEMPLATES, TWO, chat, ids_of, tokenizer_of, trained_text
+from chats import (
+    CHATML,
+    CHATS,
+    DROPS_REASONING,
+    NEWLINE_ENDS,
+    ONE,
+    TEMPLATES,
+    TWO,
+    chat,
+    ids_of,
+    tokenizer_of,
+    trained_text,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,3 +196,28 @@ def test_the_mask_survives_the_preparation_of_sft_trainer(name: str, loss: str, 
         if "attention_mask" in batch:  # the pad token is the EOS token here, which must be learnt all the same
             assert not kept[batch["attention_mask"] == 0].any()
         assert model(**batch).loss.isfinite()
+
+
+def test_a_template_of_last_turns_trains_on_each_answer() -> None:
+    tokenizer = tokenizer_of(template=DROPS_REASONING)
+    with pytest.raises(UserError, match=r"set data\.loss=each_turn \(a row for each answer\)"):
+        tokenize([TWO], tokenizer, max_length=200)
+    chats = list(TWO.each_answer().values())
+    rows = tokenize(chats, tokenizer, max_length=200, loss="last_turn").dataset["labels"]
+    answers = [tokenizer.decode([label for label in labels if label != -100]) for labels in rows]
+    assert answers == [f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Because.", "  It is so.\n")]
+
+
+@given(st.integers(2, 40), st.text("ab c", min_size=1, max_size=200).filter(str.strip))
+def test_a_long_text_is_trained_on_in_pieces(max_length: int, text: str) -> None:
+    tokenizer = tokenizer_of()
+    result = tokenize([Chat(text=text)], tokenizer, max_length=max_length)
+    rows = result.dataset[:]
+    whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert [label for labels in rows["labels"] for label in labels if label != -100] == whole[1:]
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        assert 2 <= len(ids) <= max_length
+        assert labels == [-100, *ids[1:]]
+    divided = len(whole) > max_length
+    assert result.summary.notices == ({"texts longer than train.max_length were divided": 1} if divided else {})
+    assert result.summary.truncated == 0
