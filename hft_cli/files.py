@@ -20,6 +20,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk: after a power failure, a renamed or removed file is that again."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # a file system that does not sync folders
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

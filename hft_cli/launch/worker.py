@@ -150,7 +150,17 @@ def _wait(
             except (Stopped, KeyboardInterrupt):
                 if followers is None or time.monotonic() - stopped > SAME_SIGNAL:
                     raise
+        if run.checkpoints and process.returncode and _has_trained(run.folder.progress):
+            return  # it failed to save a checkpoint, which `run_worker` reports
         raise
+
+
+def _has_trained(progress: Path) -> bool:
+    """Whether a worker has begun to train, so that it answers a signal by a checkpoint."""
+    try:
+        return json.loads(progress.read_text())["step"] is not None
+    except FileNotFoundError:
+        return False
 
 
 def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:

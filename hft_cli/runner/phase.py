@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
+from hft_cli.errors import Stopped
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.rendezvous import Followers
@@ -91,6 +93,9 @@ def _train(session: Session, phase: Phase, draw: Draw, start: Position) -> None:
         send_metrics()
 
     run_worker(WorkerRun(job, folder, label, ranks, checkpoints=True), poll, session.followers)
+    if not folder.outcome.exists():  # the worker, or one of its ranks, was asked to stop, and this process was not
+        logger.info(f"{label}: its worker was stopped by a signal.")
+        raise Stopped(signal.SIGTERM)
 
 
 def _half_reset(session: Session, phase: Phase, draw: Draw, start: Position) -> None:

@@ -42,7 +42,7 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         activation_checkpointing=train.gradient_checkpointing,
         save_strategy="steps" if train.save_every else "no",
         save_steps=train.save_every or 0.5,
-        save_total_limit=train.save_limit,
+        save_total_limit=None,  # the trainer would remove the old checkpoint before the new one is complete
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # otherwise a loss that is not finite is logged as a finite one

@@ -14,12 +14,12 @@ import torch
 from transformers import TrainerCallback
 
 from hft_cli.errors import UserError
-from hft_cli.files import write_json, write_text
+from hft_cli.files import write_text
 from hft_cli.launch.jobs import Progress
 from hft_cli.training import universal
 from hft_cli.training.compat import unwrapped
 from hft_cli.training.procedures import Procedure
-from hft_cli.training.resume import MARKER, stop_requested
+from hft_cli.training.resume import complete, remove_older, stop_requested
 from hft_cli.training.session import Losses, Session, SessionCallback
 from hft_cli.training.validation import Validation
 from hft_cli.training.weights import frozen_checksum
@@ -214,7 +214,7 @@ class Stop(SessionCallback):
 
 
 class Checkpoints(SessionCallback):
-    """Ask for checkpoints every train.save_minutes, and mark each checkpoint as complete."""
+    """Ask for checkpoints every train.save_minutes, mark each as complete, and then remove older ones."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last_save = time.perf_counter()
@@ -236,8 +236,8 @@ class Checkpoints(SessionCallback):
         session.ranks.barrier()  # every rank has written its part
         if session.ranks.first:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / MARKER, self.state.marker(session.identity))
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            size = complete(folder, self.state.marker(session.identity))
+            remove_older(folder.parent, session.job.config.train.save_limit)
             seconds = time.perf_counter() - self.step_end
             self.state.checkpoint = {"checkpoint_seconds": round(seconds, 3), "checkpoint_bytes": size}
         self.state.marked_best = self.state.best_step() if self.state.validations else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import signal
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hft_cli.errors import UserError
-from hft_cli.files import read_json
+from hft_cli.files import read_json, sync_folder, write_json
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 
@@ -53,25 +56,80 @@ class Checkpoint:
     converted: bool = False
 
 
+def complete(folder: Path, state: Mapping[str, Any]) -> int:
+    """Mark a checkpoint as complete when all its files are on the disk; their size in bytes. By the first rank only.
+
+    The marker holds `state`, and size and SHA-256 of each file.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    with ThreadPoolExecutor() as pool:  # hashing and writing to the disk leave the interpreter free
+        facts = pool.map(_fact, paths)
+        files = dict(zip((path.relative_to(folder).as_posix() for path in paths), facts, strict=True))
+    for path in {folder, *(path.parent for path in paths)}:
+        sync_folder(path)
+    write_json(folder / MARKER, {**state, "files": files})
+    return sum(size for size, _ in files.values())
+
+
+def _fact(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file, which is on the disk then."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints. By the first rank only.
+
+    A checkpoint loses its marker first: a part of it is never taken for a whole one.
+    """
+    for path in [path for path in _newest_first(folder) if (path / MARKER).exists()][keep:]:
+        (path / MARKER).unlink()
+        sync_folder(path)
+        shutil.rmtree(path)
+
+
+def damage(folder: Path, marker: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Checkpoints of earlier versions list no files."""
+    files: dict[str, tuple[int, str]] = marker.get("files", {})
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has another size than when it was written"
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: _fact(folder / name)[1], files)
+        return next((f"{n} has changed" for n, h in zip(files, hashes, strict=True) if h != files[n][1]), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
 def newest_checkpoint(folder: Path, identity: Identity, ranks: Ranks) -> Checkpoint | None:
     """Return the newest complete checkpoint in `folder`, and remove incomplete ones. Collective over the ranks.
 
     Raises:
-        UserError: if it was made with another draw or other data.
+        UserError: if it was made with another draw or other data, or its files have changed.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    complete = [path for path in checkpoints if (path / MARKER).exists()]
+    checkpoints = _newest_first(folder)
+    whole = [path for path in checkpoints if (path / MARKER).exists()]
     if ranks.first:
-        for path in set(checkpoints) - set(complete):
+        for path in set(checkpoints) - set(whole):
             shutil.rmtree(path)
     ranks.barrier()
-    if not complete:
+    if not whole:
         return None
-    marker = read_json(complete[0] / MARKER)
+    marker = read_json(whole[0] / MARKER)
     for key, value in asdict(identity).items():
         if key not in LAYOUT and marker[key] != value:
             raise UserError(
-                f"{complete[0]} was made with another {key} ({marker[key]}, now {value}), so training cannot resume "
+                f"{whole[0]} was made with another {key} ({marker[key]}, now {value}), so training cannot resume "
                 "from it. Use the same configuration and data, or another output_dir."
             )
-    return Checkpoint(complete[0], marker)
+    if wrong := ranks.gather(damage(whole[0], marker) if ranks.first else None)[0]:
+        raise UserError(
+            f"The checkpoint {whole[0]} is damaged: {wrong}. Delete that folder: the same command then goes on from "
+            "the checkpoint before it, or from the start of the round."
+        )
+    return Checkpoint(whole[0], marker)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import stored_tensors
@@ -37,6 +37,8 @@ def load_model(path: str, config: RunConfig) -> PreTrainedModel:
         attn_implementation=config.model.attention,
     )
     model.config.use_cache = False
+    # Checkpoints need none, and that of some models cannot be saved. The trained model has the file of its base.
+    model.generation_config = GenerationConfig()
     return model
 
 

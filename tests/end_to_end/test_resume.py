@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -28,6 +29,7 @@ from helpers import (
     ledger,
     metrics,
     on_one_worker,
+    ranks,
     results,
     start,
     train,
@@ -44,7 +46,7 @@ from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.training import run
 
-ROUND = "rounds/01-rows"
+ROUND, ROUND_1 = "rounds/01-rows", "rounds/01-order"
 together = pytest.mark.xdist_group("killed")  # on one worker: they share a killed run
 
 
@@ -138,6 +140,32 @@ def test_a_signal_ends_all_ranks_and_the_status_names_it(tmp_path):
     (marker,) = (tmp_path / "run/rounds/01-order/checkpoints").glob("checkpoint-*/hft.json")
     assert 0 < int(marker.parent.name.split("-")[1]) < 100
     assert not (tmp_path / "run/rounds/01-order/outcome.json").exists()
+
+
+def test_a_signal_to_the_worker_alone_keeps_its_checkpoint(tmp_path):
+    out, arguments = tmp_path / "run", ("+method=hft", "train.max_steps=100")
+    process = start(out, *arguments)
+    wait_for_step(out / ROUND_1 / "progress.json", process)
+    (worker,) = [pid for pid in ranks(out) if b"launch.work" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(worker, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    (marker,) = (out / ROUND_1 / "checkpoints").glob("checkpoint-*/hft.json")
+    first = int(marker.parent.name.split("-")[1])
+    train(out, *arguments)
+    assert weights(out) == weights(train(tmp_path / "whole", *arguments))
+    assert 0 < first < 100
+
+
+def test_a_model_whose_generation_config_is_bad_has_checkpoints(tmp_path):
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.6}))
+    out, arguments = tmp_path / "run", ("+method=hft", "train.max_steps=100", "model=local", f"model.path={base}")
+    process = start(out, *arguments)
+    wait_for_step(out / ROUND_1 / "progress.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert list((out / ROUND_1 / "checkpoints").glob("checkpoint-*/hft.json"))
 
 
 # -------------------------------------------------------------------------------------------------------- other engines

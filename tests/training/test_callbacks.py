@@ -183,7 +183,7 @@ def test_a_checkpoint_is_marked_with_what_it_cost(session, tmp_path):
     folder.mkdir()
     (folder / "weights").write_bytes(b"1234")
     saver.on_save(SimpleNamespace(output_dir=tmp_path), at(10), None)
-    marker = (folder / "hft.json").read_bytes()
-    assert json.loads(marker)["draw"] == "draw"
-    assert session.state.checkpoint["checkpoint_bytes"] == 4 + len(marker)
+    marker = json.loads((folder / "hft.json").read_text())
+    assert (marker["draw"], list(marker["files"])) == ("draw", ["weights"])
+    assert session.state.checkpoint["checkpoint_bytes"] == 4
     assert session.state.checkpoint["checkpoint_seconds"] >= 0

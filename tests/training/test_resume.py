@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from hft_cli.errors import UserError
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import resume
-from hft_cli.training.resume import Identity, newest_checkpoint, record_signals, stop_requested
+from hft_cli.training.resume import Identity, complete, newest_checkpoint, record_signals, remove_older, stop_requested
 from hft_cli.training.universal import needs_conversion
 
 SINGLE = Identity("draw", "data", 1, None, None)
@@ -36,6 +37,49 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     found = newest_checkpoint(tmp_path, SINGLE, Ranks())
     assert (found.folder, found.marker, found.converted) == (expected, asdict(SINGLE), False)
     assert not incomplete.exists()
+
+
+def whole(folder: Path, step: int) -> Path:
+    path = checkpoint(folder, step, None)
+    (path / "global_step2").mkdir()
+    (path / "optimizer.pt").write_bytes(b"moments")
+    (path / "global_step2/shard.pt").write_bytes(b"shard")
+    assert complete(path, asdict(SINGLE)) == 12
+    return path
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: (path / "optimizer.pt").unlink(), r"optimizer\.pt is missing"),
+        (lambda path: (path / "optimizer.pt").write_bytes(b"momentS"), r"optimizer\.pt has changed"),
+        (lambda path: (path / "global_step2/shard.pt").write_bytes(b""), r"shard\.pt has another size"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(harm, said, tmp_path):
+    whole(tmp_path, 2)
+    path = whole(tmp_path, 4)
+    assert newest_checkpoint(tmp_path, SINGLE, Ranks()).folder == path
+    harm(path)
+    with pytest.raises(UserError, match=rf"checkpoint-4 is damaged: .*{said}.* Delete that folder"):
+        newest_checkpoint(tmp_path, SINGLE, Ranks())
+    shutil.rmtree(path)
+    assert newest_checkpoint(tmp_path, SINGLE, Ranks()).folder.name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_older_checkpoints_go_marker_first(keep, tmp_path, monkeypatch):
+    for step in (2, 9, 10):
+        whole(tmp_path, step)
+    begun = checkpoint(tmp_path, 12, None)  # that a rank is writing
+    monkeypatch.setattr(resume.shutil, "rmtree", lambda path: None)  # a kill at the removal
+    remove_older(tmp_path, keep)
+    complete_ones = {path.parent.name for path in tmp_path.glob("*/hft.json")}
+    assert complete_ones == {"checkpoint-9", "checkpoint-10"} if keep == 2 else {"checkpoint-10"}
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path, SINGLE, Ranks()).folder.name == "checkpoint-10"
+    assert not begun.exists()
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_without_a_complete_checkpoint_the_phase_starts(tmp_path):
