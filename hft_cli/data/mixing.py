@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
@@ -26,7 +27,7 @@ class MixedRows:
     Attributes:
         rows: those to train on, source by source, each in the order of its file.
         held_out: those that a share for validation splits off.
-        parts: what was taken of each source, for both.
+        parts: what was taken of each source.
     """
 
     rows: Rows[Any]
@@ -53,23 +54,33 @@ def read_mixed(
     for source, rows, count in zip(sources, sets, counts, strict=True):
         drawn = draw_rows(len(rows), count, f"{config.seed}\0{source.path}") if rows else []
         taken.append(rows if len(drawn) == len(rows) == count else rows.select(drawn))
+    if not any(counts):
+        raise UserError(f"No rows are left of {', '.join(source.path for source in sources)}.")
     parts = [
         Part(source.path, size, size - len(rows), count)
         for source, size, rows, count in zip(sources, read, sets, counts, strict=True)
     ]
-    if not any(counts):
-        raise UserError(f"No rows are left of {', '.join(source.path for source in sources)}.")
     rows = Rows.joined(taken)
     if not isinstance(validation, float):
         return MixedRows(rows, rows.select(()), tuple(parts))
-    held_out = _held_out(rows, validation, f"{config.seed}\0validation")
-    trained = [index for index, out in enumerate(held_out) if not out]
-    if not trained:
-        raise UserError(
-            f"data.validation={validation} leaves no row of {', '.join(source.path for source in sources)} to train on."
-        )
+    return _split(rows, parts, validation, f"{config.seed}\0validation")
+
+
+def _split(rows: Rows[Any], parts: Sequence[Part], share: float, key: str) -> MixedRows:
+    """The rows of a round without those that are split off for validation."""
+    held_out = _held_out(rows, share, key)
+    if all(held_out):
+        paths = ", ".join(part.path for part in parts)
+        raise UserError(f"data.validation={share} leaves no row of {paths} to train on.")
+    flags = iter(held_out)
+    numbers = [sum(islice(flags, part.taken)) for part in parts]
     return MixedRows(
-        rows.select(trained), rows.select(index for index, out in enumerate(held_out) if out), tuple(parts)
+        rows=rows.select(index for index, out in enumerate(held_out) if not out),
+        held_out=rows.select(index for index, out in enumerate(held_out) if out),
+        parts=tuple(
+            replace(part, taken=part.taken - number, held_out=number)
+            for part, number in zip(parts, numbers, strict=True)
+        ),
     )
 
 

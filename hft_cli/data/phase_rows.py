@@ -53,7 +53,7 @@ def phase_rows(
     """
     mixed = read_mixed(stage, sources, config, validation)
     rows = _prepared(stage, mixed.rows, config, tokenizer, ", ".join(source.path for source in sources))
-    return replace(rows, summary=replace(rows.summary, parts=mixed.parts, held_out=len(mixed.held_out)))
+    return replace(rows, summary=replace(rows.summary, parts=mixed.parts))
 
 
 def rows_to_validate(

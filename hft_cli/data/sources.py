@@ -46,13 +46,15 @@ class Part:
         path: of the source.
         read: rows of the source, without bad ones.
         repeats: rows that `data.deduplicate` leaves out, because they equal an earlier row of the round's sources.
-        taken: rows that the round takes.
+        taken: rows that the round trains on.
+        held_out: rows that are split off for validation.
     """
 
     path: str
     read: int
     repeats: int
     taken: int
+    held_out: int = 0
 
     def text(self) -> str:
         """The part in a few words."""

@@ -37,7 +37,6 @@ class Summary:
         notices: what was read in another form than it is written -> number of values.
         bad: place and reason of the rows that data.bad_rows=skip leaves out.
         parts: what was taken of each set.
-        held_out: rows of these that are split off for validation.
     """
 
     rows: int
@@ -54,12 +53,16 @@ class Summary:
     notices: dict[str, int] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
     parts: tuple[Part, ...] = ()
-    held_out: int = 0
 
     @property
     def used(self) -> int:
         """Rows that are trained on."""
         return self.rows - sum(self.dropped.values())
+
+    @property
+    def held_out(self) -> int:
+        """Rows that are split off for validation."""
+        return sum(part.held_out for part in self.parts)
 
     @property
     def repeats(self) -> int:

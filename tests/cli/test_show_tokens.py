@@ -61,8 +61,10 @@ def test_rows_of_each_set_of_a_mix_are_shown(tmp_path: Path) -> None:
     assert [row["row"] for row in rows] == [1, 2, 31]
     assert [row["trained_text"] for row in rows] == [["a<|end|>"], ["a<|end|>"], ["b<|end|>"]]
     assert f"10 of 30 rows of {tmp_path}/old.jsonl" in done.err
-    everything = show("--json", "--rows", "all", "+method=hft", new, mix)
-    assert len(everything.out.splitlines()) == 40
+    held_out = show("--json", "--rows", "all", "+method=hft", new, mix, "data.validation=0.5")
+    assert len(held_out.out.splitlines()) == 20
+    some = show("--json", "--rows", "19", "+method=hft", new, mix, "data.validation=0.5")
+    assert len(some.out.splitlines()) == 19
 
 
 def test_both_answers_of_a_pair_are_shown(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_equal_rows_are_on_the_same_side_of_a_split(
     assert len(sides[1]) >= max(round(share * len(numbers)), 1)
     most = max(Counter(numbers).values())
     assert len(sides[1]) < max(round(share * len(numbers)), 1) + most
+    (part,) = mixed.parts
+    assert (part.taken, part.held_out) == (len(mixed.rows), len(mixed.held_out))
     assert validation_rows("sft", [Source(path)], seeded, share) == mixed.held_out
 
 
