@@ -108,11 +108,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         longer = [(*label, _label_part(run, key)) for label, run in zip(labels, runs, strict=True)]
         if len(set(longer)) > len(set(labels)):
             labels = longer
-    return [
-        " ".join(part if len(part) < LONGEST_LABEL_PART else part[: LONGEST_LABEL_PART - 3] + "…"
-                 for part in label if part)
-        for label in labels
-    ]  # fmt: skip
+    shortened = [" ".join(map(_shortened, filter(None, label))) for label in labels]
+    return shortened if len(set(shortened)) == len(set(labels)) else [" ".join(filter(None, label)) for label in labels]
+
+
+def _shortened(part: str) -> str:
+    return part if len(part) < LONGEST_LABEL_PART else part[: LONGEST_LABEL_PART - 3] + "…"
 
 
 def _label_keys(runs: Sequence[Run]) -> list[str]:

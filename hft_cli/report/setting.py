@@ -28,7 +28,7 @@ def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[st
 
     What results.json says goes before config.yaml, and is enough if that file is missing or broken.
     """
-    values = {key: str(value) for key, value in flatten(_read_yaml(config)).items()}
+    values = {key: str(value) for key, value in flatten(_numbered(_read_yaml(config))).items()}
     values |= {
         "method.name": row.method, "selection.level": row.level, "selection.ratio": f"{row.ratio:g}",
         "train.learning_rate": f"{row.learning_rate}", "model.name": str(results.get("model")),
@@ -36,6 +36,15 @@ def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[st
     }  # fmt: skip
     unused = re.compile("|".join(_unused_keys(row, values.get("method.stages", ""))))
     return {key: value for key, value in values.items() if key not in IGNORED_KEYS and not unused.match(key)}
+
+
+def _numbered(value: Any) -> Any:
+    """The value with lists of objects (data.mix) as objects by number: what differs in one of them has a key."""
+    if isinstance(value, dict):
+        return {key: _numbered(item) for key, item in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): _numbered(item) for number, item in enumerate(value)}
+    return value
 
 
 def _unused_keys(row: RunRow, stages: str) -> list[str]:

@@ -30,6 +30,18 @@ def test_keys_without_effect_do_not_separate_runs(tmp_path):
     assert {group.label: len(group.runs) for group in group_runs(find_runs([tmp_path]))} == {"FFT": 2, "HFT": 2}
 
 
+def test_sets_of_a_mix_are_told_apart_by_what_differs(tmp_path):
+    for name, share in (("a", 0.01), ("b", 0.1)):
+        write_run(tmp_path / name, config={"data": {"mix": [{"path": "general.jsonl", "share": share}]}})
+    assert [group.label for group in group_runs(find_runs([tmp_path]))] == ["HFT share 0.01", "HFT share 0.1"]
+
+
+def test_long_values_stay_different_labels(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, config={"data": {"validation": "folder/" * 20 + name}})
+    assert len({group.label for group in group_runs(find_runs([tmp_path]))}) == 2
+
+
 def test_only_counted_runs_are_grouped(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", passed=False, seed=2)
