@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hft_cli.errors import UserError
+from hft_cli.files import sync_folder
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -150,6 +151,7 @@ class Writer:
             os.fsync(self._file.fileno())
         if kind is None and not self._remaining:
             self._part.rename(self._path)
+            sync_folder(self._path.parent)
         else:
             self._part.unlink()
             if kind is None:

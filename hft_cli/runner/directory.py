@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -44,7 +45,10 @@ def refuse_other_files(run: RunDir) -> None:
     if not run.folder.is_dir():
         raise UserError(f"output_dir={run.folder} is a file. Choose an empty or a new directory.")
     cut_off = {run.overrides, run.environment, run.plan, run.draws, run.lock, run.nodes}
-    others = sorted(path.name for path in run.folder.iterdir() if path not in cut_off and path.suffix != ".part")
+    parts = re.compile(rf"({'|'.join(re.escape(path.name) for path in cut_off)})\.\d+\.part")  # files.write_text
+    others = sorted(
+        path.name for path in run.folder.iterdir() if path not in cut_off and not parts.fullmatch(path.name)
+    )
     if others:
         raise UserError(
             f"output_dir={run.folder} has other files in it ({', '.join(others[:3])}). "

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hft_cli.errors import UserError
 from hft_cli.files import write_text
 from hft_cli.launch.jobs import Progress
 from hft_cli.training import universal
 from hft_cli.training.compat import unwrapped
 from hft_cli.training.procedures import Procedure
 from hft_cli.training.resume import complete, remove_older, stop_requested
-from hft_cli.training.session import Losses, Session, SessionCallback
+from hft_cli.training.session import Losses, Session, SessionCallback, diverged
 from hft_cli.training.validation import Validation
 from hft_cli.training.weights import frozen_checksum
 
@@ -144,10 +143,7 @@ class Metrics(SessionCallback):
             return
         loss, steps = logs["loss"], state.global_step - self.logged_step
         if not math.isfinite(loss):
-            raise UserError(
-                f"The loss is {loss} at step {state.global_step}: training has diverged. "
-                f"Lower train.learning_rate={self.session.job.config.train.learning_rate:g}, or raise train.warmup."
-            )
+            raise diverged(f"The loss is {loss} at step {state.global_step}", self.session.job.config)
         sums = self.state.losses
         self.state.losses = Losses(sums.total + loss * steps, sums.steps + steps)
         self.logged_step = state.global_step

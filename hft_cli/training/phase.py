@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from hft_cli.training.callbacks import peak_memory, phase_callbacks
 from hft_cli.training.compat import load_universal
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
-from hft_cli.training.session import Session, SessionState, TrainerParts
+from hft_cli.training.session import Session, SessionState, TrainerParts, diverged
 from hft_cli.training.validation import Validation, keeps_best, use_best, validation_outcome
 from hft_cli.training.weights import load_model
 
@@ -73,6 +74,8 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
         validation.trainer = trainer
     if not ranks.maximum(stop_requested(folder, ranks)):
         result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        if not math.isfinite(result.training_loss):  # of steps that were not logged, too
+            raise diverged("The loss of a step is not finite", config)
         if not state.stopped:
             progress.activity("writing the delta")
             write_weights(model, session, procedure)

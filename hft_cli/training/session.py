@@ -13,6 +13,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hft_cli.checkpoint.naming import Param
+from hft_cli.config.schema import RunConfig
+from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
@@ -129,6 +131,14 @@ class Session:
     identity: Identity  # what the session's checkpoints belong to
     checkpoint: Checkpoint | None  # that it resumes from
     state: SessionState
+
+
+def diverged(what: str, config: RunConfig) -> UserError:
+    """The mistake of a learning rate that is too high; `what` is what shows it."""
+    return UserError(
+        f"{what}: training has diverged. Lower train.learning_rate={config.train.learning_rate:g}, or raise "
+        "train.warmup."
+    )
 
 
 class SessionCallback(TrainerCallback):  # type: ignore[misc]

@@ -28,7 +28,7 @@ from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 from hft_cli.training.batches import TokensAndLabels, padded
 from hft_cli.training.compat import trained_log_probs
-from hft_cli.training.session import Session, SessionCallback
+from hft_cli.training.session import Session, SessionCallback, diverged
 
 PARTS = 10  # validations of a phase, unless train.validate_every says otherwise
 
@@ -115,10 +115,7 @@ class Validation(SessionCallback):
         config = self.session.job.config
         loss = self.objective.loss(log_probs, self.start, self.tokens, config)
         if not math.isfinite(loss):
-            raise UserError(
-                f"The validation loss is {loss} at step {step}: training has diverged. "
-                f"Lower train.learning_rate={config.train.learning_rate:g}, or raise train.warmup."
-            )
+            raise diverged(f"The validation loss is {loss} at step {step}", config)
         self.state.validations.append((step, loss))
         self.progress.validated(loss)
         if keeps_best(config) and self.state.best_step() == step:

@@ -18,7 +18,7 @@ from hft_cli.checkpoint.tensors import StoredTensor, Writer
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
 from hft_cli.training.compat import local_part, master_value, unwrapped
-from hft_cli.training.session import Session
+from hft_cli.training.session import Session, diverged
 
 # dtypes of safetensors files that models are trained from
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -99,7 +99,10 @@ def write_delta(model: Any, session: Session, value: Callable[[str], torch.Tenso
         for name in job.updated:
             tensors = to_stored(model, {name: value(name)}, [params[name]])
             for stored in params[name].stored:
-                writer.add(stored, [_bytes(tensors[stored].to(DTYPES[announced[stored].dtype]))])
+                tensor = tensors[stored].to(DTYPES[announced[stored].dtype])
+                if not torch.isfinite(tensor).all():
+                    raise diverged(f"{stored} has values that {announced[stored].dtype} has no number for", job.config)
+                writer.add(stored, [_bytes(tensor)])
 
 
 def restore_masters(model: Any, session: Session) -> None:

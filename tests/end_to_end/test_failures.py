@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from helpers import BASE, QUICK, hft
+from safetensors.torch import load_file, save_file
 
 
 def test_a_diverged_run_stops_and_says_so(tmp_path):
@@ -16,6 +17,41 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
     assert ended.status == 2
     assert re.search(r"The loss is nan at step \d+: training has diverged\. Lower train\.learning_rate", ended.err)
     assert not (tmp_path / "run/DONE").exists()
+
+
+def test_a_run_that_diverges_between_two_logs_is_not_done(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", "train.learning_rate=1e20",
+                "train.max_steps=9", "train.log_every=10")  # fmt: skip
+    assert ended.status == 2
+    assert "The loss of a step is not finite: training has diverged. Lower train.learning_rate=1e+20" in ended.err
+    assert not (tmp_path / "run/DONE").exists()
+    assert not list(tmp_path.glob("run/rounds/*/outcome.json"))
+
+
+def test_weights_that_the_files_cannot_hold_are_no_model(tmp_path):
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    halves = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(halves, base / "model.safetensors", {"format": "pt"})
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", f"model.path={base}", "train.warmup=0",
+                "train.learning_rate=1e6", "train.max_steps=1")  # fmt: skip
+    assert ended.status == 2, ended.err
+    assert re.search(r"[\w.]+ has values that F16 has no number for: training has diverged", ended.err)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_file_of_the_user_is_not_taken_for_a_part_of_a_run(tmp_path):
+    (tmp_path / "movie.mkv.part").write_text("half a film")
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}", "train.max_length=3")
+    assert ended.status == 2
+    assert "has other files in it (movie.mkv.part)" in ended.err
+    assert (tmp_path / "movie.mkv.part").exists()
+
+
+def test_a_start_that_was_cut_off_is_begun_anew(tmp_path):
+    (tmp_path / "plan.json.123.part").write_text('{"ba')
+    (tmp_path / "draws.json").write_text("{}")
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}", "train.max_steps=1")
+    assert ended.status == 0, ended.err
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
