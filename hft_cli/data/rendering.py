@@ -42,7 +42,7 @@ REMEMBERED = 10_000  # texts between turns
 
 EMPTY_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1>|\[THINK\]\s*\[/THINK\]")
 
-FIXES = f"set data.loss=each_turn (a row for each answer), last_turn or all, or {OTHER_TEMPLATE}"
+FIXES = f"set data.loss=each_turn (a row for each answer), data.loss=last_turn or data.loss=all, or {OTHER_TEMPLATE}"
 
 
 @dataclass(frozen=True)

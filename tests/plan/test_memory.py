@@ -156,10 +156,10 @@ MEASURED = [(1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (3, "float32")]
 
 
 def phase_job(folder: Path, model: Path, stage: int, dtype: str) -> PhaseJob:
-    """One step of HFT with two micro-batches."""
+    """Two steps of HFT with two micro-batches each, and a checkpoint after the first."""
     config = composed(
         "+method=hft", f"engine=zero{stage}", "engine.num_processes=2", "data=pocket_order", "data.test_path=null",
-        "data.max_rows=16", "train.max_steps=1", "train.batch_size=8", "train.micro_batch_size=2",
+        "data.max_rows=16", "train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=2",
         "train.max_length=64", "train.save_every=1", "model=local", f"model.path={model}", f"model.dtype={dtype}",
         f"output_dir={folder}",
     )  # fmt: skip
