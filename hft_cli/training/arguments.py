@@ -13,7 +13,7 @@ from hft_cli.training.procedures import Procedure
 
 
 def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> Any:
-    """The arguments of the phase's trainer, of the procedure's class. Making them starts the process group."""
+    """The arguments of the phase's trainer, of the procedure's class. The ranks must have joined."""
     config, train, engine = job.config, job.config.train, job.config.engine
     gpu = torch.cuda.is_available()
     arguments, settings = procedure.settings(config)

@@ -40,13 +40,14 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     """
     config, procedure = job.config, procedure_of(job)
     # Read before DeepSpeed's settings exist: with ZeRO-3 they would partition the model without weights that this may
-    # build. The arguments come before the ranks join, and both before the model is loaded.
+    # build. The ranks join before the arguments are made, which would start a process group that waits for half an hour
+    # only, and both come before the model is loaded.
     params = {param.name: param for param in parameters_from_folder(job.model, config.model.kinds)}
-    arguments = trainer_arguments(job, folder, procedure)
     ranks = Ranks()
     if config.engine.zero_stage is not None:
         progress.activity("joining the ranks")
         ranks = join_ranks()
+    arguments = trainer_arguments(job, folder, procedure)
 
     progress.activity("tokenizing")
     tokenizer = load_tokenizer(job, folder, ranks)

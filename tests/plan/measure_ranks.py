@@ -92,6 +92,8 @@ def main(files: list[Path]) -> None:
         folder = RoundDir(file.parent)
         progress = Progress(folder.progress, rank=int(os.environ["RANK"]))
         train(read_job("PhaseJob", file), folder, progress)
+        gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        held["timeout"] = gloo.options._timeout.total_seconds()
         (file.parent / f"held.{os.environ['RANK']}").write_text(json.dumps(held))
     dist.barrier()
     exit_rank()

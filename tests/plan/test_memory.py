@@ -19,6 +19,7 @@ from hft_cli.checkpoint.parameters import parameters_from_fields, parameters_fro
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.launch.jobs import PhaseJob, read_job, write_job
+from hft_cli.launch.ranks import RANKS_TIMEOUT
 from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.method.selection import draw
 from hft_cli.paths import resolve_path
@@ -205,6 +206,8 @@ def test_ranks_of_deepspeed_hold_what_is_planned(stage: int, dtype: str, measure
     ranks = [json.loads((folder / f"held.{rank}").read_text()) for rank in (0, 1)]
     for part in ("weights", "gradients", "optimizer", "masters"):
         assert expected[part] == pytest.approx(max(held[part] for held in ranks), rel=0.05), part
+    # The other ranks wait while the first one tokenizes or converts.
+    assert [held["timeout"] for held in ranks] == [RANKS_TIMEOUT.total_seconds()] * 2
     # Only files of tensors: names and settings are large beside so small a model.
     files = [path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors") and "checkpoint" in str(path)]
     size = sum(path.stat().st_size for path in files)
