@@ -54,6 +54,8 @@ def _mixed_set(values: Any, where: str) -> MixedSet:
             raise UserError(f"{where} has no path. {MIX_FORM}") from None
         raise UserError(f"{where}.{error.full_key}: {first_line(error)}") from None
     check_settings(mixed, f"{where}.")
+    if mixed.share is not None and mixed.rows is not None:
+        raise UserError(f"{where} has a share and a number of rows: give one of them.")
     return mixed  # type: ignore[no-any-return]
 
 

@@ -83,8 +83,6 @@ def _shares_leave_room(config: RunConfig) -> str | None:
     data, continual, mix = config.data, config.continual, mixed_sets(config.data)
     if _is_half_reset(config):
         return "method=half_reset does not train: leave out data.mix." if mix else None
-    if both := [number for number, each in enumerate(mix) if each.share is not None and each.rows is not None]:
-        return f"data.mix[{both[0]}] has a share and a number of rows: give one of them."
     shares = [each.share for each in mix if each.share is not None]
     replayed = continual.replay_share if continual.name == "mixed_replay" else 0.0
     total = sum(shares) + replayed

@@ -99,15 +99,13 @@ def read_source(stage: str, source: Source, config: RunConfig) -> Rows[Any]:
     return each_answer(chats) if config.data.loss == "each_turn" else chats
 
 
-def validation_rows(stage: str, sources: Sequence[Source], config: RunConfig, validation: ValidationSet) -> Rows[Any]:
-    """The rows whose loss is measured in the training of a round.
+def validation_rows(stage: str, held_out: Rows[Any], config: RunConfig, validation: ValidationSet) -> Rows[Any]:
+    """The rows whose loss is measured in the training of a round: of a set, or those that were held out.
 
     Raises:
         UserError: for a bad row, or if there are no rows.
     """
-    if isinstance(validation, float):
-        return read_mixed(stage, sources, config, validation).held_out
-    return read_source(stage, validation, config)
+    return held_out if isinstance(validation, float) else read_source(stage, validation, config)
 
 
 def _held_out(rows: Rows[Any], share: float, key: str) -> list[bool]:

@@ -25,11 +25,13 @@ class PhaseRows:
         rows: chats, or preference pairs for DPO.
         dataset: their tokens, for TRL's trainer.
         summary: of the rows.
+        held_out: rows that are split off for validation.
     """
 
     rows: Rows[Any]
     dataset: Any
     summary: Summary
+    held_out: Rows[Any]
 
     def counts(self) -> dict[str, Any]:
         """Counts for a phase's outcome, and `sha256` of the rows, by which a checkpoint knows its data."""
@@ -52,30 +54,27 @@ def phase_rows(
         UserError: for a bad row or a template that does not allow this, or if no row is left.
     """
     mixed = read_mixed(stage, sources, config, validation)
-    rows = _prepared(stage, mixed.rows, config, tokenizer, ", ".join(source.path for source in sources))
-    return replace(rows, summary=replace(rows.summary, parts=mixed.parts))
+    made = _prepared(stage, mixed.rows, config, tokenizer, ", ".join(source.path for source in sources))
+    return PhaseRows(mixed.rows, made.dataset, replace(made.summary, parts=mixed.parts), mixed.held_out)
 
 
 def rows_to_validate(
-    stage: str, sources: Sequence[Source], config: RunConfig, tokenizer: Any, validation: ValidationSet
-) -> PhaseRows:
-    """The rows whose loss is measured in the training of `sources`.
+    stage: str, held_out: Rows[Any], config: RunConfig, tokenizer: Any, validation: ValidationSet
+) -> Tokenized | TokenizedPairs:
+    """The tokens of the rows whose loss is measured in training; see `validation_rows`.
 
     Raises:
         UserError: as for `phase_rows`.
     """
     where = "the rows split off by data.validation" if isinstance(validation, float) else validation.path
-    return _prepared(stage, validation_rows(stage, sources, config, validation), config, tokenizer, where)
+    return _prepared(stage, validation_rows(stage, held_out, config, validation), config, tokenizer, where)
 
 
-def _prepared(stage: str, rows: Rows[Any], config: RunConfig, tokenizer: Any, where: str) -> PhaseRows:
+def _prepared(stage: str, rows: Rows[Any], config: RunConfig, tokenizer: Any, where: str) -> Tokenized | TokenizedPairs:
     options, bad_rows = TokenOptions.of(config), config.data.bad_rows
-    made: Tokenized | TokenizedPairs
     if stage == "dpo":
-        made = prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
-    else:
-        made = tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
-    return PhaseRows(rows, made.dataset, made.summary)
+        return prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
+    return tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
 
 
 def tokenizing(stage: str, config: RunConfig, tokenizer: Any) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:

@@ -131,7 +131,7 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
         chats = mixed.rows
         record = {"data_sha256": chats.sha256(), "rows": len(chats), "parts": [vars(part) for part in mixed.parts]}
     if phase.validation is not None:
-        rows = validation_rows(phase.stage, phase.sources, config, phase.validation)
+        rows = validation_rows(phase.stage, mixed.held_out, config, phase.validation)
         repeated, shared = count_repeats(chats.digests(), rows.digests())
         record |= {"validation_sha256": rows.sha256(), "validation_rows": len(rows), "rows_in_validation": shared}
         if shared:

@@ -12,8 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
+from hft_cli.data.pairs import TokenizedPairs
 from hft_cli.data.phase_rows import PhaseRows, phase_rows, rows_to_validate
 from hft_cli.data.templates import answer_end, use_template
+from hft_cli.data.tokenization import Tokenized
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
@@ -103,10 +105,10 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
-                phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
-                validated_rows(phase, job.config, tokenizer)
+                later = phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
+                validated_rows(phase, later, job.config, tokenizer)
         rows, counts = procedure.rows(job, tokenizer)
-        validated = validated_rows(job.phase, job.config, tokenizer)
+        validated = validated_rows(job.phase, rows, job.config, tokenizer)
         summaries = {"validation": validated.summary.to_json()} if validated else {}
         write_json(folder.data, rows.summary.to_json() | summaries)
         if (end := answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
@@ -119,11 +121,13 @@ def load_rows(
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
 
 
-def validated_rows(phase: Phase, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PhaseRows | None:
-    """The rows whose loss is measured while a phase trains; None if there are none."""
+def validated_rows(
+    phase: Phase, rows: PhaseRows, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> Tokenized | TokenizedPairs | None:
+    """The tokens of the rows whose loss is measured while a phase trains on `rows`; None if there are none."""
     if phase.validation is None:
         return None
-    return rows_to_validate(phase.stage, phase.sources, config, tokenizer, phase.validation)
+    return rows_to_validate(phase.stage, rows.held_out, config, tokenizer, phase.validation)
 
 
 def make_validation(session: Session, procedure: Procedure, progress: Progress) -> Validation | None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_cli.config.schema import RunConfig
-from hft_cli.data.mixing import read_mixed, validation_rows
+from hft_cli.data.mixing import read_mixed
 from hft_cli.data.sources import Source, draw_rows, row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import phases
@@ -139,7 +139,7 @@ def test_equal_rows_are_on_the_same_side_of_a_split(
     assert len(sides[1]) < max(round(share * len(numbers)), 1) + most
     (part,) = mixed.parts
     assert (part.taken, part.held_out) == (len(mixed.rows), len(mixed.held_out))
-    assert validation_rows("sft", [Source(path)], seeded, share) == mixed.held_out
+    assert read_mixed("sft", [Source(path)], seeded, share).held_out == mixed.held_out
 
 
 def test_a_split_depends_on_the_seed_and_the_rows_alone(tmp_path: Path) -> None:
