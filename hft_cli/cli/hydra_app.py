@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +20,9 @@ from hft_cli.cli.hydra_errors import one_line
 from hft_cli.cli.launchers import follow_jobs, launcher_arguments
 from hft_cli.config import defaults
 from hft_cli.config.schema import SCHEMAS, RunConfig
-from hft_cli.errors import FILE_ERRORS, JobFailure, NodeError, UserError, file_error_text
+from hft_cli.errors import FILE_ERRORS, JobFailure, NodeError, Stopped, UserError, file_error_text
 from hft_cli.files import read_json, write_json
+from hft_cli.launch.parallel import stopped_by_command
 from hft_cli.logs import set_up_logging
 from hft_cli.paths import conf_dir
 
@@ -60,13 +61,13 @@ def run_hydra(name: str, argv: list[str], run: Run) -> list[JobFailure]:
     sys.argv = [f"hft {name}", *argv]
     primary = "train" if issubclass(SCHEMAS[name], RunConfig) else name  # conf/train.yaml is also the plan's
     returned: list[JobFailure] = []
-    with tempfile.TemporaryDirectory(prefix="hft-") as folder, follow_jobs(argv, returned):
+    with tempfile.TemporaryDirectory(prefix="hft-") as folder, follow_jobs(argv, Path(folder), returned):
         job = HydraJob(run, tuple(argv), Path(folder))
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=primary)(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(one_line(error, argv, name)) from None
-        written = [JobFailure(**read_json(file)) for file in Path(folder).iterdir()]
+        written = [JobFailure(**read_json(file)) for file in Path(folder).glob("*.json")]
     return sorted([*returned, *written], key=lambda failure: failure.number)
 
 
@@ -97,12 +98,12 @@ class HydraJob:
     Attributes:
         run: the command's function.
         argv: what was typed.
-        failures: folder for one file for each failed job.
+        folder: of the sweep, for one file for each failed job.
     """
 
     run: Run
     argv: tuple[str, ...]
-    failures: Path
+    folder: Path
 
     def __call__(self, composed: Any) -> JobFailure | None:
         """Run the job. Exceptions do not leave it: Hydra would print them over several lines, and end the sweep."""
@@ -112,12 +113,17 @@ class HydraJob:
         set_up_logging()  # this may be another process
         settings = HydraConfig.get()
         sweep = settings.mode == RunMode.MULTIRUN
-        submitted = sweep and "submitit" in settings.launcher._target_
-        error: Exception
+        launcher = settings.launcher._target_ if sweep else ""
+        submitted = "submitit" in launcher
+        error: BaseException
         try:
-            with _requeue_when_stopped() if submitted else nullcontext():
+            with _signals_of_job(launcher, self.folder):
                 self.run(composed, self.argv)
             return None
+        except Stopped as stop:
+            if "joblib" not in launcher:
+                raise
+            error = stop
         except (UserError, subprocess.CalledProcessError) as failure:
             error = failure
         except NodeError as failure:
@@ -132,26 +138,32 @@ class HydraJob:
             traceback.print_exc()
             error = failure
         number = settings.job.num if sweep else 0
-        report = JobFailure(number, " ".join(settings.overrides.task), str(error), _exit_status(error))
+        reason = "stopped by a signal" if isinstance(error, Stopped) else str(error)
+        report = JobFailure(number, " ".join(settings.overrides.task), reason, _exit_status(error))
         if submitted:  # perhaps on another machine, where `failures` does not exist
             logger.error("hft: %s", error)
             return report
-        if not self.failures.is_dir():  # another launcher's machine: the launcher reports the error
+        if not self.folder.is_dir():  # another launcher's machine: the launcher reports the error
             raise error
-        write_json(self.failures / f"{number}.json", asdict(report))
+        write_json(self.folder / f"{number}.json", asdict(report))
         return None
 
 
-def _requeue_when_stopped() -> Any:
-    from hft_cli.launch.slurm import requeue_when_stopped  # needs submitit
+def _signals_of_job(launcher: str, folder: Path) -> AbstractContextManager[None]:
+    """While it is entered, a job of a sweep receives signals as its launcher needs; `launcher` is its class."""
+    if "submitit" in launcher:
+        from hft_cli.launch.slurm import requeue_when_stopped  # needs submitit
 
-    return requeue_when_stopped()
+        return requeue_when_stopped()
+    return stopped_by_command(folder) if "joblib" in launcher else nullcontext()
 
 
-def _exit_status(error: Exception) -> int:
-    """2 for a user's mistake, 128 + n if signal n ended the worker, otherwise 1."""
+def _exit_status(error: BaseException) -> int:
+    """2 for a user's mistake, 128 + n if signal n ended the job or its worker, otherwise 1."""
     if isinstance(error, UserError):
         return 2
+    if isinstance(error, Stopped):
+        return 128 + error.number
     if isinstance(error, subprocess.CalledProcessError) and error.returncode < 0:
         return 128 - error.returncode
     return 1

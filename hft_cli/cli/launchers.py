@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from hft_cli.cli.overrides import is_sweep
 from hft_cli.errors import JobFailure, UserError
+from hft_cli.launch.parallel import stop_together
 
 WEEK = 7 * 24 * 60  # minutes
 PREFIX = "hydra.launcher."
@@ -23,7 +25,7 @@ def launcher_arguments(argv: list[str]) -> list[str]:
     Raises:
         UserError: if what the launcher needs is missing.
     """
-    name = next((word.partition("=")[2] for word in argv if re.match(r"\+*hydra/launcher=", word)), "basic")
+    name = _launcher(argv)
     if name not in LAUNCHERS:
         return argv
     package = f"hydra-{name.partition('_')[0]}-launcher"
@@ -42,6 +44,10 @@ def launcher_arguments(argv: list[str]) -> list[str]:
     return [*argv, *(f"{PREFIX}{key}={value}" for key, value in settings.items() if key not in typed)]
 
 
+def _launcher(argv: Sequence[str]) -> str:
+    return next((word.partition("=")[2] for word in argv if re.match(r"\+*hydra/launcher=", word)), "basic")
+
+
 def _slurm_settings(typed: Mapping[str, str]) -> dict[str, str]:
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=submitit_slurm needs SLURM, and there is no sbatch here.")
@@ -54,9 +60,16 @@ def _slurm_settings(typed: Mapping[str, str]) -> dict[str, str]:
     return settings
 
 
-def follow_jobs(argv: Sequence[str], failures: list[JobFailure]) -> AbstractContextManager[None]:
-    """While it is entered, submitit's jobs of a sweep are waited for, and those that fail are added to `failures`."""
-    if not is_sweep(argv) or importlib.util.find_spec("submitit") is None:
+def follow_jobs(argv: Sequence[str], folder: Path, failures: list[JobFailure]) -> AbstractContextManager[None]:
+    """While it is entered, jobs in other processes are stopped or waited for as their launcher needs.
+
+    Jobs of submitit that fail are added to `failures`. `folder` is the sweep's own.
+    """
+    if not is_sweep(argv):
+        return nullcontext()
+    if _launcher(argv) == "joblib":
+        return stop_together(folder)
+    if importlib.util.find_spec("submitit") is None:
         return nullcontext()
     # Must be set before submitit is imported. Its default, USR2, would end a worker on clusters that signal all
     # processes of a job.

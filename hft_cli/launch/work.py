@@ -15,12 +15,15 @@ from pathlib import Path
 from hft_cli.errors import UserError
 from hft_cli.files import write_text
 from hft_cli.launch.jobs import WORKERS, Progress, read_job
+from hft_cli.launch.lifetime import end_with_torchrun, share_lock
 from hft_cli.logs import set_up_logging
 from hft_cli.run_dir import RoundDir
 
 
 def main(argv: Sequence[str]) -> int:
     """Do the job of kind argv[0] in the file argv[1], and return the exit status."""
+    end_with_torchrun()
+    share_lock()
     kind, path = argv[0], Path(argv[1])
     folder = RoundDir(path.parent)
     progress = Progress(folder.progress, rank=int(os.environ.get("RANK", "0")))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -24,37 +22,14 @@ from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError
 from hft_cli.launch.jobs import Job, write_job
+from hft_cli.launch.lifetime import inherited, prepare_worker
 from hft_cli.launch.nodes import Node
 from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
-from hft_cli.run_dir import RoundDir
+from hft_cli.run_dir import RoundDir, RunDir
 
 logger = logging.getLogger(__name__)
 
 SAME_SIGNAL = 5.0  # seconds: a scheduler signals all nodes, so signals that are this close count as one
-
-
-@contextmanager
-def hold_lock(lock: Path) -> Iterator[None]:
-    """Lock the directory of the file `lock` for this process and its workers.
-
-    Workers inherit the lock, so that the next command cannot start while a worker of the last one is still ending.
-
-    Raises:
-        UserError: if another process holds the lock.
-    """
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process works on {lock.parent}. Wait for it, or stop it.") from None
-        _LOCKS.append(file.fileno())
-        try:
-            yield
-        finally:
-            _LOCKS.remove(file.fileno())
-
-
-_LOCKS: list[int] = []  # file descriptors that workers inherit
 
 
 @dataclass(frozen=True)
@@ -189,7 +164,8 @@ def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
                     job, log = (run / message["start"][key] for key in ("job", "log"))
                     log = log.with_name(log.name.format(rank=node.rank))
                     logger.info("Node %d: %s, ranks: %d. Log: %s", node.rank, job.parent.name, ranks, log)
-                    process = _start(_command(message["start"]["worker"], job, ranks, node), log, ranks)
+                    command = _command(message["start"]["worker"], job, ranks, node)
+                    process = _start(command, log, ranks, RunDir(run).lock)
                 if "end" in message and process is not None:
                     _end(process)
                     process = None
@@ -223,17 +199,18 @@ def _command(kind: str, job_file: Path, ranks: int | None, node: Node | None) ->
     return [sys.executable, "-m", *torchrun, "hft_cli.launch.work", kind, str(job_file)]
 
 
-def _start(command: list[str], log: Path, ranks: int | None) -> subprocess.Popen[bytes]:
+def _start(command: list[str], log: Path, ranks: int | None, lock: Path | None = None) -> subprocess.Popen[bytes]:
+    descriptors, variables = inherited(lock)
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=_environment(ranks),
+            env=_environment(ranks) | variables,
             start_new_session=True,
-            pass_fds=_LOCKS,
-            preexec_fn=_die_with_parent,
+            pass_fds=descriptors,
+            preexec_fn=prepare_worker,
         )
 
 
@@ -250,18 +227,6 @@ def _environment(ranks: int | None) -> dict[str, str]:
 
 # What a torchrun that started `hft` set for its own ranks: ours must not read it.
 TORCHRUN_VARIABLES = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
-
-
-def _die_with_parent() -> None:
-    """Have Linux end the worker when the parent is killed. On other systems only an orderly stop ends it."""
-    if sys.platform == "linux":
-        _PRCTL(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    # Some schedulers signal every process of a job. torchrun would die of it; a worker has its own handler.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-# Looked up before the fork: after it, the lock of the dynamic loader may be held by a thread that no longer exists.
-_PRCTL: Any = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -16,7 +16,7 @@ from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.environment import gpus
-from hft_cli.launch.worker import hold_lock
+from hft_cli.launch.lifetime import hold_lock
 from hft_cli.paths import resolve_path
 from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import RoundDir, finished

@@ -19,9 +19,10 @@ from hft_cli.evaluation.scorer import HeldOutSets, ScoredModel, WorkerOptions, s
 from hft_cli.evaluation.suite import Suite
 from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.jobs import RowsTask
+from hft_cli.launch.lifetime import hold_lock
 from hft_cli.launch.nodes import Node, this_node
 from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, Peer, connect, introduce, listen
-from hft_cli.launch.worker import follow_leader, hold_lock
+from hft_cli.launch.worker import follow_leader
 from hft_cli.method.rounds import Phase
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir

@@ -41,7 +41,7 @@ from helpers import (
 
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
-from hft_cli.launch.worker import hold_lock
+from hft_cli.launch.lifetime import hold_lock
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.training import run

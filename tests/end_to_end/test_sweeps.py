@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
-from helpers import BASE, QUICK, Ended, changed, hft, results, train, weights
+from helpers import BASE, QUICK, Ended, changed, hft, ranks, results, start, train, wait_for_step, weights
 from safetensors.torch import load_file
 
 
@@ -47,3 +48,17 @@ def test_an_extended_parallel_sweep_does_only_what_is_missing(tmp_path):
     assert ended.status == 0, ended.err
     assert (tmp_path / "train.max_length=60/DONE").exists()
     assert (first / "results.json").stat().st_mtime_ns == written
+
+
+def test_a_signal_stops_a_parallel_sweep_with_checkpoints(tmp_path):
+    sweep = ("-m", "+method=hft", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "train.max_steps=100")
+    process = start(tmp_path, *sweep, "selection.seed=1,2,3")
+    running = [tmp_path / f"selection.seed={seed}" for seed in (1, 2)]
+    for run in running:
+        wait_for_step(run / "rounds/01-order/progress.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert ranks(tmp_path) == []
+    for run in running:
+        assert list(run.glob("rounds/01-order/checkpoints/checkpoint-*/hft.json")), run.name
+    assert not (tmp_path / "selection.seed=3").exists()

@@ -1,4 +1,4 @@
-"""The parent's side of a worker: start, progress bar, failures, the lock on a run's directory."""
+"""The parent's side of a worker: start, progress bar, failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hft_cli.errors import UserError
 from hft_cli.launch import worker
 from hft_cli.launch.jobs import RowsJob, RowsTask
 from hft_cli.launch.nodes import Node
-from hft_cli.launch.worker import WorkerRun, hold_lock, run_worker
+from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.run_dir import RoundDir
 
 
@@ -90,11 +90,3 @@ def test_ranks_do_not_read_the_settings_of_an_outer_torchrun(monkeypatch):
     second = worker._command("PhaseJob", Path("step.json"), 2, Node(1, 2, "head", 29500))
     assert second[3:11] == ["--nnodes", "2", "--node_rank", "1", "--master_addr", "head", "--master_port", "29501"]
     assert worker._command("RowsJob", Path("job.json"), None, None)[1:3] == ["-m", "hft_cli.launch.work"]
-
-
-def test_a_directory_is_locked_by_one_process(tmp_path):
-    lock = tmp_path / ".lock"
-    with hold_lock(lock), pytest.raises(UserError, match="Another process works on"), hold_lock(lock):
-        pass
-    with hold_lock(lock):
-        pass
