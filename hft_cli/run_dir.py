@@ -28,6 +28,7 @@ class RoundDir:
 
     delta = Child("delta.safetensors")  # only what the phase trained, with the names and dtypes of the base's files
     outcome = Child("outcome.json")  # seconds, losses, counts; written last: without it the phase is not finished
+    frozen = Child("frozen.json")  # SHA-256 of each frozen tensor in memory after the last step
     checkpoints = Child("checkpoints")
     tokens = Child("tokens")  # the tokenized training set, which rank 0 writes and all ranks read
     validation_tokens = Child("tokens/validation")

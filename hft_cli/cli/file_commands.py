@@ -44,7 +44,8 @@ def verify_run(parser: Parser, words: list[str]) -> int:
 
 def _proof_text(proof: RoundProof) -> str:
     """What was checked of one round, with its faults below."""
-    verdict = "FAILED" if proof.faults else "frozen ones bit-identical"
+    where = "files" if proof.in_memory is None else "files, and in memory after the last step"
+    verdict = "FAILED" if proof.faults else f"frozen ones bit-identical (in {where})"
     counts = f"{proof.updated} tensors updated, {proof.frozen} frozen"
     lines = [f"round {proof.round} {proof.name}: {counts}: {verdict}"]
     if proof.unmoved:

@@ -93,6 +93,8 @@ def _generated(config: RunConfig) -> dict[str, Any]:
         "gradient_clipping": "auto",
         # Without this block ZeRO-2 would train in bfloat16 and ZeRO-3 in float32.
         "bf16": {"enabled": "auto"},
+        # Otherwise the gradients of micro-batches would be added in bfloat16, whose rounding grows with their number.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         # Offload steps with torch's fused AdamW. DeepSpeed's own needs a compiler and two minutes on each machine.
         **({"zero_force_ds_cpu_optimizer": False} if engine.offload_optimizer else {}),
@@ -114,6 +116,7 @@ def _fixed_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "bf16.enabled": (config.model.dtype == "bfloat16", "model.dtype"),
         "fp16.enabled": (False, "model.dtype"),
         "amp.enabled": (False, "model.dtype"),
+        "data_types.grad_accum_dtype": ("fp32", "hft, which adds gradients of micro-batches in float32"),
         "zero_optimization.stage": (engine.zero_stage, "engine"),
         "zero_optimization.offload_optimizer.device": (device[engine.offload_optimizer], "engine"),
         "zero_optimization.offload_param.device": (device[engine.offload_parameters], "engine"),

@@ -68,41 +68,50 @@ def memory(work: Workload) -> Memory:
     stage, updated = setup.zero_stage, work.updated_elements
     shard = _trained_shard(work)
     weights = float(size * (sum(_zero3_elements(p, work) for p in work.params) if stage == 3 else work.total_elements))
-    gradients = {
-        None: updated,  # .grad
-        1: updated,  # .grad, reduced after the last micro-batch of a step
-        2: _zero2_gradients(work) * (2 if setup.accumulation > 1 else 1),  # sums, and the newest gradients
-        3: shard,  # one flat buffer
-    }[stage]
     reference = 0.0
     if setup.stage == "dpo" and setup.reference != "precomputed":
         reference = float(size * updated) if setup.reference == "shared" else weights
     step_elements = min(shard, setup.sub_group) if stage == 3 else shard
+    summed_in_place = stage in (1, 2) and size == 2  # the step takes the float32 sums as they are
     on_gpu = not setup.offload_optimizer  # otherwise gradients go to host memory as well, bucket by bucket
     return Memory(
         weights=weights,
-        gradients=float(size * gradients) * on_gpu,
+        gradients=_gradients(work) * on_gpu,
         optimizer=8.0 * shard * on_gpu,
         masters=0.0 if stage is None else 4.0 * shard * on_gpu,  # DeepSpeed copies float32 weights as well
         reference=reference,
         activations=activations(work),
         buffers=_buffers(work),
-        step=0.0 if stage is None else float(step_elements * (6 if size == 2 else 4) * on_gpu),
+        step=0.0 if stage is None or summed_in_place else float(4 * step_elements * on_gpu),
     )
+
+
+def _gradients(work: Workload) -> float:
+    """Bytes of the gradients of a rank. Under DeepSpeed those of micro-batches are added in float32."""
+    setup, updated, shard = work.setup, work.updated_elements, _trained_shard(work)
+    if setup.zero_stage == 3:
+        return 4.0 * shard  # one flat buffer
+    if setup.weight_bytes == 4:
+        if setup.zero_stage == 2:
+            return 4.0 * _zero2_gradients(work) * (2 if setup.accumulation > 1 else 1)  # sums, and the newest ones
+        return 4.0 * updated  # .grad, which stage 1 reduces after the last micro-batch of a step
+    return 4.0 * (shard if setup.zero_stage == 2 else updated + shard)  # sums, and the rank's part of their averages
 
 
 def host_memory(work: Workload) -> float:
     """Bytes of host memory that a rank takes with offload; 0 without.
 
     Master weights, two moments and float32 gradients of its shard; with ZeRO-2 its shard of the new weights, with
-    ZeRO-3 of the arriving gradients; and offloaded weights. torch may round pinned buffers up to powers of two.
+    ZeRO-3 of the sums of gradients in float32; and offloaded weights. torch may round pinned buffers up to powers of
+    two.
     """
     setup = work.setup
     if not setup.offload_optimizer:
         return 0.0
     shard = sum(ceil(p.elements / setup.shards) for p in work.updated)
     weights = sum(ceil(p.elements / setup.shards) for p in work.params) if setup.offload_parameters else 0
-    return float((16 + setup.weight_bytes) * shard + setup.weight_bytes * weights)
+    arriving = 4 if setup.zero_stage == 3 else setup.weight_bytes
+    return float((16 + arriving) * shard + setup.weight_bytes * weights)
 
 
 def _trained_shard(work: Workload) -> int:
@@ -238,7 +247,8 @@ def _buffers(work: Workload) -> float:
         matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding"]
         total += 2 * sum(p.elements for p in matrices if p.name in work.trained or not setup.checkpointing)
     if setup.zero_stage is not None:
-        total += size * (setup.bucket + min(setup.bucket, updated))  # the bucket that is filled, and the one being sent
+        # The bucket that is filled, and the one being sent. Stage 1 fills it from the float32 sums.
+        total += (4 if setup.zero_stage == 1 else size) * setup.bucket + size * min(setup.bucket, updated)
     if setup.zero_stage in (2, 3):  # the newest gradient, before it goes into the bucket
         total += size * max((p.elements for p in work.updated), default=0)
     if setup.zero_stage == 3:

@@ -1,18 +1,21 @@
 """Prove from a run's files that each round changed the tensors of its draw and no others. No torch.
 
 The final model must equal, tensor by tensor and bit by bit, the base with the deltas of all phases applied in order.
-Each delta must hold exactly the tensors that its draw updates, and each draw must follow from its seed. Nothing that
-the training processes reported is used.
+Each delta must hold exactly the tensors that its draw updates, and each draw must follow from its seed. The model is
+laid together from the base and the deltas, so this says nothing about memory during training: for that, the hashes of
+the frozen weights in memory, which the training processes wrote after the last step, must be those of the files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.digests import tensor_sha256
 from hft_cli.checkpoint.folders import model_folder, stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
@@ -33,8 +36,9 @@ MOST_NAMES = 5  # tensor names in a fault
 class RoundProof:
     """What the files say of one phase. It is proven if `faults` is empty.
 
-    `number` counts phases, `round` draws. `updated` and `frozen` count parameters. `unmoved` names tensors that were
-    updated but have the same bits as before.
+    `number` counts phases, `round` draws. `updated` and `frozen` count parameters. `in_memory` counts frozen tensors
+    whose hashes in memory are those of the files; None if the phase was not trained, or by a version that wrote none.
+    `unmoved` names tensors that were updated but have the same bits as before.
     """
 
     number: int
@@ -42,6 +46,7 @@ class RoundProof:
     name: str
     updated: int
     frozen: int
+    in_memory: int | None
     unmoved: tuple[str, ...]
     faults: tuple[str, ...]
 
@@ -98,6 +103,7 @@ class _Replay:
     tensors: dict[str, StoredTensor]
     tick: Callable[[str], None]
     writer: dict[str, int] = field(default_factory=dict)
+    hashes: dict[tuple[StoredTensor, str], str] = field(default_factory=dict)
 
     def prove(self, phase: Phase, draw: Draw, entry: Any) -> RoundProof:
         """Check a phase against its draw and its `entry` in the ledger, and apply its delta."""
@@ -111,15 +117,44 @@ class _Replay:
         except UserError as error:
             faults.append(str(error))
         faults += self._delta_faults(phase, draw, delta)
+        in_memory, differing = self._compare_memory(phase, draw)
+        faults += differing
         return RoundProof(
             number=phase.number,
             round=phase.round,
             name=phase.name,
             updated=len(draw.updated),
             frozen=len(draw.frozen),
+            in_memory=in_memory,
             unmoved=self._apply(phase, delta),
             faults=tuple(faults),
         )
+
+    def _compare_memory(self, phase: Phase, draw: Draw) -> tuple[int | None, list[str]]:
+        """Compare frozen tensors before the phase with their hashes in memory after it: how many agree, and faults."""
+        folder = self.run.round(phase.number, phase.name)
+        expected = read_json(folder.outcome).get("frozen_sha256") if folder.outcome.exists() else None
+        if expected is None:
+            return None, []
+        try:
+            recorded = read_json(folder.frozen).get("tensors")
+        except UserError as error:
+            return None, [str(error)]
+        if hashlib.sha256(folder.frozen.read_bytes()).hexdigest() != expected or not isinstance(recorded, dict):
+            return None, [f"{folder.frozen.name} is not what the training process wrote"]
+        stored = {param.name: param.stored for param in self.params}
+        frozen = {tensor for name in draw.frozen for tensor in stored[name] if tensor in self.tensors}
+        different = {name for name in frozen & recorded.keys() if self._differs(phase, name, recorded[name])}
+        faults = _fault("memory during training has no hash of frozen tensors", frozen - recorded.keys())
+        faults += _fault("frozen tensors differed in memory after the last step", different)
+        return len(frozen & recorded.keys()) - len(different), faults
+
+    def _differs(self, phase: Phase, name: str, entry: Mapping[str, str]) -> bool:
+        self.tick(f"round {phase.number}, memory: {name}")
+        key = (self.tensors[name], entry["dtype"])
+        if key not in self.hashes:  # a tensor may be frozen in several phases
+            self.hashes[key] = tensor_sha256(*key)
+        return self.hashes[key] != entry["sha256"]
 
     def _delta_faults(self, phase: Phase, draw: Draw, delta: Mapping[str, StoredTensor]) -> list[str]:
         stored = {param.name: param.stored for param in self.params}

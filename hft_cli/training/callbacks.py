@@ -18,6 +18,7 @@ from hft_cli.launch.jobs import Progress
 from hft_cli.training import universal
 from hft_cli.training.compat import unwrapped
 from hft_cli.training.procedures import Procedure
+from hft_cli.training.proof import prove_loaded
 from hft_cli.training.resume import complete, remove_older, stop_requested
 from hft_cli.training.session import Losses, Session, SessionCallback, diverged
 from hft_cli.training.validation import Validation
@@ -91,16 +92,15 @@ class FrozenProof(SessionCallback):
     """Prove that the frozen weights in memory are those of the model's files and do not change during training."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **parts: Any) -> None:
-        session = self.session
+        session, checkpoint = self.session, self.session.checkpoint
         self.state.frozen = session.ranks.gather(frozen_checksum(model))
-        if session.checkpoint is None:
-            return
-        if session.checkpoint.converted:  # other ranks hold other parts, so that checksums say nothing
-            folder, optimizer = session.checkpoint.folder, parts["optimizer"]
-            universal.prove_updated(unwrapped(model), optimizer, folder, state.global_step, session.ranks)
-            universal.prove_frozen(unwrapped(model), session.params, Path(session.job.model))
-        elif self.state.frozen != session.checkpoint.marker["frozen"]:
+        # Of a converted checkpoint other ranks hold other parts, so that checksums say nothing.
+        if checkpoint and not checkpoint.converted and self.state.frozen != checkpoint.marker["frozen"]:
             raise RuntimeError("The checkpoint restored other frozen weights than the model's files hold.")
+        prove_loaded(unwrapped(model), session, resumed=checkpoint is not None)
+        if checkpoint and checkpoint.converted:
+            step, ranks = state.global_step, session.ranks
+            universal.prove_updated(unwrapped(model), parts["optimizer"], checkpoint.folder, step, ranks)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.session.ranks.gather(frozen_checksum(model)) != self.state.frozen:

@@ -89,6 +89,24 @@ def put_gradient(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         parameter.grad.copy_(value)
 
 
+def use_zero_optimizer() -> None:
+    """Have ZeRO-1 in bfloat16 use the optimizer that the other cases use. Before the engine is made.
+
+    UPSTREAM: deepspeed 0.19.8: with float32 sums of gradients, stage 1 without offload would take BF16_Optimizer. It
+    holds all gradients twice, skips a step whose gradient is not finite without a word, and a gradient that GEM puts
+    back has no effect. There is no setting for it. This can go when stage 1 uses DeepSpeedZeroOptimizer.
+    """
+    from deepspeed.runtime import engine
+
+    check = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def wrapper(self: Any, optimizer: Any) -> Any:
+        found = check(self, optimizer)
+        return engine.ZERO_OPTIMIZATION if found == engine.BFLOAT16 and self.zero_optimization() else found
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = wrapper
+
+
 def call_before_steps(trainer: Any, function: Callable[[], None]) -> None:
     """Have `function` called before each optimizer step, when the gradient is complete and not yet clipped.
 

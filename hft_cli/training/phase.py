@@ -25,8 +25,9 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.arguments import trainer_arguments
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
-from hft_cli.training.compat import load_universal
+from hft_cli.training.compat import load_universal, use_zero_optimizer
 from hft_cli.training.procedures import Procedure, procedure_of
+from hft_cli.training.proof import write_frozen
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
 from hft_cli.training.session import Session, SessionState, TrainerParts, diverged
 from hft_cli.training.validation import Validation, keeps_best, use_best, validation_outcome
@@ -49,6 +50,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     if config.engine.zero_stage is not None:
         progress.activity("joining the ranks")
         ranks = join_ranks()
+        use_zero_optimizer()
     arguments = trainer_arguments(job, folder, procedure)
 
     progress.activity("tokenizing")
@@ -81,9 +83,10 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
             raise diverged("The loss of a step is not finite", config)
         if not state.stopped:
             progress.activity("writing the delta")
+            frozen = write_frozen(model, session)
             write_weights(model, session, procedure)
             if ranks.first:
-                write_outcome(session, trainer.state.global_step, result.training_loss, procedure)
+                write_outcome(session, trainer.state.global_step, result.training_loss, procedure, frozen)
     ranks.leave()
 
 
@@ -147,8 +150,11 @@ def write_weights(model: Any, session: Session, procedure: Procedure) -> None:
         procedure.write_delta(model, session)
 
 
-def write_outcome(session: Session, steps: int, session_loss: float, procedure: Procedure) -> None:
-    """Write outcome.json after `steps` optimizer steps of the phase; `session_loss` is the mean of this session's."""
+def write_outcome(session: Session, steps: int, session_loss: float, procedure: Procedure, frozen: str) -> None:
+    """Write outcome.json after `steps` optimizer steps of the phase.
+
+    `session_loss` is the mean of this session's steps, and `frozen` the hash of frozen.json.
+    """
     state = session.state
     outcome = {
         "steps": steps,
@@ -157,6 +163,7 @@ def write_outcome(session: Session, steps: int, session_loss: float, procedure: 
         "tokens_per_second": round(state.tokens_per_second(), 1),
         "peak_memory_bytes": peak_memory(),
         "engines": state.engines,
+        "frozen_sha256": frozen,
         **state.metrics,
         **state.checkpoint,
         **procedure.outcome(state),

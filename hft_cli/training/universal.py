@@ -2,7 +2,7 @@
 
 DeepSpeed's tool converts a checkpoint, and compat.py repairs what the tool and the loaders get wrong. Before the first
 step, all that was loaded is compared with the converted files, bit by bit. The loaders skip frozen weights, which come
-from the model's files and are compared with those.
+from the model's files and are compared with those (proof.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from hft_cli.checkpoint.conversion import to_stored
-from hft_cli.checkpoint.folders import stored_tensors
-from hft_cli.checkpoint.naming import Param
 from hft_cli.errors import UserError
 from hft_cli.files import write_text
 from hft_cli.launch.ranks import Ranks
@@ -91,27 +87,3 @@ def prove_updated(model: Any, optimizer: Any, checkpoint: Path, step: int, ranks
                 value = safe_get_full_optimizer_state(parameter, state).detach().cpu()
             if ranks.first and not torch.equal(value.reshape(-1), compat.universal_value(folder, name, state)):
                 raise RuntimeError(f"DeepSpeed did not restore {state} of {name} from {checkpoint}.")
-
-
-def prove_frozen(model: Any, params: Mapping[str, Param], folder: Path) -> None:
-    """Compare the frozen weights in the memory of every rank with the model's files. Collective over the ranks.
-
-    Args:
-        params: the model's parameters by name.
-        folder: the model's folder.
-
-    Raises:
-        RuntimeError: if a bit differs.
-    """
-    files = stored_tensors(folder)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
-        name = compat.base_name(name)
-        with compat.gathered(parameter):
-            for stored, value in to_stored(base, {name: parameter.detach().cpu()}, [params[name]]).items():
-                with safe_open(files[stored].file, "pt") as opened:
-                    expected: torch.Tensor = opened.get_tensor(stored)
-                if not torch.equal(expected.to(value.dtype), value):
-                    raise RuntimeError(f"The frozen weight {name} in memory differs from that in {files[stored].file}.")

@@ -70,7 +70,7 @@ def frozen_checksum(model: Any) -> int:
     for name, parameter in unwrapped(model).named_parameters():
         if not parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(_bytes(local_part(parameter).cpu()))
+            digest.update(bytes_of(local_part(parameter).cpu()))
     return int.from_bytes(digest.digest()[:6], "big")
 
 
@@ -102,7 +102,7 @@ def write_delta(model: Any, session: Session, value: Callable[[str], torch.Tenso
                 tensor = tensors[stored].to(DTYPES[announced[stored].dtype])
                 if not torch.isfinite(tensor).all():
                     raise diverged(f"{stored} has values that {announced[stored].dtype} has no number for", job.config)
-                writer.add(stored, [_bytes(tensor)])
+                writer.add(stored, [bytes_of(tensor)])
 
 
 def restore_masters(model: Any, session: Session) -> None:
@@ -137,5 +137,6 @@ def file_value(param: Param, files: Mapping[str, StoredTensor]) -> torch.Tensor:
     return value.float()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, row-major."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -97,6 +97,10 @@ def test_an_empty_block_changes_nothing(tmp_path):
         ({"fp16": {"enabled": True}}, r"fp16.enabled=true, but in this run it is false"),
         ({"fp16": {"loss_scale": 0}}, r"has fp16, which is not accepted: set model.dtype"),
         ({"optimizer": {"type": "AdamW"}}, r"has optimizer, which is not accepted: AdamW is set by train"),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            r'="bf16", but in this run it is "fp32", set by hft, which adds',
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, r"has scheduler, which is not accepted"),
         ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, r"so frozen weights would change"),
         ({"zero_optimization": {"round_robin_gradients": True}}, r"returns weights under each other's names"),
@@ -124,3 +128,11 @@ def test_settings_that_contradict_or_may_harm_are_refused(own, message, tmp_path
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"Cannot read .*none.json: No such file"):
         deepspeed_settings(composed(*ZERO2, f"engine.deepspeed={tmp_path / 'none.json'}"))
+
+
+def test_gradients_are_added_in_float32_also_with_a_json(tmp_path):
+    for own in ({}, {"data_types": {"grad_accum_dtype": "fp32"}}, {"data_types": {"grad_accum_dtype": "auto"}}):
+        file = tmp_path / "own.json"
+        file.write_text(json.dumps(own))
+        merged = deepspeed_settings(composed("+method=hft", "engine=zero2", f"engine.deepspeed={file}"))
+        assert merged["data_types"] == {"grad_accum_dtype": "fp32"}

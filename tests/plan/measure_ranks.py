@@ -24,6 +24,7 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.training.worker import train
 
 held: dict[str, int] = {}  # part -> bytes
+in_buckets: set[int] = set()  # storages of buckets that gradients are sent in
 
 
 def note(part: str, size: int) -> None:
@@ -50,9 +51,18 @@ def bytes_of(*values: Any, without: frozenset[int] = frozenset()) -> int:
 
 def note_gradients(zero: Any) -> None:
     """Gradients of stages 1 and 2: in .grad, summed over micro-batches, averaged; not those in a bucket to be sent."""
-    buckets = storages_of(buffer for bucket in zero.ipg_buckets.values() for buffer in bucket.buffer)
-    gradients = [p.grad for group in zero.bit16_groups for p in group if p.grad is not None]
-    note("gradients", bytes_of(gradients, zero.all_grad_tensors, zero.averaged_gradients, without=buckets))
+    if not hasattr(zero, "bit16_groups"):  # stage 3
+        return
+    for bucket in zero.ipg_buckets.values():
+        in_buckets.update(storages_of(bucket.buffer))  # sums of stage 1 stay in a bucket after it was sent
+    gradients = [[p.grad, getattr(p, "grad_accum", None)] for group in zero.bit16_groups for p in group]
+    parts = (gradients, zero.all_grad_tensors)
+    if zero.partition_gradients:
+        note("gradients", bytes_of(*parts, zero.averaged_gradients, without=frozenset(in_buckets)))
+    else:  # averages arise while the sums are sent, bucket by bucket: no moment between steps shows both
+        note("sums", bytes_of(*parts, without=frozenset(in_buckets)))
+        note("averages", bytes_of(zero.averaged_gradients, without=frozenset(in_buckets)))
+        held["gradients"] = held["sums"] + held["averages"]
 
 
 def note_state(engine: Any) -> None:
@@ -86,9 +96,10 @@ def main(files: list[Path]) -> None:
     Ranks.leave = lambda self: None  # it would end the process
     wrap(DeepSpeedZeroOptimizer, "reduce_gradients", before=note_gradients)  # stage 1, before any is given away
     wrap(DeepSpeedZeroOptimizer, "get_all_grad_tensors", before=note_gradients)  # stage 2, when the newest are added
-    wrap(DeepSpeedEngine, "step", after=note_state)
+    wrap(DeepSpeedEngine, "step", before=lambda engine: note_gradients(engine.optimizer), after=note_state)
     for file in files:
         held.clear()
+        in_buckets.clear()
         folder = RoundDir(file.parent)
         progress = Progress(folder.progress, rank=int(os.environ["RANK"]))
         train(read_job("PhaseJob", file), folder, progress)

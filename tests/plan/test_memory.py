@@ -69,12 +69,12 @@ def test_more_ranks_never_hold_more_of_what_is_sharded(family, setup, times):
 
 
 @given(families)
-def test_zero_3_divides_16_bytes_a_parameter_over_the_ranks(family):
-    """Weights, gradients, masters and moments (ZeRO, section 3)."""
+def test_zero_3_divides_18_bytes_a_parameter_over_the_ranks(family):
+    """16 for weights, gradients, masters and moments (ZeRO, section 3), and 2 because gradients are float32."""
     work = enlarge(fft(family, Setup(3, 100, "bfloat16", 1, 8)))
     needed = memory(work)
     state = needed.weights + needed.gradients + needed.masters + needed.optimizer
-    assert state == pytest.approx(16 * work.total_elements / 100, rel=1e-3)
+    assert state == pytest.approx(18 * work.total_elements / 100, rel=1e-3)
 
 
 def test_a_single_process_holds_16_bytes_a_parameter():
@@ -89,8 +89,8 @@ def test_offload_moves_the_optimizer_to_the_host():
     work = fft("llama", setup)
     needed = memory(work)
     assert (needed.optimizer, needed.masters, needed.gradients, needed.step) == (0, 0, 0, 0)
-    # Masters, moments and gradients in float32, new gradients and weights in bfloat16.
-    assert host_memory(work) == pytest.approx(20 * work.total_elements / 4, rel=1e-3)
+    # Masters, moments, gradients and new gradients in float32, weights in bfloat16.
+    assert host_memory(work) == pytest.approx(22 * work.total_elements / 4, rel=1e-3)
     assert host_memory(replace(work, setup=replace(setup, offload_optimizer=False))) == 0
 
 

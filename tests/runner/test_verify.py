@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -119,3 +120,55 @@ def test_updated_tensors_that_did_not_move_are_listed_and_pass(copied):
     ended = hft("verify", copied)
     assert (ended.status, ended.out.splitlines()[-1]) == (0, "verified: 1 round")
     assert "and 16 more" in ended.out
+
+
+def altered_memory(run: Path, name: str, change: dict | None) -> None:
+    """Change or remove the hash of a tensor in memory, as if the training process had written it so."""
+    folder = run / "rounds/01-order"
+    content = json.loads((folder / "frozen.json").read_text())
+    if change is None:
+        del content["tensors"][name]
+    else:
+        content["tensors"][name] |= change
+    (folder / "frozen.json").write_text(json.dumps(content))
+    outcome = json.loads((folder / "outcome.json").read_text())
+    outcome["frozen_sha256"] = hashlib.sha256((folder / "frozen.json").read_bytes()).hexdigest()
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+
+
+def test_all_frozen_tensors_are_compared_with_memory(hft_run):
+    (proof,) = verify(RunDir(hft_run))
+    assert proof.in_memory == proof.frozen > 0
+    assert "(in files, and in memory after the last step)" in hft("verify", hft_run).out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sha256": "0" * 64}, "frozen tensors differed in memory after the last step: "),
+        (None, "memory during training has no hash of frozen tensors: "),
+    ],
+)
+def test_a_frozen_tensor_that_memory_does_not_have_is_a_fault(copied, change, said):
+    name = ledger(copied)[0]["frozen"][0]
+    altered_memory(copied, name, change)
+    assert faults(copied) == [said + name]
+
+
+def test_hashes_that_training_did_not_write_are_a_fault(copied):
+    file = copied / "rounds/01-order/frozen.json"
+    file.write_text(file.read_text().replace("F32", "F32 ", 1))
+    assert faults(copied) == ["frozen.json is not what the training process wrote"]
+    file.unlink()
+    assert "Cannot read" in faults(copied)[0]
+
+
+def test_a_run_of_an_earlier_version_is_verified_by_its_files(copied):
+    folder = copied / "rounds/01-order"
+    (folder / "frozen.json").unlink()
+    outcome = json.loads((folder / "outcome.json").read_text())
+    del outcome["frozen_sha256"]
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+    ended = hft("verify", copied)
+    assert "frozen ones bit-identical (in files)" in ended.out
+    assert ended.status == 0

@@ -29,6 +29,7 @@ from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
 from hft_cli.paths import resolve_path
 from hft_cli.training import gem
+from hft_cli.training.compat import use_zero_optimizer
 from hft_cli.training.session import Projections
 from hft_cli.training.weights import freeze
 
@@ -216,6 +217,7 @@ def train(
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": stage},
     }
     settings = {
@@ -229,6 +231,7 @@ def train(
     arguments = SFTConfig(**settings | options)
     if stage:
         join_ranks()
+        use_zero_optimizer()
     model = tiny(dropout)
     if stage != 3:  # which has no whole weights to load into
         model.load_state_dict(learned())
