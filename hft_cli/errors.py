@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ class UserError(Exception):
 
 class NodeError(Exception):
     """Another node of the run failed, or the connection to it was lost. Exit status 1."""
+
+
+class FileError(Exception):
+    """The file system failed: a full disk, for instance. The message is one line. Exit status 1."""
 
 
 class Stopped(BaseException):
@@ -39,13 +44,28 @@ class JobFailure:
     status: int
 
 
-# Errors of the file system that are a user's mistake: a wrong path, or missing rights.
-FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+# Errors of the file system that are a user's mistake: a wrong path, or missing rights. Others are the machine's.
+MISTAKES = frozenset(
+    {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+     errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ETXTBSY}
+)  # fmt: skip
+MACHINE = frozenset(
+    {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOTSUP, errno.ESTALE}
+)
 
 
-def file_error_text(error: OSError) -> str:
-    """One line for one of FILE_ERRORS: "Permission denied: runs/first"."""
-    return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+def file_error(error: OSError) -> UserError | FileError | None:
+    """An error of the file system as one line ("Permission denied: runs/first"); None for an OSError of another kind.
+
+    An error while a file is written does not name the file.
+    """
+    if error.errno is None:  # raised by a library, with a text of its own
+        kinds = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+        return UserError(first_line(error)) if isinstance(error, kinds) else None
+    where = f": {error.filename}" if error.filename is not None else ""
+    if error.errno in MISTAKES:
+        return UserError(f"{error.strerror}{where}")
+    return FileError(f"{error.strerror}{where}") if error.errno in MACHINE else None
 
 
 def first_line(error: BaseException) -> str:

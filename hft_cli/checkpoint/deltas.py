@@ -12,6 +12,7 @@ from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, NAMED_TEMPLATES, stor
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
 from hft_cli.errors import UserError
+from hft_cli.files import new_folder
 
 
 def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, metadata: Mapping[str, str]) -> None:
@@ -43,27 +44,23 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
                 f"{tensor.file} has {name} with shape {list(tensor.shape)}, which {base} does not have. Give the base "
                 "that the delta was made from."
             )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for file in sorted(base.iterdir()):
-        if file.is_file() and file.suffix in COMPANION_SUFFIXES:
-            shutil.copyfile(file, part / file.name)
-    if (base / NAMED_TEMPLATES).is_dir():
-        shutil.copytree(base / NAMED_TEMPLATES, part / NAMED_TEMPLATES)
-    for name, text in (extra or {}).items():
-        (part / name).parent.mkdir(exist_ok=True)
-        (part / name).write_text(text, encoding="utf-8")
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        content = {name: changes.get(name, tensor) for name, tensor in tensors.items() if tensor.file == file}
-        if not changes.keys() & content.keys():
-            shutil.copyfile(file, part / file.name)
-            continue
-        with Writer(part / file.name, content, {"format": "pt"}) as writer:
-            for name, tensor in content.items():
-                writer.add(name, read_bytes(tensor))
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    with new_folder(out) as part:
+        for file in sorted(base.iterdir()):
+            if file.is_file() and file.suffix in COMPANION_SUFFIXES:
+                shutil.copyfile(file, part / file.name)
+        if (base / NAMED_TEMPLATES).is_dir():
+            shutil.copytree(base / NAMED_TEMPLATES, part / NAMED_TEMPLATES)
+        for name, text in (extra or {}).items():
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_text(text, encoding="utf-8")
+        for file in sorted({tensor.file for tensor in tensors.values()}):
+            content = {name: changes.get(name, tensor) for name, tensor in tensors.items() if tensor.file == file}
+            if not changes.keys() & content.keys():
+                shutil.copyfile(file, part / file.name)
+                continue
+            with Writer(part / file.name, content, {"format": "pt"}) as writer:
+                for name, tensor in content.items():
+                    writer.add(name, read_bytes(tensor))
 
 
 def reset_tensors(

@@ -20,7 +20,7 @@ from hft_cli.cli.hydra_errors import one_line
 from hft_cli.cli.launchers import follow_jobs, launcher_arguments
 from hft_cli.config import defaults
 from hft_cli.config.schema import SCHEMAS, RunConfig
-from hft_cli.errors import FILE_ERRORS, JobFailure, NodeError, Stopped, UserError, file_error_text
+from hft_cli.errors import FileError, JobFailure, NodeError, Stopped, UserError, file_error
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.parallel import stopped_by_command
 from hft_cli.logs import set_up_logging
@@ -91,6 +91,10 @@ def _check_flags(argv: Sequence[str], name: str) -> None:
     parser.parse_args(list(argv))
 
 
+# Errors whose message says all: without a traceback.
+ONE_LINE = (UserError, NodeError, FileError, Stopped, subprocess.CalledProcessError)
+
+
 @dataclass(frozen=True)
 class HydraJob:
     """The function that Hydra calls with a composed config. Launchers pickle it for jobs in other processes.
@@ -124,19 +128,15 @@ class HydraJob:
             if "joblib" not in launcher:
                 raise
             error = stop
-        except (UserError, subprocess.CalledProcessError) as failure:
-            error = failure
-        except NodeError as failure:
-            error = failure
-            if not submitted:
-                logger.error("hft: %s", error)
-        except FILE_ERRORS as failure:
-            error = UserError(file_error_text(failure))
         except Exception as failure:
+            known = file_error(failure) if isinstance(failure, OSError) else None
+            error = known or failure
+        if isinstance(error, NodeError | FileError) and not submitted:
+            logger.error("hft: %s", error)
+        elif not isinstance(error, ONE_LINE):
             if not sweep:
-                raise
-            traceback.print_exc()
-            error = failure
+                raise error
+            traceback.print_exception(error)
         number = settings.job.num if sweep else 0
         reason = "stopped by a signal" if isinstance(error, Stopped) else str(error)
         report = JobFailure(number, " ".join(settings.overrides.task), reason, _exit_status(error))

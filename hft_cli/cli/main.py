@@ -11,7 +11,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from hft_cli.cli.commands import COMMANDS, overview, run_command
-from hft_cli.errors import FILE_ERRORS, Stopped, UserError, choose, file_error_text
+from hft_cli.errors import Stopped, UserError, choose, file_error
 from hft_cli.logs import set_up_logging, take_log_flags
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ def main() -> None:
     except UserError as error:
         logger.error("hft: %s", error)
         status = 2
-    except FILE_ERRORS as error:
-        logger.error("hft: %s", file_error_text(error))
-        status = 2
     except (Stopped, KeyboardInterrupt) as stop:
         resume = " with resume=true" if argv[:1] == ["train"] else ""
         logger.error("hft: stopped. The same command%s continues.", resume)
@@ -42,6 +39,12 @@ def main() -> None:
     except BrokenPipeError:  # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        failure = file_error(error)
+        if failure is None:
+            raise
+        logger.error("hft: %s", failure)
+        status = 2 if isinstance(failure, UserError) else 1
     sys.exit(status)
 
 

@@ -5,8 +5,10 @@ The cache lies beside that of `datasets` (HF_DATASETS_CACHE, or HF_HOME/datasets
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,8 +22,9 @@ from operator import eq
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from hft_cli.errors import UserError
 from hft_cli.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -65,8 +68,7 @@ def source_key(path: str, *facts: Any) -> str:
 def made(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder in the cache, made if it is not there. A folder that is being made is not seen by other processes.
 
-    Raises:
-        UserError: if the cache cannot be written.
+    If the cache cannot be written, a temporary one takes its place in this process and in those that it starts.
     """
     if folder.exists():
         return folder
@@ -74,9 +76,10 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"The cache {folder.parent} cannot be written ({error.strerror}). Set HF_DATASETS_CACHE to another folder."
-        ) from error
+        within = folder.relative_to(cache_folder())
+        folder = _temporary_cache(error) / within
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         make(new)
         new.rename(folder)
@@ -86,6 +89,18 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def _temporary_cache(error: OSError) -> Path:
+    """A cache of this command alone, because the user's cannot be written: a home may be read-only on a cluster."""
+    folder = tempfile.mkdtemp(prefix="hft-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        f"The cache {cache_folder()} cannot be written ({error.strerror}): rows and tokens are made anew in {folder}, "
+        "which is removed at the end. Set HF_DATASETS_CACHE to a folder that can be written."
+    )
+    os.environ["HF_DATASETS_CACHE"] = folder
+    return cache_folder()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.environment import environment
+
+logger = logging.getLogger(__name__)
 
 
 def write_scores(file: Path, scores: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> None:
@@ -60,11 +63,18 @@ def copy_from_cache(keys: Mapping[Path, str]) -> int:
 
 
 def add_to_cache(keys: Mapping[Path, str]) -> None:
-    """Copy files of scores to the cache, each under its key."""
+    """Copy files of scores to the cache, each under its key. A cache that cannot be written costs time only."""
     for file, key in keys.items():
         cached = cache_folder() / f"{key}.json"
-        if not cached.exists():
-            _copy(file, cached)
+        try:
+            if not cached.exists():
+                _copy(file, cached)
+        except OSError as error:
+            logger.warning(
+                f"Scores are not kept for other runs: {cache_folder()} cannot be written ({error.strerror}). Set "
+                "XDG_CACHE_HOME to a folder that can be written."
+            )
+            return
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir, RunDir
 
 logger = logging.getLogger(__name__)
+
+FULL = 1 << 20  # bytes: with less left on a disk, a worker that failed did so for that
 
 SAME_SIGNAL = 5.0  # seconds: a scheduler signals all nodes, so signals that are this close count as one
 
@@ -90,6 +93,8 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
     if folder.mistake.exists():
         raise UserError(folder.mistake.read_text())
     logger.error(_last_error(folder.log))
+    if shutil.disk_usage(folder.folder).free < FULL:  # libraries say so in many ways
+        logger.error("The disk of %s is full.", folder.folder)
     logger.error("%s failed (exit status %d). The whole log: %s", run.label, process.returncode, folder.log)
     raise subprocess.CalledProcessError(process.returncode, command)
 

@@ -14,7 +14,7 @@ from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
-from hft_cli.files import flatten, read_json, write_json, write_text
+from hft_cli.files import flatten, new_folder, read_json, write_json, write_text
 from hft_cli.method.rounds import phases
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
@@ -55,17 +55,15 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     # A later round's tensor replaces an earlier one's.
     tensors = {name: tensor for folder in folders for name, tensor in read_header(folder.delta).items()}
     about = _about(run, len(folders))
-    part = out.with_name(out.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
     metadata = {"base_sha256": about["base_sha256"]}
-    write_delta_file({name: [tensor] for name, tensor in tensors.items()}, part / DELTA, metadata)
     template = folders[-1].template if read_config(run).model.chat_template is not None else None
-    for file in (template, folders[-1].answer_end):
-        if file is not None and file.exists():
-            write_text(part / file.name, file.read_text())
-    write_json(part / ABOUT, about)
-    write_text(part / "README.md", _card(about, out.resolve().name))
-    part.rename(out)
+    with new_folder(out) as part:
+        write_delta_file({name: [tensor] for name, tensor in tensors.items()}, part / DELTA, metadata)
+        for file in (template, folders[-1].answer_end):
+            if file is not None and file.exists():
+                write_text(part / file.name, file.read_text())
+        write_json(part / ABOUT, about)
+        write_text(part / "README.md", _card(about, out.resolve().name))
 
 
 def apply(delta: Path, base: str, out: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
+from hft_cli.files import sync_tree
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.compat import adapter_change, base_name, load_adapter, master_value
 from hft_cli.training.session import Session
@@ -71,6 +72,7 @@ def write_merged(model: Any, session: Session) -> None:
     if not session.ranks.first:
         return
     model.save_pretrained(session.folder.adapter, state_dict=adapters, save_embedding_layers=False)
+    sync_tree(session.folder.adapter)
     files = stored_tensors(Path(session.job.model))
 
     def merged(name: str) -> torch.Tensor:

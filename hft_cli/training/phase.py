@@ -16,7 +16,7 @@ from hft_cli.data.pairs import TokenizedPairs
 from hft_cli.data.phase_rows import PhaseRows, phase_rows, rows_to_validate
 from hft_cli.data.templates import answer_end, use_template
 from hft_cli.data.tokenization import Tokenized
-from hft_cli.files import read_json, write_json, write_text
+from hft_cli.files import read_json, sync_tree, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
 from hft_cli.method.rounds import Phase, phases
@@ -119,6 +119,7 @@ def load_rows(
         rows.dataset.save_to_disk(str(folder.tokens))
         if validated:
             validated.dataset.save_to_disk(str(folder.validation_tokens))
+        sync_tree(folder.tokens)
         write_json(counts_file, counts)
     ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)

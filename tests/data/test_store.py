@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,15 @@ def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pyt
     assert not [found for found in (tmp_path / "cache").rglob("*") if found.is_file()]
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_rows_are_kept_for_this_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"^The cache .* cannot be written .* Set HF_DATASETS_CACHE to another"):
-        read_chats(write(tmp_path / "a.jsonl"))
+    path = write(tmp_path / "a.jsonl")
+    rows = list(read_chats(path))
+    assert len(rows) == 1
+    assert list(read_chats(path)) == rows
+    (message,) = caplog.messages  # once
+    assert re.match(r"The cache .*file/hft cannot be written \(.*\): .* Set HF_DATASETS_CACHE to a folder", message)
+    assert os.environ["HF_DATASETS_CACHE"].startswith(tempfile.gettempdir())

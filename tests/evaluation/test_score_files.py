@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from hft_cli.evaluation.score_files import add_to_cache, cache_key, copy_from_cache, read_scores, write_scores
 
@@ -30,3 +31,12 @@ def test_cached_scores_are_copied_to_missing_files_only(tmp_path, monkeypatch):
 def test_a_cache_key_depends_on_every_value():
     keys = {cache_key({"dtype": dtype}, seed) for dtype in ("float32", "bfloat16") for seed in (1, 2, 2)}
     assert len(keys) == 4
+
+
+def test_a_score_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    write_scores(tmp_path / "a.json", {"accuracy": 1.0}, [])
+    add_to_cache({tmp_path / "a.json": "key"})
+    (message,) = caplog.messages
+    assert re.match(r"Scores are not kept for other runs: .* cannot be written \(Not a directory\)", message)
