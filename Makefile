@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test test-slurm check lint types wheel-test versions clean
+.PHONY: help demo demo-continual test test-slurm torture check lint types wheel-test versions clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
 	@echo "make demo-continual  four skills one after the other, full against half fine-tuning: R, OP and BWT"
 	@echo "make test        the tests"
 	@echo "make test-slurm  the tests of scripts/slurm and of sweeps by submitit, on a SLURM set up for them (root, Debian)"
+	@echo "make torture     kills and disk faults before each file operation of short runs, and at random moments (hours)"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
 	@echo "make versions    quick tests with the lowest and with the newest versions that pyproject.toml admits (about 12 GB)"
@@ -32,6 +33,9 @@ demo-continual: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+torture: .venv/installed
+	$(BIN)/python scripts/torture.py --engine single --engine zero2 --out runs/torture.md
 
 test-slurm: .venv/installed
 	scripts/slurm_test.sh $(BIN)/python

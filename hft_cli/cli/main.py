@@ -39,6 +39,9 @@ def main() -> None:
     except BrokenPipeError:  # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
+    except MemoryError:
+        logger.error("hft: out of memory.")
+        status = 1
     except OSError as error:
         failure = file_error(error)
         if failure is None:

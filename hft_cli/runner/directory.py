@@ -56,6 +56,13 @@ def refuse_other_files(run: RunDir) -> None:
         )
 
 
+def remove_parts(run: RunDir) -> None:
+    """Remove the files that a killed command was writing (files.write_text). Only while the run is locked."""
+    for path in run.folder.rglob("*.part"):
+        if re.fullmatch(r".+\.\d+\.part", path.name):
+            path.unlink()
+
+
 def seal(run: RunDir, prepared: Prepared, overrides: Sequence[str]) -> None:
     """Write what the run is. config.yaml comes last: a directory that has it has the other files too."""
     write_text(run.overrides, yaml.safe_dump(list(overrides), sort_keys=False))

@@ -31,6 +31,7 @@ from hft_cli.runner.directory import (
     continue_run,
     find_unfinished,
     refuse_other_files,
+    remove_parts,
     require_same_config,
     seal,
 )
@@ -89,6 +90,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
         refuse_other_files(run)
         run.folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.lock):
+        remove_parts(run)
         if new:
             seal(run, prepared, overrides)
         else:

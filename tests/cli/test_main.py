@@ -59,6 +59,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest():
         (PermissionError(13, "Permission denied", "runs/first"), 2, "hft: Permission denied: runs/first"),
         (FileNotFoundError("no such thing"), 2, "hft: no such thing"),
         (OSError(28, "No space left on device"), 1, "hft: No space left on device"),
+        (MemoryError(), 1, "hft: out of memory."),
         (main.Stopped(15), 143, "hft: stopped. The same command continues."),
         (KeyboardInterrupt(), 130, "hft: stopped. The same command continues."),
     ],

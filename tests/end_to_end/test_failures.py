@@ -52,6 +52,7 @@ def test_a_start_that_was_cut_off_is_begun_anew(tmp_path):
     (tmp_path / "draws.json").write_text("{}")
     ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}", "train.max_steps=1")
     assert ended.status == 0, ended.err
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
