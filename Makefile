@@ -35,7 +35,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 torture: .venv/installed
-	$(BIN)/python scripts/torture.py --engine single --engine zero2 --out runs/torture.md
+	$(BIN)/python scripts/torture.py --engine single --engine zero2
 
 test-slurm: .venv/installed
 	scripts/slurm_test.sh $(BIN)/python
