@@ -22,6 +22,22 @@ def disable_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def load_data_only() -> None:
+    """Have torch.load refuse all but data in this process: unpickling a file of somebody else could run its code.
+
+    UPSTREAM: torch 2.13.0 with deepspeed 0.19.8: DeepSpeed loads its checkpoints with weights_only=False, which this
+    variable of the environment overrules. The three classes are all that they hold beside tensors and plain values.
+    This can go when DeepSpeed loads them with weights_only=True.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from torch.serialization import add_safe_globals
+
+    add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
 def exit_rank() -> None:
     """End this process without the teardown of Python and of its libraries.
 

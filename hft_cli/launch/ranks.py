@@ -78,6 +78,7 @@ def join_ranks() -> Ranks:
 
     from hft_cli.launch import compat
 
+    compat.load_data_only()
     compat.disable_shared_memory_op()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=RANKS_TIMEOUT)

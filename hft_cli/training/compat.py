@@ -258,7 +258,7 @@ def complete_universal(folder: Path, stage: int) -> None:
     step for each parameter and another name of the model's file, ZeRO-3 needs the settings of the optimizer.
     """
     file = folder / "zero" / "optimizer_state.pt"
-    state = torch.load(file, map_location="cpu", weights_only=False)
+    state = torch.load(file, map_location="cpu")
     parameters = [path.parent for path in sorted((folder / "zero").rglob("exp_avg.pt"))]
     if "optimizer_state_dict" in state:  # by ZeRO-3: the whole share of the first rank, without names
         step = state["optimizer_state_dict"]["state"][0]["step"]
@@ -266,12 +266,12 @@ def complete_universal(folder: Path, stage: int) -> None:
         if stage < 3:
             for parameter in parameters:
                 for name in OPTIMIZER_STATES:
-                    value = torch.load(parameter / f"{name}.pt", weights_only=False)
+                    value = torch.load(parameter / f"{name}.pt")
                     torch.save({"param": value}, parameter / f"{name}.pt")
                 torch.save(step, parameter / "step.pt")
             (folder / SHARD_FILE).rename(folder / MODEL_FILE)
     else:
-        step = torch.load(parameters[0] / "step.pt", weights_only=False)
+        step = torch.load(parameters[0] / "step.pt")
         if stage == 3:
             (folder / MODEL_FILE).rename(folder / SHARD_FILE)
     if stage == 3:
@@ -305,6 +305,6 @@ def universal_value(folder: Path, name: str, state: str) -> torch.Tensor:
 
     UPSTREAM: deepspeed 0.19.8: the file holds a tensor, or a dict with it as `param`, depending on the ZeRO stage.
     """
-    content = torch.load(folder / "zero" / name / f"{state}.pt", map_location="cpu", weights_only=False)
+    content = torch.load(folder / "zero" / name / f"{state}.pt", map_location="cpu")
     value: torch.Tensor = content["param"] if isinstance(content, dict) else content
     return value.reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
 
 SIGNALS: list[int] = []  # that this process has received
+
+OWN_FILES = r"hft\.json|universal_zero|latest_universal"  # that hft writes into a complete checkpoint
 
 MARKER = "hft.json"  # written last into a checkpoint: a checkpoint without it is not complete
 
@@ -92,6 +95,10 @@ def remove_older(folder: Path, keep: int) -> None:
 def damage(folder: Path, marker: Mapping[str, Any]) -> str | None:
     """What is wrong with the files of a checkpoint, or None. Checkpoints of earlier versions list no files."""
     files: dict[str, tuple[int, str]] = marker.get("files", {})
+    for path in folder.rglob("*") if files else ():
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files and not re.match(OWN_FILES, name):  # DeepSpeed loads what it finds
+            return f"{name} was not in it when it was written"
     for name, (size, _) in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

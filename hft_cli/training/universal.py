@@ -62,7 +62,7 @@ def _convert(checkpoint: Path, stage: int) -> None:
         part = folder.with_suffix(f".{os.getpid()}.part")
         tag = (checkpoint / "latest").read_text().strip()
         # Relative names, because the tool takes its paths for patterns; a process of its own, because it forks.
-        tool = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        tool = [sys.executable, "-P", "-m", "hft_cli.training.universal_tool", "--inject_missing_state"]
         subprocess.run([*tool, "--input_folder", tag, "--output_folder", part.name], cwd=checkpoint, check=True)
         compat.complete_universal(part, stage)
         part.rename(folder)

@@ -12,6 +12,7 @@ from hft_cli.training.resume import record_signals
 def train(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     """Train one phase of a run; see `train_phase`."""
     record_signals()  # before the libraries load, which takes seconds
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a checkpoint is data: loading it runs no code
     import torch
 
     if not torch.cuda.is_available():

@@ -26,6 +26,30 @@ def test_deepspeed_looks_the_shared_memory_op_up_in_its_table():
     assert comm.build_shm_op() is None
 
 
+PLANTED = """
+import pathlib, sys, torch
+from hft_cli.launch.compat import load_data_only
+
+class Planted:
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path(sys.argv[1]) / "ran",)
+
+file = pathlib.Path(sys.argv[1]) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+torch.save({"optimizer_state_dict": Planted()}, file)
+if sys.argv[2] == "data only":
+    load_data_only()
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+TorchCheckpointEngine().load(str(file), map_location="cpu")
+"""
+
+
+@pytest.mark.parametrize("how", ["as DeepSpeed does", "data only"])
+def test_a_planted_checkpoint_runs_no_code(how, tmp_path):
+    ended = subprocess.run([sys.executable, "-c", PLANTED, tmp_path, how], capture_output=True, text=True)
+    assert (tmp_path / "ran").exists() == (how != "data only")  # without the restriction it does
+    assert ("Weights only load failed" in ended.stderr) == (how == "data only")
+
+
 def test_a_rank_ends_with_status_0_and_all_its_output():
     code = (
         "import torch.distributed as dist; from hft_cli.launch import compat;"

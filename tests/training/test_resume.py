@@ -54,6 +54,7 @@ def whole(folder: Path, step: int) -> Path:
         (lambda path: (path / "optimizer.pt").unlink(), r"optimizer\.pt is missing"),
         (lambda path: (path / "optimizer.pt").write_bytes(b"momentS"), r"optimizer\.pt has changed"),
         (lambda path: (path / "global_step2/shard.pt").write_bytes(b""), r"shard\.pt has another size"),
+        (lambda path: (path / "global_step2/x_optim_states.pt").write_bytes(b"x"), r"x_optim_states\.pt was not in it"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(harm, said, tmp_path):
