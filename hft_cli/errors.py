@@ -73,6 +73,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def short(error: BaseException, length: int = 120) -> str:
+    """The first line of an error's message, cut off: some errors repeat the whole input."""
+    text = first_line(error)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`.
 

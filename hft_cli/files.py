@@ -12,7 +12,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_cli.errors import UserError, choose
+from hft_cli.errors import UserError, choose, short
+
+LARGEST_JSON = 1 << 28  # bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,11 +77,15 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, or holds something else.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise UserError(f"{path} is not a file.")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} has {path.stat().st_size} bytes: too many for the JSON file that it should be.")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({short(error)}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return value

@@ -88,6 +88,8 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise UserError(f"{index} has no weight_map. Fetch it again.")
+        if elsewhere := sorted({shard for shard in shards.values() if Path(shard).name != shard}):
+            raise UserError(f"{index} names {elsewhere[0]!r}. Shards must lie in the folder itself: move them there.")
         if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} of its shards are missing). Fetch them.")
         return {name: folder / shard for name, shard in shards.items()}

@@ -15,10 +15,10 @@ from typing import Any
 from hft_cli.checkpoint.architectures import SAME_NAMES, shapes_from_fields
 from hft_cli.checkpoint.conversion import Layout, meta_model, read_layout, shapes_of
 from hft_cli.checkpoint.folders import stored_tensors
+from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.naming import BUFFERS, Param, classify, make_params
 from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
 from hft_cli.errors import UserError
-from hft_cli.files import read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -50,10 +50,16 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
     """
     folder = Path(path)
     tensors = stored_tensors(folder)
-    config = read_json(folder / "config.json")
+    config = read_model_config(folder / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{folder} holds quantized weights, which cannot be trained. Use the unquantized checkpoint.")
     layout = _layout_from_names(config, tensors) or read_layout(meta_model(folder), tensors, folder)
+    expected = shapes_from_fields(config) or {}
+    if wrong := [name for name, shape in layout.shapes.items() if expected.get(name, shape) != shape]:
+        raise UserError(
+            f"{folder}: config.json gives {wrong[0]} the shape {list(expected[wrong[0]])}, the files "
+            f"{list(layout.shapes[wrong[0]])} ({len(wrong)} parameters differ). Are they of one model?"
+        )
     for first, second in layout.copies:
         if not same_bytes(tensors[first], tensors[second]):
             raise UserError(

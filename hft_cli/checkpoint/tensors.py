@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, short
 from hft_cli.files import sync_folder
 
 BITS = {
@@ -78,8 +78,9 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
         end = _end_of_data(tensors, start)
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a broken safetensors header ({error!r}). Fetch the file again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        what = f"{type(error).__name__}: {short(error)}"
+        raise UserError(f"{path} has a broken safetensors header ({what}). Fetch the file again.") from None
     if end != size:
         raise UserError(f"{path} has {size} bytes where its header says {end}. Fetch the file again.")
     return tensors

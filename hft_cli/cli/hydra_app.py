@@ -62,7 +62,7 @@ def run_hydra(name: str, argv: list[str], run: Run) -> list[JobFailure]:
     primary = "train" if issubclass(SCHEMAS[name], RunConfig) else name  # conf/train.yaml is also the plan's
     returned: list[JobFailure] = []
     with tempfile.TemporaryDirectory(prefix="hft-") as folder, follow_jobs(argv, Path(folder), returned):
-        job = HydraJob(run, tuple(argv), Path(folder))
+        job = HydraJob(run, name, tuple(argv), Path(folder))
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=primary)(job)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -101,11 +101,13 @@ class HydraJob:
 
     Attributes:
         run: the command's function.
+        name: of the command.
         argv: what was typed.
         folder: of the sweep, for one file for each failed job.
     """
 
     run: Run
+    name: str
     argv: tuple[str, ...]
     folder: Path
 
@@ -129,8 +131,7 @@ class HydraJob:
                 raise
             error = stop
         except Exception as failure:
-            known = file_error(failure) if isinstance(failure, OSError) else None
-            error = known or failure
+            error = self._known(failure) or failure
         if isinstance(error, NodeError | FileError) and not submitted:
             logger.error("hft: %s", error)
         elif not isinstance(error, ONE_LINE):
@@ -147,6 +148,14 @@ class HydraJob:
             raise error
         write_json(self.folder / f"{number}.json", asdict(report))
         return None
+
+    def _known(self, failure: Exception) -> Exception | None:
+        """An error of the file system, or of a value that OmegaConf resolves only now, as one line."""
+        from omegaconf.errors import OmegaConfBaseException
+
+        if isinstance(failure, OmegaConfBaseException):
+            return UserError(one_line(failure, self.argv, self.name))
+        return file_error(failure) if isinstance(failure, OSError) else None
 
 
 def _signals_of_job(launcher: str, folder: Path) -> AbstractContextManager[None]:

@@ -39,6 +39,8 @@ def hydra_arguments(command: str, argv: Sequence[str]) -> list[str]:
     Raises:
         UserError: for an unknown experiment, a sweep without -m, or arguments that contradict each other.
     """
+    if unnamed := next((argument for argument in argv if re.match(r"[+~]*=", argument)), None):
+        raise UserError(f"'{unnamed}' has no key before =. Write KEY=VALUE.")
     sweep = is_sweep(argv)
     shows = any(argument == "-c" or argument.startswith("--cfg") for argument in argv)
     if sweep and shows:

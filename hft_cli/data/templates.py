@@ -11,7 +11,7 @@ from typing import Any
 
 from hft_cli.data.chats import Turn
 from hft_cli.data.turns import REASONING_KEYS
-from hft_cli.errors import UserError, choose
+from hft_cli.errors import UserError, choose, short
 from hft_cli.paths import PACKAGE
 
 TEMPLATES = PACKAGE / "assets" / "chat_templates"
@@ -24,6 +24,20 @@ OTHER_TEMPLATE = "choose another template (model.chat_template=tulu|plain|PATH)"
 REASONING_TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>|\[/?THINK\]|◁/?think▷")
 
 PROBE = "An answer to look for."
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model's folder or hub repository.
+
+    Raises:
+        UserError: if there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:  # broken files fail in many ways
+        raise UserError(f"{path} has no tokenizer that transformers can read: {short(error)}") from error
 
 
 def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
@@ -41,19 +55,29 @@ def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
     """
     if name_or_path is None:
         return own_template(tokenizer)
+    file = template_file(name_or_path)
+    if file.parent != TEMPLATES:
+        return file.read_text(encoding="utf-8")
+    if not tokenizer.eos_token:
+        raise UserError(f"The chat template '{name_or_path}' ends answers with the EOS token; the tokenizer has none.")
+    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + file.read_text(encoding="utf-8")
+
+
+def template_file(name_or_path: str) -> Path:
+    """The file of a chat template: one of `TEMPLATES` by its name, or the user's own by its path.
+
+    Raises:
+        UserError: if there is none.
+    """
     built_in = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
-    if name_or_path not in built_in:
-        file = Path(name_or_path).expanduser()
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
+    if name_or_path in built_in:
+        return built_in[name_or_path]
+    file = Path(name_or_path).expanduser()
+    if not file.is_file():
         if file.suffix or len(file.parts) > 1:
             raise UserError(f"No such chat template file: '{name_or_path}'. Built in: {', '.join(built_in)}.")
         choose("model.chat_template", name_or_path, built_in)
-    if not tokenizer.eos_token:
-        raise UserError(f"The chat template '{name_or_path}' ends answers with the EOS token; the tokenizer has none.")
-    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + built_in[name_or_path].read_text(
-        encoding="utf-8"
-    )
+    return file
 
 
 def own_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:

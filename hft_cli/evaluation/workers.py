@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.templates import chat_template
+from hft_cli.data import templates
 from hft_cli.launch.ranks import Ranks
 
 T = TypeVar("T")
@@ -57,13 +57,11 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
     """Load a tokenizer; `model.chat_template` replaces its own chat template.
 
     Raises:
-        UserError: for an unknown chat template.
+        UserError: for an unknown chat template, or a tokenizer that cannot be read.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = templates.load_tokenizer(path)
     if config.chat_template is not None:
-        tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
+        tokenizer.chat_template = templates.chat_template(config.chat_template, tokenizer)
     return tokenizer
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import config_from_hub, stored_tensors
+from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_fields, parameters_from_folder
 from hft_cli.config.schema import ModelConfig
 from hft_cli.errors import choose
-from hft_cli.files import read_json
 from hft_cli.paths import ARCHITECTURES, resolve_path
 from hft_cli.plan.workload import Shape, model_shape
 
@@ -42,7 +42,7 @@ def read_model(config: ModelConfig) -> Model:
     """Read the model's shapes from its folder, from model.architecture, or from the config.json on the hub."""
     path, architecture, kinds = config.path, config.architecture, config.kinds
     folder = Path(resolve_path(path))
-    if folder.is_dir() and list(folder.glob("*.safetensors")):
+    if folder.is_dir() and (list(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists()):
         return _model_from_folder(folder, path, kinds)
     if architecture is None:
         file = folder / "config.json" if folder.is_dir() else config_from_hub(path, config.revision)
@@ -51,7 +51,7 @@ def read_model(config: ModelConfig) -> Model:
     else:
         choose("model.architecture", architecture, sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         file = ARCHITECTURES / f"{architecture}.json"
-    fields = read_json(file)
+    fields = read_model_config(file)
     params = parameters_from_fields(fields, kinds) or parameters_from_config(file, kinds)
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or config.dtype)
     stored = {p.name: p.elements * DTYPE_BYTES.get(dtype, 4) for p in params}
@@ -59,7 +59,7 @@ def read_model(config: ModelConfig) -> Model:
 
 
 def _model_from_folder(folder: Path, path: str, kinds: Mapping[str, str]) -> Model:
-    fields, files = read_json(folder / "config.json"), stored_tensors(folder)
+    fields, files = read_model_config(folder / "config.json"), stored_tensors(folder)
     params = parameters_from_folder(folder, kinds)
     tensors = {p.name: [files[name] for name in p.stored] for p in params}
     dtypes = {tensor.dtype for parts in tensors.values() for tensor in parts}

@@ -45,7 +45,8 @@ def refuse_other_files(run: RunDir) -> None:
     if not run.folder.is_dir():
         raise UserError(f"output_dir={run.folder} is a file. Choose an empty or a new directory.")
     cut_off = {run.overrides, run.environment, run.plan, run.draws, run.lock, run.nodes}
-    parts = re.compile(rf"({'|'.join(re.escape(path.name) for path in cut_off)})\.\d+\.part")  # files.write_text
+    written = "|".join(re.escape(path.name) for path in (*cut_off, run.config))
+    parts = re.compile(rf"({written})\.\d+\.part")  # files.write_text
     others = sorted(
         path.name for path in run.folder.iterdir() if path not in cut_off and not parts.fullmatch(path.name)
     )

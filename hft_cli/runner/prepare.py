@@ -9,6 +9,7 @@ from typing import Any
 
 from hft_cli.checkpoint.deltas import reset_tensors
 from hft_cli.checkpoint.folders import model_folder, weights_hash
+from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
@@ -16,9 +17,10 @@ from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
 from hft_cli.data.mixing import read_mixed, validation_rows
 from hft_cli.data.rows import count_repeats, read_chats
+from hft_cli.data.templates import template_file
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
-from hft_cli.files import flatten, read_json
+from hft_cli.files import flatten
 from hft_cli.launch.environment import environment
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
 from hft_cli.method.selection import Draw
@@ -66,7 +68,7 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     """
     path = config.model.path
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
-    return with_model_limits(config, read_json(base / "config.json"), base.name), base
+    return with_model_limits(config, read_model_config(base / "config.json"), base.name), base
 
 
 def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
@@ -76,11 +78,14 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
         UserError: for a mistake in the config or the data, or a machine that cannot do the run.
     """
     params = parameters_from_folder(base, config.model.kinds)
+    check_companions(base)
     plan, drawn = phases(config), draws(config, params)
     if plan[0].stage == "half_reset":
         half_reset_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
     elif not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
+    if config.model.chat_template is not None:
+        template_file(config.model.chat_template)  # raises if there is none
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config) for phase in plan]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import config_from_hub, model_folder
+from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
 from hft_cli.data.bad_rows import BadRow, reason_of, try_rows
@@ -20,10 +21,9 @@ from hft_cli.data.shown import ShownRow, show_chat, show_pair
 from hft_cli.data.sources import Part
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
-from hft_cli.data.templates import use_template
+from hft_cli.data.templates import load_tokenizer, use_template
 from hft_cli.data.tokenization import TokenOptions, TokenRow
-from hft_cli.errors import UserError, first_line
-from hft_cli.files import read_json
+from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, phase_config, phases, with_model_limits
 from hft_cli.paths import resolve_path
 
@@ -77,21 +77,11 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     path, revision = resolve_path(config.model.path), config.model.revision
     if Path(path).is_dir():
         path = str(model_folder(path, revision=revision))
-    model = read_json(Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision))
+    model = read_model_config(Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision))
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path, revision)
     use_template(config.model.chat_template, tokenizer)
     return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model's folder or hub repository; UserError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path} has no tokenizer that can be read: {first_line(error)}") from error
 
 
 def _shown_phase(phase: Phase, config: RunConfig, tokenizer: Any) -> ShownPhase:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
+from hft_cli.data import templates
 from hft_cli.data.pairs import TokenizedPairs
 from hft_cli.data.phase_rows import PhaseRows, phase_rows, rows_to_validate
-from hft_cli.data.templates import answer_end, use_template
 from hft_cli.data.tokenization import Tokenized
 from hft_cli.files import read_json, sync_tree, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
@@ -92,8 +92,8 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
 
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the run's chat template, which is also written into the phase's folder."""
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    template = use_template(job.config.model.chat_template, tokenizer)
+    tokenizer = templates.load_tokenizer(job.model)
+    template = templates.use_template(job.config.model.chat_template, tokenizer)
     if ranks.first:
         write_text(folder.template, template)
     return tokenizer
@@ -114,7 +114,7 @@ def load_rows(
         validated = validated_rows(job.phase, rows, job.config, tokenizer)
         summaries = {"validation": validated.summary.to_json()} if validated else {}
         write_json(folder.data, rows.summary.to_json() | summaries)
-        if (end := answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
+        if (end := templates.answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
             write_json(folder.answer_end, {"token": end[0], "id": end[1]})
         rows.dataset.save_to_disk(str(folder.tokens))
         if validated:

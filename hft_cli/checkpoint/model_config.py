@@ -1,0 +1,101 @@
+"""A model's config.json and the other small files of its folder, checked for values that no model has. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hft_cli.errors import UserError
+from hft_cli.files import read_json
+
+# Whole numbers of a config.json, by the names that the architectures of transformers give them -> the largest that is
+# believed. Larger ones would take hours to plan, or all memory.
+LAYERS, SIZES = 10_000, 1 << 31
+NUMBERS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size",
+         "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "vocab_size",
+         "max_position_embeddings", "n_positions", "num_local_experts", "num_experts", "n_routed_experts",
+         "num_experts_per_tok"),
+        SIZES,
+    ),
+}  # fmt: skip
+
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # never null, where they are keys
+
+MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+# Other fields that decide what is trained -> their types.
+TYPES: dict[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "architectures": (list,),
+    "tie_word_embeddings": (bool,),
+    "dtype": (str,),
+    "torch_dtype": (str,),
+    "rope_scaling": (dict,),
+    "rope_parameters": (dict,),
+    "quantization_config": (dict,),
+    "text_config": (dict,),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
+}
+
+# Files of a folder that are JSON objects, and are read when a run is over.
+OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        UserError: if it cannot be read, or a field has a value that no model has.
+    """
+    config = read_json(file)
+    check_model_config(config, str(file))
+    return config
+
+
+def check_model_config(config: Mapping[str, Any], where: str) -> None:
+    """Check the fields of a config.json, and those of the text model in it, for type and size.
+
+    Raises:
+        UserError: for the first field that is wrong.
+    """
+    for key, value in config.items():
+        if key in NUMBERS and not (value is None and key not in REQUIRED):
+            low, high = 0 if key in MAY_BE_ZERO else 1, NUMBERS[key]
+            # Some architectures give a number for each layer.
+            for number in value if isinstance(value, list) and key not in REQUIRED else [value]:
+                if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+                    raise UserError(
+                        f"{where} has {key}={_short(value)}. It must be a whole number from {low} to {high}."
+                    )
+        kinds = TYPES.get(key)
+        if kinds and value is not None and (not isinstance(value, kinds) or (kinds[0] is int and value is True)):
+            names = " or ".join(_NAMES[kind] for kind in kinds)
+            raise UserError(f"{where} has {key}={_short(value)}. It must be {names}.")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise UserError(f"{where} has num_attention_heads={heads}, which num_key_value_heads={groups} does not divide.")
+    if isinstance(config.get("text_config"), dict):
+        check_model_config(config["text_config"], f"{where}, text_config,")
+
+
+def check_companions(folder: Path) -> None:
+    """Check that the small files beside the weights can be read: they are needed when a model is written.
+
+    Raises:
+        UserError: for the first that cannot.
+    """
+    for name in OBJECTS:
+        if (folder / name).exists():
+            check_model_config(read_json(folder / name), str(folder / name))
+
+
+_NAMES = {str: "text", list: "a list", bool: "true or false", dict: "an object", int: "a whole number"}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
