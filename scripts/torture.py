@@ -260,11 +260,13 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="few faults, one engine")
     parser.add_argument("--engine", action="append", help="single (default) or zero2, repeated for both")
     parser.add_argument("--moments", type=int, help="faults at random moments for each engine (default: 84, or 0)")
+    parser.add_argument("--kind", action="append", help="only this kind before file operations, repeated for more")
     parser.add_argument("--stride", type=int, default=1, help="leave out all but every n-th of the operations")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, help="write the table into this file too")
     options = parser.parse_args()
-    every = {kind: stride * options.stride for kind, stride in (SHORT if options.short else LONG).items()}
+    strides = SHORT if options.short else LONG
+    every = {kind: stride * options.stride for kind, stride in strides.items() if kind in (options.kind or strides)}
     moments = options.moments if options.moments is not None else 0 if options.short else 84
     with tempfile.TemporaryDirectory(prefix="hft-torture-") as folder:
         bench = Bench(Path(folder))

@@ -51,7 +51,7 @@ def changed_path(event: str, arguments: tuple[Any, ...]) -> str | None:
 def act(kind: str) -> None:
     if kind == "SIGTERM":
         os.kill(os.getpid(), signal.SIGTERM)
-    if kind == "SIGKILL of all":
+    if kind == "SIGKILL of all" and OWN != "parent":
         for pid in (int(os.environ["HFT_TORTURE_PARENT"]), os.getppid()):
             if pid not in (1, os.getpid()):
                 os.kill(pid, signal.SIGKILL)
