@@ -91,6 +91,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_record(path: Path, kind: Any) -> dict[str, Any]:
+    """Read a JSON object that hft wrote, which must have the fields of the dataclass `kind`, and may have more.
+
+    Raises:
+        UserError: as `read_json`, or with the first value that is wrong.
+    """
+    value = read_json(path)
+    require_type(value, kind, path)
+    return value
+
+
+def require_type(value: Any, kind: Any, where: Any) -> None:
+    """Raise UserError, which names the first value that is wrong, unless `value` has the type `kind`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} is not as hft wrote it: {place}: {first['msg']}. Restore it from a copy.") from None
+
+
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     """Build a config dataclass, with the dataclasses in it, from the plain values of a user's config.
 
@@ -100,6 +123,8 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         choose("key", where + key, [where + name for name in hints])
+        if is_dataclass(hints[key]) and not isinstance(values[key], dict):
+            raise UserError(f"{where}{key} is a group of keys, and not {values[key]!r}.")
     return cls(
         **{
             key: from_dict(hints[key], value, f"{where}{key}.") if is_dataclass(hints[key]) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,68 @@ class RoundDir:
     def score(self, suite: str, task: str) -> Path:
         """The scores of a task in an evaluation. The scores of its items go beside it, as .jsonl."""
         return self.folder / suite / f"{task.replace('/', '_')}.json"
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """What must be in plan.json. Other keys are read where they are there."""
+
+    base: str
+    base_sha256: str
+    suite_sha256: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    base_path: str | None = None
+    base_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawRecord:
+    """What must be in an entry of draws.json: the name of the phase, and the fields of its draw."""
+
+    name: str
+    round: int
+    seed: int
+    level: str
+    ratio: float
+    updated: list[str]
+    frozen: list[str]
+    matrices_reached: float
+    elements_reached: float
+    updated_fraction: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What must be in draws.json."""
+
+    rounds: list[DrawRecord]
+
+
+@dataclass(frozen=True)
+class TensorInMemory:
+    """What frozen.json says of a tensor."""
+
+    dtype: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FrozenRecord:
+    """What must be in frozen.json."""
+
+    tensors: dict[str, TensorInMemory]
+
+
+@dataclass(frozen=True)
+class ResultsRecord:
+    """What must be in results.json to print a summary."""
+
+    stage: str
+    rounds: list[dict[str, Any]]
+    eval: dict[str, Any]
+    continual: dict[str, Any]
+    verification: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ workers of a run read the sealed copy. Each field carries its help, unit, range 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hft_cli.config.settings import REQUIRED, setting
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
 from hft_cli.errors import UserError
-from hft_cli.files import from_dict
+from hft_cli.files import from_dict, require_type
 from hft_cli.run_dir import RunDir
 
 
@@ -375,6 +375,8 @@ def read_config(run: RunDir) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{run.config} is not the configuration of a run.")
     config: RunConfig = from_dict(RunConfig, values)
+    require_type(asdict(config), RunConfig, run.config)
+    require_type([config.data.path, config.data.test_path], list[str | list[str] | None], f"{run.config}, data")
     return config
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hft_cli.checkpoint.naming import layer_and_matrix
-from hft_cli.files import read_json
-from hft_cli.run_dir import RunDir
+from hft_cli.files import read_record
+from hft_cli.run_dir import Ledger, RunDir
 from hft_cli.text import plural, text_table
 
 UPDATED, FROZEN = "●", "○"
@@ -16,7 +16,9 @@ MOST_NAMES = 5  # of the tensors that no round updated
 
 def draws_table(run: RunDir) -> str:
     """A row for each layer, a column for each matrix, and in each cell a mark for each round."""
-    draws = {entry["round"]: entry for entry in reversed(read_json(run.draws)["rounds"])}  # a replay shares its round's
+    draws = {
+        entry["round"]: entry for entry in reversed(read_record(run.draws, Ledger)["rounds"])
+    }  # a replay shares its round's
     rounds = list(draws.values())[::-1]
     marks: dict[str, str] = {}
     for entry in rounds:

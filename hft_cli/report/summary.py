@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_cli.files import read_json
+from hft_cli.files import read_record
 from hft_cli.report.items import score_changes
 from hft_cli.report.reading import read_run
 from hft_cli.report.tables import Column, estimate_cell, formatted, plain
-from hft_cli.run_dir import RunDir
+from hft_cli.run_dir import ResultsRecord, RunDir
 from hft_cli.text import mebibytes, text_table
 
 Entry = Mapping[str, Any]  # one of the rounds in results.json
@@ -39,7 +39,7 @@ SCORE_COLUMNS: list[Column] = [
 
 def summary(run: RunDir) -> str:
     """What a finished run did and scored, in a few lines."""
-    results = read_json(run.results)
+    results = read_record(run.results, ResultsRecord)
     rounds, sequence = results["rounds"], results["continual"]
     names = HALF_RESET_COLUMNS if results["stage"] == "half_reset" else tuple(ROUND_COLUMNS)
     parts = [text_table(names, [[ROUND_COLUMNS[name](entry) for name in names] for entry in rounds])]

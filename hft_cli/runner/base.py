@@ -10,9 +10,9 @@ from typing import Any
 from hft_cli.checkpoint.folders import hub_revision, model_folder, weights_hash
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
-from hft_cli.files import read_json
+from hft_cli.files import read_json, read_record
 from hft_cli.paths import resolve_path
-from hft_cli.run_dir import RunDir
+from hft_cli.run_dir import PlanRecord, RunDir
 
 
 def base_record(path: str, folder: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def find_base(
     Raises:
         UserError: if no folder has the recorded weights.
     """
-    plan = read_json(run.plan)
+    plan = read_record(run.plan, PlanRecord)
     sha256 = plan["base_sha256"]
     if base is not None:
         folder = model_folder(resolve_path(str(base)), "base")

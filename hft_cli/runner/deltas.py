@@ -6,6 +6,7 @@ directory give every round's model again, bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
-from hft_cli.files import flatten, new_folder, read_json, write_json, write_text
+from hft_cli.files import flatten, new_folder, read_json, read_record, write_json, write_text
 from hft_cli.method.rounds import phases
 from hft_cli.paths import resolve_path
-from hft_cli.run_dir import RoundDir, RunDir
+from hft_cli.run_dir import Ledger, PlanRecord, RoundDir, RunDir
 from hft_cli.runner.base import find_base
 from hft_cli.runner.companions import companions
 from hft_cli.text import markdown_table
@@ -25,6 +26,13 @@ from hft_cli.text import markdown_table
 # The files of a published delta.
 ABOUT = "hft.json"
 DELTA = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class DeltaRecord:
+    """What must be in hft.json of a published delta."""
+
+    base_sha256: str
 
 
 def materialize(run: RunDir, number: int | None, out: Path, base: str | Path | None = None) -> None:
@@ -76,7 +84,7 @@ def apply(delta: Path, base: str, out: Path) -> None:
     if not (delta / ABOUT).exists() or not (delta / DELTA).exists():
         raise UserError(f"{delta} is neither a run nor a published delta: it has no {ABOUT} and {DELTA}.")
     folder = model_folder(resolve_path(str(base)), "base")
-    sha256 = read_json(delta / ABOUT)["base_sha256"]
+    sha256 = read_record(delta / ABOUT, DeltaRecord)["base_sha256"]
     if weights_hash(folder) != sha256:
         raise UserError(f"The weights in {folder} are not those that {delta} was made from (SHA-256 {sha256[:12]}…).")
     apply_deltas(folder, [delta / DELTA], out, companions(RoundDir(delta), folder, "as published"))
@@ -109,9 +117,9 @@ def _finished_rounds(run: RunDir, number: int | None) -> list[RoundDir]:
 
 def _about(run: RunDir, count: int) -> dict[str, Any]:
     """The record of a delta of the first `count` phases. The base is named by its hub name, or else by its label."""
-    config, plan = read_config(run), read_json(run.plan)
+    config, plan = read_config(run), read_record(run.plan, PlanRecord)
     path = str(config.model.path)
-    results = read_json(run.results) if run.results.exists() and count == len(plan["rounds"]) else {}
+    results = read_json(run.results) if run.results.exists() and count == len(phases(config)) else {}
     return {
         "base": path if path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists() else None,
         "base_label": config.model.name,
@@ -119,7 +127,7 @@ def _about(run: RunDir, count: int) -> dict[str, Any]:
         "method": config.method.name,
         "rounds": [
             {key: entry[key] for key in ("round", "name", "level", "ratio", "seed", "updated_fraction", "sha256")}
-            for entry in read_json(run.draws)["rounds"][:count]
+            for entry in read_record(run.draws, Ledger)["rounds"][:count]
         ],
         "eval": results.get("eval", {}),
         "verified": results.get("verification", {}).get("passed"),

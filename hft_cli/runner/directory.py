@@ -14,9 +14,9 @@ import yaml
 
 from hft_cli.config.schema import EngineConfig, RunConfig, read_config
 from hft_cli.errors import UserError
-from hft_cli.files import flatten, read_json, write_json, write_text
+from hft_cli.files import flatten, read_record, write_json, write_text
 from hft_cli.launch.environment import environment
-from hft_cli.run_dir import RunDir
+from hft_cli.run_dir import PlanRecord, RunDir
 from hft_cli.runner.prepare import FREE, Prepared
 
 # Keys that may differ when a run is continued. The worker refuses engines that the checkpoint of a phase cannot go to.
@@ -82,7 +82,7 @@ def continue_run(run: RunDir, prepared: Prepared) -> None:
     The model may be in another folder than before if it has the same weights: plan.json then records the new folder.
     """
     require_same_config(run, prepared.config, free=("model.path",))
-    recorded, record = read_json(run.plan), prepared.record
+    recorded, record = read_record(run.plan, PlanRecord), prepared.record
     _require_same_inputs(run, recorded, record)
     if recorded["base"] != record["base"]:
         write_json(run.plan, recorded | {key: record[key] for key in ("base", "base_path", "base_revision")})
@@ -107,12 +107,15 @@ def _differences(run: RunDir, config: RunConfig, free: Sequence[str] = ()) -> li
 def _require_same_inputs(run: RunDir, recorded: dict[str, Any], record: dict[str, Any]) -> None:
     if recorded["base_sha256"] != record["base_sha256"]:
         raise _changed(run, f"The weights in {record['base']} have", "them")
-    if recorded["suite_sha256"] != record["suite_sha256"]:
+    if recorded.get("suite_sha256") != record["suite_sha256"]:
         raise _changed(run, f"The rows of suite={read_config(run).suite.name} have", "them")
-    for old, new in zip(recorded["rounds"], record["rounds"], strict=True):
+    olds = recorded.get("rounds", [])
+    if [old.get("name") for old in olds] != [new["name"] for new in record["rounds"]]:
+        raise UserError(f"{run.plan} does not have the rounds of this run. Restore it from a copy.")
+    for old, new in zip(olds, record["rounds"], strict=True):
         for key, what in (("data", "data"), ("test", "test data"), ("validation", "validation data")):
             if old.get(f"{key}_sha256") != new.get(f"{key}_sha256"):
-                raise _changed(run, f"The {what} of round {old['name']} ({old[key]}) has", "it")
+                raise _changed(run, f"The {what} of round {old['name']} ({old.get(key)}) has", "it")
 
 
 def _changed(run: RunDir, what: str, which: str) -> UserError:

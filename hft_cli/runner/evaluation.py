@@ -14,12 +14,12 @@ from hft_cli.errors import UserError
 from hft_cli.evaluation.score_files import read_scores
 from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
-from hft_cli.files import read_json, write_json
+from hft_cli.files import read_json, read_record, write_json
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.lifetime import hold_lock
 from hft_cli.paths import resolve_path
 from hft_cli.plan.preflight import check_device
-from hft_cli.run_dir import RoundDir, finished
+from hft_cli.run_dir import PlanRecord, RoundDir, finished
 from hft_cli.runner.base import find_base
 from hft_cli.runner.tracking import log_scores, require_tracker
 from hft_cli.text import text_table
@@ -94,7 +94,7 @@ def _models_of_run(config: EvalConfig, folder: str) -> dict[str, ScoredModel]:
     for when in config.models:
         if when == "before":
             path = find_base(run, fix="Restore it, or use models=[after].")
-            models[when] = ScoredModel(path, settings, read_json(run.plan)["base_sha256"], shared=True)
+            models[when] = ScoredModel(path, settings, read_record(run.plan, PlanRecord)["base_sha256"], shared=True)
         else:
             models[when] = ScoredModel(run.model, settings, weights_hash(run.model))
     return models

@@ -22,11 +22,11 @@ from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
-from hft_cli.files import read_json
+from hft_cli.files import read_json, read_record
 from hft_cli.method.rounds import Phase, draws, phases
 from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
-from hft_cli.run_dir import RunDir
+from hft_cli.run_dir import FrozenRecord, RunDir
 from hft_cli.runner.base import find_base
 
 MOST_NAMES = 5  # tensor names in a fault
@@ -137,10 +137,10 @@ class _Replay:
         if expected is None:
             return None, []
         try:
-            recorded = read_json(folder.frozen).get("tensors")
+            recorded = read_record(folder.frozen, FrozenRecord)["tensors"]
         except UserError as error:
             return None, [str(error)]
-        if hashlib.sha256(folder.frozen.read_bytes()).hexdigest() != expected or not isinstance(recorded, dict):
+        if hashlib.sha256(folder.frozen.read_bytes()).hexdigest() != expected:
             return None, [f"{folder.frozen.name} is not what the training process wrote"]
         stored = {param.name: param.stored for param in self.params}
         frozen = {tensor for name in draw.frozen for tensor in stored[name] if tensor in self.tensors}

@@ -12,6 +12,7 @@ Q, K = "model.layers.0.a.q_proj", "model.layers.1.a.k_proj"
 
 def entry(number: int, name: str, updated: list[str], frozen: list[str]) -> dict:
     return {"round": number, "name": name, "level": "category", "ratio": 0.5, "seed": 3, "matrices_reached": 0.5,
+            "updated_fraction": 0.5,
             "elements_reached": 0.25, "sha256": "0123456789abcdef", "updated": updated, "frozen": frozen}  # fmt: skip
 
 
