@@ -16,11 +16,11 @@ pocket | node | slurm) shift ;;
     exit 2
     ;;
 esac
-out=${OUT:-runs} trace=${TRACE:-/data/TRACE} more=
+out=$(printf %q "${OUT:-runs}") trace=$(printf %q "${TRACE:-/data/TRACE}") more= # quoted for the shell
 if [ "$where" = slurm ]; then
     more=" hydra/launcher=submitit_slurm hydra.launcher.gpus_per_node=8 hydra.launcher.timeout_min=1440"
     for setting in "$@"; do
-        more+=" hydra.launcher.${setting#--}"
+        more+=" hydra.launcher.$(printf %q "${setting#--}")"
     done
 fi
 

@@ -24,9 +24,10 @@ case " $*" in
     ;;
 esac
 
-# A signal to node 0 stops all nodes. The number of its process is in this file on the first host.
+# A signal to node 0 stops all nodes. The number of its process is in this file on the first host, where no other user
+# can put one.
 port=${HFT_PORT:-29400}
-pid=/tmp/hft-$(id -un)-$port.pid
+pid="\"\$HOME\"/.hft-$port.pid"
 trap 'ssh "${hosts[0]}" "kill -TERM \$(cat $pid)"' INT TERM
 
 started=()

@@ -140,7 +140,7 @@ class HydraJob:
             traceback.print_exception(error)
         number = settings.job.num if sweep else 0
         reason = "stopped by a signal" if isinstance(error, Stopped) else str(error)
-        report = JobFailure(number, " ".join(settings.overrides.task), reason, _exit_status(error))
+        report = JobFailure(number, " ".join(_typed(settings)), reason, _exit_status(error))
         if submitted:  # perhaps on another machine, where `failures` does not exist
             logger.error("hft: %s", error)
             return report
@@ -178,6 +178,14 @@ def _exit_status(error: BaseException) -> int:
     return 1
 
 
+def _typed(settings: Any) -> list[str]:
+    """The overrides of a job as they were typed: an interpolation in one, ${…}, is not resolved here."""
+    from omegaconf import OmegaConf
+
+    overrides: Any = OmegaConf.to_container(settings.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
+
+
 def composed_values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The composed config as plain values, and the overrides of the job. In a sweep each job has its own output_dir."""
     from hydra.core.hydra_config import HydraConfig
@@ -188,7 +196,7 @@ def composed_values(composed: Any, argv: Sequence[str]) -> tuple[dict[str, Any],
 
     settings = HydraConfig.get()
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    overrides = list(settings.overrides.task)
+    overrides = _typed(settings)
     if settings.mode == RunMode.MULTIRUN:
         name = folder_name(overrides, [*argv, *params(settings.sweeper)])
         values["output_dir"] = str(Path(settings.sweep.dir) / name)

@@ -19,12 +19,23 @@ def one_line(error: BaseException, argv: Sequence[str], name: str) -> str:
     """One line for an error that Hydra or OmegaConf raised while the command `name` composed its config."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
     return (
-        _unknown_option(text)
+        _unreadable(text, argv)
+        or _unknown_option(text)
         or _unknown_key(text, argv, name)
         or _no_option(text, name)
         or _missing_value(text)
         or _first_lines(text, name)
     )
+
+
+def _unreadable(text: str, argv: Sequence[str]) -> str | None:
+    """A word that Hydra's grammar does not read."""
+    if not re.search(r"LexerNoViableAlt|no viable alternative|mismatched input|extraneous input|missing EQUAL", text):
+        return None
+    word = next((word for word in argv if word in text), "") or next((w for w in argv if w.split("=")[-1] in text), "")
+    if "=" not in word:
+        return f"'{word}' is not KEY=VALUE."
+    return f"{word} cannot be read as a value: quote what is not plain text, for instance '{word.split('=')[0]}=\"…\"'."
 
 
 def _unknown_option(text: str) -> str | None:

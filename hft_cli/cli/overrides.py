@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from hft_cli.config.conf import experiment_option, groups, needs_data_path, sweep_params
+from hft_cli.config.conf import experiment_option, experiments, groups, needs_data_path, sweep_params
 from hft_cli.errors import UserError, choose
 from hft_cli.paths import group_options
 
@@ -63,7 +63,7 @@ def _translated(argument: str, sweep: bool) -> str:
     key, _, value = argument.lstrip("+").partition("=")
     if key in groups():
         if value in ("", "null"):
-            choose(key, value, group_options(key))
+            choose(key, value, experiments() if key == "experiment" else group_options(key))
         return f"{key}={value}"
     if MAP_KEY.match(argument):
         return f"++{argument}"
@@ -77,7 +77,8 @@ def _quoted_path(key: str, value: str, sweep: bool) -> str:
     plain = re.fullmatch(r"[\w./:\-+%*@?|$]*", value, re.ASCII)
     grammar = value[0] in "'\"[" or "${" in value or (sweep and "," in value)
     if not plain and not grammar:
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # In Hydra's grammar a backslash is one, except before a quote.
+        value = "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
     return f"{key}={value}"
 
 

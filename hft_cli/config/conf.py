@@ -39,7 +39,7 @@ def experiment_option(name: str, size: str | None) -> str:
         UserError: for an unknown experiment or size, or a size that the experiment does not have.
     """
     folder, _, base = name.rpartition("/")
-    choose("experiment", base, experiments())
+    choose("experiment", base or name, experiments())
     sizes = [size for size in SIZES if base in group_options(f"experiment/{size}")]
     wanted = size or folder or sizes[0]
     choose("size", wanted, SIZES)

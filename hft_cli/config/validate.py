@@ -68,6 +68,13 @@ def _paths_are_text(config: RunConfig) -> str | None:
     return "data.path and data.test_path are each a path or a list of paths."
 
 
+def _folders_are_named(config: RunConfig) -> str | None:
+    for key, value in (("output_dir", config.output_dir), ("model.path", config.model.path)):
+        if not str(value).strip():
+            return f"{key}= is empty. Give a folder."
+    return None
+
+
 def _data_are_named(config: RunConfig) -> str | None:
     tasks = config.data.tasks
     if tasks and config.data.path is None and not _is_half_reset(config):
@@ -339,6 +346,7 @@ def _batch_is_whole(config: RunConfig) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    _folders_are_named,
     _paths_are_text,
     _data_are_named,
     _selection_has_a_ratio_to_meet,
