@@ -21,9 +21,10 @@ from __future__ import annotations
 import json
 import secrets
 import select
+import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,43 @@ from hft_cli.launch.nodes import Node, is_free
 START_TIMEOUT = 600.0  # seconds that nodes wait for each other at the start
 LATE = 5.0  # seconds within which nodes that are started together connect
 FILE_LAG = 60.0  # seconds that a shared file system may take to show a new file
+
+
+LONGEST = 1 << 20  # bytes of a message: facts have a few thousand
+HELLO = 10.0  # seconds that a connection has to say which node it is from
+STRANGERS = 64  # connections that have not said it yet
+
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
+
+def _is_message(message: Any) -> bool:
+    """Whether a value is a message of hft, with values of the right types."""
+    return isinstance(message, dict) and all(key in _KINDS and _KINDS[key](value) for key, value in message.items())
+
+
+def _has(value: Any, **fields: type) -> bool:
+    return isinstance(value, dict) and all(_is(value.get(key), kind) for key, kind in fields.items())
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+# Key of a message -> whether a value is one.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("rank", "ended"), lambda value: _is(value, int)),
+    **dict.fromkeys(("host", "log", "mistake", "failed", "go"), lambda value: _is(value, str)),
+    **dict.fromkeys(("ready", "end"), lambda value: value is True),
+    "stop": lambda value: _is(value, int) and value in SIGNALS,
+    "facts": lambda value: _has(value, versions=dict, config=dict, files=dict),
+    "start": lambda value: _has(value, worker=str, job=str, log=str),
+    "bye": lambda value: _has(value, reason=str, status=int),
+}
+
+
+def _printable(text: str) -> str:
+    """Text of another node for this terminal: one line without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:1000]
 
 
 class Peer:
@@ -63,7 +101,7 @@ class Peer:
         try:
             self.sock.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
-            raise NodeError(f"{self.name} is gone ({error.strerror}).") from None
+            raise NodeError(f"{self.name} is gone ({error.strerror or error}).") from None
 
     def receive(self, seconds: float = 0.0) -> dict[str, Any] | None:
         """The next message; None if none comes within `seconds`.
@@ -79,18 +117,23 @@ class Peer:
             try:
                 data = self.sock.recv(1 << 16)
             except OSError as error:
-                raise NodeError(f"{self.name} is gone ({error.strerror}).") from None
+                raise NodeError(f"{self.name} is gone ({error.strerror or error}).") from None
             if not data:
                 raise NodeError(f"{self.name} is gone: it closed its connection.")
             self._received += data
+            if len(self._received) > LONGEST:
+                raise NodeError(f"{self.name} does not send messages of hft.")
+            if b"\n" not in self._received and time.monotonic() > deadline:
+                return None
         line, _, self._received = self._received.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
-        if not isinstance(message, dict):
+        if not _is_message(message):
             raise NodeError(f"{self.name} does not send messages of hft.")
-        return message
+        checked: dict[str, Any] = message
+        return {key: _printable(value) if isinstance(value, str) else value for key, value in checked.items()}
 
 
 @dataclass
@@ -104,6 +147,7 @@ class Followers:
     node: Node
     listener: socket.socket
     peers: list[Peer] = field(default_factory=list)
+    strangers: list[tuple[float, Peer]] = field(default_factory=list)  # since when they are connected
     running: int = 0
 
     def meet(self, facts: Mapping[str, Any], shared: Path) -> None:
@@ -161,20 +205,24 @@ class Followers:
             UserError: if two nodes have the same number.
         """
         self.listener.setblocking(False)
-        while True:
-            try:
+        with suppress(BlockingIOError):
+            while len(self.strangers) < STRANGERS:
                 sock, (host, *_) = self.listener.accept()
-            except BlockingIOError:
-                return
-            sock.setblocking(True)
-            peer = Peer(sock, f"the node at {host}")
+                sock.settimeout(HELLO)  # for sending: a node that reads nothing does not hold up the others
+                self.strangers.append((time.monotonic(), Peer(sock, f"the node at {host}")))
+        waiting, self.strangers = self.strangers, []
+        for since, peer in waiting:
             try:
-                hello = peer.receive(2) or {}
+                hello = peer.receive()
             except NodeError:
                 hello = {}
-            if not isinstance(hello.get("rank"), int):
-                sock.close()
+            if hello is None and time.monotonic() - since < HELLO:
+                self.strangers.append((since, peer))
                 continue
+            if not 0 < (hello or {}).get("rank", 0) < self.node.count:
+                peer.sock.close()
+                continue
+            assert hello is not None
             peer.rank, peer.name = hello["rank"], f"Node {hello['rank']} ({hello.get('host')})"
             self.peers.append(peer)
             if [other.rank for other in self.peers].count(peer.rank) > 1:
@@ -224,6 +272,7 @@ class Followers:
         for peer in self.peers:
             with suppress(NodeError):
                 peer.send(bye={"reason": reason, "status": status})
+        for peer in (*self.peers, *(peer for _, peer in self.strangers)):
             peer.sock.close()
 
 
@@ -260,12 +309,12 @@ def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
             key = different[0]
             more = f", and {len(different) - 1} more" if len(different) > 1 else ""
             raise UserError(
-                f"{name} has {key} {_short(there.get(key))}, node 0 has {_short(here.get(key))}{more}. {fix}"
+                f"{name} has {_short(key)} {_short(there.get(key))}, node 0 has {_short(here.get(key))}{more}. {fix}"
             )
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = _printable(str(value))
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
@@ -352,7 +401,7 @@ def is_goodbye(message: Mapping[str, Any]) -> bool:
     """
     if "bye" not in message:
         return False
-    reason, status = message["bye"]["reason"], message["bye"]["status"]
+    reason, status = _printable(message["bye"]["reason"]), message["bye"]["status"]
     if status == 2:
         raise UserError(f"node 0: {reason}")
     if status > 128:

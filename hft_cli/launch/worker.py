@@ -21,8 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.launch.jobs import Job, write_job
+from hft_cli.errors import NodeError, Stopped, UserError, choose
+from hft_cli.launch.jobs import WORKERS, Job, write_job
 from hft_cli.launch.lifetime import inherited, prepare_worker
 from hft_cli.launch.nodes import Node
 from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
@@ -166,10 +166,11 @@ def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
                     leader.send(ended=process.returncode, log=str(log))
                     process = None
                 if "start" in message:
-                    job, log = (run / message["start"][key] for key in ("job", "log"))
+                    job, log = (_below(run, message["start"][key], leader) for key in ("job", "log"))
                     log = log.with_name(log.name.format(rank=node.rank))
                     logger.info("Node %d: %s, ranks: %d. Log: %s", node.rank, job.parent.name, ranks, log)
-                    command = _command(message["start"]["worker"], job, ranks, node)
+                    kind = choose("worker", message["start"]["worker"], WORKERS)
+                    command = _command(kind, job, ranks, node)
                     process = _start(command, log, ranks, RunDir(run).lock)
                 if "end" in message and process is not None:
                     _end(process)
@@ -179,6 +180,13 @@ def follow_leader(leader: Peer, node: Node, run: Path, ranks: int) -> None:
         finally:
             if process is not None:
                 _end(process)
+
+
+def _below(run: Path, name: str, leader: Peer) -> Path:
+    """A file of the run's directory that node 0 names; NodeError if it is elsewhere."""
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise NodeError(f"{leader.name} names a file outside the run's directory: {name!r}.")
+    return run / name
 
 
 @contextmanager

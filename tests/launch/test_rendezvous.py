@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.launch import rendezvous
+from hft_cli.launch import rendezvous, worker
 from hft_cli.launch.nodes import Node
 from hft_cli.launch.rendezvous import Followers, Peer, connect, introduce, is_goodbye, listen
 
@@ -121,8 +123,18 @@ def test_a_node_that_does_not_come_is_named(port, tmp_path, monkeypatch):
 
 def test_what_tries_ports_does_not_disturb(port, tmp_path):
     with listen(Node(0, 2, "127.0.0.1", port)) as followers:
-        for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": "1"}\n', b"[]\n"):
-            with socket.create_connection(("127.0.0.1", port)) as stranger:
+        words = (
+            b'{"rank": "1"}',
+            b"[]",
+            b'{"rank": 9}',
+            b'{"rank": true}',
+            b'{"no": 1}',
+            b'{"a":' * 50_000,
+            b"x" * 3_000_000,
+        )
+        for word in (b"GET / HTTP/1.1\r\n\r\n", *(each + b"\n" for each in words)):
+            # It may be closed before all is sent.
+            with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
                 stranger.sendall(word)
         with socket.create_connection(("127.0.0.1", port)):  # and one that says nothing
             thread, ended = follower(port, tmp_path, FACTS)
@@ -155,6 +167,52 @@ def test_a_node_that_ends_before_it_is_ready_ends_node_0_too(said, kind, words, 
     with pytest.raises(kind) as error:
         meet()
     assert re.search(words, str(error.value))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"stop": "x"}, {"stop": 9}, {"stop": True}, {"ended": "0"}, {"facts": []}, {"facts": {"versions": 5}},
+        {"ready": 1},
+        {"start": {"worker": 5}}, {"bye": {"reason": 5, "status": 0}}, {"bye": 5}, {"mistake": {}}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_a_message_of_another_shape_is_one_clear_error(message, node_one):
+    followers, peer = node_one
+    peer.send(**message)
+    with pytest.raises(NodeError, match=r"^Node 1 does not send messages of hft\.$"):
+        check_until_ended(followers)
+
+
+def test_a_stream_without_an_end_is_cut_off(node_one):
+    followers, peer = node_one
+
+    def flood() -> None:
+        with suppress(OSError):
+            for _ in range(64):
+                peer.sock.sendall(b"x" * (1 << 20))
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    with pytest.raises(NodeError, match="does not send messages of hft"):
+        check_until_ended(followers)
+    followers.peers[0].sock.close()
+    thread.join()
+
+
+def test_text_of_another_node_moves_no_cursor(node_one):
+    followers, peer = node_one
+    peer.send(ended=1, log="a\x1b[2Jb\r\nc")
+    with pytest.raises(NodeError, match=r"Its log: a \[2Jb  c$"):
+        check_until_ended(followers)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/step.json"])
+def test_a_job_outside_the_run_is_not_started(name, tmp_path):
+    leader = SimpleNamespace(name="Node 0")
+    with pytest.raises(NodeError, match="names a file outside the run's directory"):
+        worker._below(tmp_path, name, leader)
+    assert worker._below(tmp_path, "rounds/01-a/step.json", leader) == tmp_path / "rounds/01-a/step.json"
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import BASE
 
 from hft_cli.config.schema import GenerationConfig, ModelConfig
 from hft_cli.errors import UserError
@@ -38,8 +40,11 @@ def test_a_mistake_that_only_the_worker_sees_is_raised(tmp_path):
 
 def test_a_failure_names_the_log_and_its_last_error(tmp_path, caplog):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    model = Path(shutil.copytree(BASE, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
     with caplog.at_level(logging.DEBUG), pytest.raises(subprocess.CalledProcessError):
-        run_worker(scoring(tmp_path, str(tmp_path), {"s": {"t": RowsTask(str(tmp_path / "rows.jsonl"))}}))
+        run_worker(scoring(tmp_path, str(model), {"s": {"t": RowsTask(str(tmp_path / "rows.jsonl"))}}))
     assert "-m hft_cli.launch.work RowsJob" in caplog.messages[0]
     assert "Error" in caplog.messages[1]
     assert caplog.messages[2] == f"Scoring failed (exit status 1). The whole log: {tmp_path}/worker.log"
