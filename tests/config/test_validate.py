@@ -17,6 +17,7 @@ SEQUENCE = "data=pocket_sequence"
 
 # rule -> overrides that break it, and the message
 BROKEN = {
+    "_folders_are_named": ((HFT, "output_dir="), r"output_dir= is empty\. Give a folder"),
     "_paths_are_text": ((HFT, "data.path=2024"), r"data\.path and data\.test_path are each a path or a list"),
     "_data_are_named": (
         (HFT, "model=llama2_7b"),

@@ -1,4 +1,4 @@
-"""The short form of scripts/torture.py: a few kills and a full disk before file operations of a run."""
+"""The short form of scripts/torture.py: a few kills before file operations of a run."""
 
 from __future__ import annotations
 
