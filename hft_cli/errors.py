@@ -75,7 +75,11 @@ def first_line(error: BaseException) -> str:
 
 def short(error: BaseException, length: int = 120) -> str:
     """The first line of an error's message, cut off: some errors repeat the whole input."""
-    text = first_line(error)
+    return cut_off(first_line(error), length)
+
+
+def cut_off(text: str, length: int) -> str:
+    """A text, with … for what is beyond `length`."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 

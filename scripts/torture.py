@@ -51,13 +51,17 @@ ATTEMPTS = 4  # commands that a run may need after its fault
 
 @dataclass(frozen=True)
 class Trial:
-    """A run with one fault. `number` is that of a file operation of `role`, from 1; 0 for a random moment."""
+    """A run with one fault. `number` is that of a file operation of `role`, from 1.
+
+    With 0 the fault comes at a `moment`, a share of the time that a run takes.
+    """
 
     engine: str
     kind: str
     role: str
     number: int = 0
     what: str = ""
+    moment: float = 0.0
 
 
 @dataclass
@@ -162,9 +166,8 @@ def trials(engine: str, reference: Reference, every: dict[str, int], moments: in
                 yield Trial(engine, kind, role, number, operations[number - 1])
     chance = random.Random(engine)
     for number in range(moments):
-        yield Trial(
-            engine, AT_MOMENTS[number % len(AT_MOMENTS)], chance.choice(sorted(by_role)), 0, f"{chance.random():.3f}"
-        )
+        kind, role = AT_MOMENTS[number % len(AT_MOMENTS)], chance.choice(sorted(by_role))
+        yield Trial(engine, kind, role, moment=chance.random())
 
 
 def try_one(bench: Bench, trial: Trial, number: int, reference: Reference) -> str | None:
@@ -176,7 +179,7 @@ def try_one(bench: Bench, trial: Trial, number: int, reference: Reference) -> st
     if trial.number:
         _, said = bench.finish(run, trial.engine, fault)
     else:
-        said = at_a_moment(bench, trial, run, fault, float(trial.what) * reference.seconds)
+        said = at_a_moment(bench, trial, run, fault, trial.moment * reference.seconds)
     if "Traceback" in said:
         return f"a traceback: {said.strip().splitlines()[-1]}"
     for _ in range(ATTEMPTS):
@@ -240,7 +243,7 @@ def run_trials(bench: Bench, references: dict[str, Reference], todo: list[Trial]
         ]
         for future, trial in zip(tqdm(work, desc="trials"), todo, strict=True):
             if wrong := future.result():
-                tqdm.write(f"{trial.engine}, {trial.kind}, {trial.role} {trial.number} ({trial.what}): {wrong}")
+                tqdm.write(f"{trial}: {wrong}")
     return [future.result() for future in work]
 
 

@@ -22,10 +22,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.cli.overrides import hydra_arguments
 from hft_cli.config import defaults
+from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import SCHEMAS, PlanConfig, RunConfig
 from hft_cli.files import from_dict
+from hft_cli.launch.jobs import PhaseJob
+from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.paths import conf_dir, resolve_path
 
 # Few steps of few rows: enough to move every matrix.
@@ -222,6 +226,15 @@ def composed_by(command: str, *overrides: str) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("eval" if command == "eval" else "train", [text for text in arguments if text[0] != "-"])
     return from_dict(SCHEMAS[command], OmegaConf.to_container(config, resolve=True))
+
+
+def phase_job(folder: Path, model: Path, *overrides: str) -> PhaseJob:
+    """The job of the only phase of a run of HFT in `folder`, as `hft train` makes it."""
+    config = composed("+method=hft", f"model.path={model}", *overrides, f"output_dir={folder}")
+    (phase,), (drawn,) = phases(config), draws(config, parameters_from_folder(model))
+    own, log = phase_config(config, phase), str(folder / "metrics.jsonl")
+    settings = deepspeed_settings(config)
+    return PhaseJob(own, phase, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings)
 
 
 def as_plan(config: RunConfig) -> PlanConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, cut_off
 from hft_cli.files import read_json
 
 # Whole numbers of a config.json, by the names that the architectures of transformers give them -> the largest that is
@@ -69,12 +69,12 @@ def check_model_config(config: Mapping[str, Any], where: str) -> None:
             for number in value if isinstance(value, list) and key not in REQUIRED else [value]:
                 if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
                     raise UserError(
-                        f"{where} has {key}={_short(value)}. It must be a whole number from {low} to {high}."
+                        f"{where} has {key}={cut_off(repr(value), 40)}. It must be a whole number from {low} to {high}."
                     )
         kinds = TYPES.get(key)
         if kinds and value is not None and (not isinstance(value, kinds) or (kinds[0] is int and value is True)):
             names = " or ".join(_NAMES[kind] for kind in kinds)
-            raise UserError(f"{where} has {key}={_short(value)}. It must be {names}.")
+            raise UserError(f"{where} has {key}={cut_off(repr(value), 40)}. It must be {names}.")
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise UserError(f"{where} has num_attention_heads={heads}, which num_key_value_heads={groups} does not divide.")
@@ -94,8 +94,3 @@ def check_companions(folder: Path) -> None:
 
 
 _NAMES = {str: "text", list: "a list", bool: "true or false", dict: "an object", int: "a whole number"}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -11,12 +11,17 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hft_cli.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to end
+
+SAME_SIGNAL = 5.0  # seconds: a scheduler signals all processes and nodes, so signals that are this close count as one
 
 LOCK = "HFT_LOCK"  # environment variable of a worker: the file whose lock it shares
 
@@ -56,6 +61,17 @@ def share_lock() -> None:
     """In a worker or one of its ranks: share the lock of the command until this process ends."""
     if LOCK in os.environ:
         fcntl.flock(os.open(os.environ[LOCK], os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for STOP_SIGNALS while this is entered."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def end_with_parent(number: int) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 from types import FrameType
 
 from hft_cli.errors import Stopped
+from hft_cli.launch.lifetime import SAME_SIGNAL, handled
 
 STOP = "stop"  # file in the sweep's folder: no further job starts
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_SIGNAL = 5.0  # seconds: a scheduler signals all processes of a job, so signals that are this close count as one
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +42,8 @@ def stop_together(folder: Path) -> Iterator[None]:
             with suppress(ProcessLookupError):
                 os.kill(int(file.stem), signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
+    with handled(pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if received:
         raise Stopped(received[0])
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import secrets
 import select
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.errors import NodeError, Stopped, UserError
+from hft_cli.launch.lifetime import STOP_SIGNALS
 from hft_cli.launch.nodes import Node, is_free
 
 START_TIMEOUT = 600.0  # seconds that nodes wait for each other at the start
@@ -41,8 +41,6 @@ FILE_LAG = 60.0  # seconds that a shared file system may take to show a new file
 LONGEST = 1 << 20  # bytes of a message: facts have a few thousand
 HELLO = 10.0  # seconds that a connection has to say which node it is from
 STRANGERS = 64  # connections that have not said it yet
-
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 
 def _is_message(message: Any) -> bool:
@@ -55,7 +53,7 @@ def _has(value: Any, **fields: type) -> bool:
 
 
 def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 # Key of a message -> whether a value is one.
@@ -63,7 +61,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rank", "ended"), lambda value: _is(value, int)),
     **dict.fromkeys(("host", "log", "mistake", "failed", "go"), lambda value: _is(value, str)),
     **dict.fromkeys(("ready", "end"), lambda value: value is True),
-    "stop": lambda value: _is(value, int) and value in SIGNALS,
+    "stop": lambda value: _is(value, int) and value in STOP_SIGNALS,
     "facts": lambda value: _has(value, versions=dict, config=dict, files=dict),
     "start": lambda value: _has(value, worker=str, job=str, log=str),
     "bye": lambda value: _has(value, reason=str, status=int),

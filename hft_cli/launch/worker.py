@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError, choose
 from hft_cli.launch.jobs import WORKERS, Job, write_job
-from hft_cli.launch.lifetime import inherited, prepare_worker
+from hft_cli.launch.lifetime import SAME_SIGNAL, handled, inherited, prepare_worker
 from hft_cli.launch.nodes import Node
 from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
 from hft_cli.run_dir import RoundDir, RunDir
@@ -31,8 +31,6 @@ from hft_cli.run_dir import RoundDir, RunDir
 logger = logging.getLogger(__name__)
 
 FULL = 1 << 20  # bytes: with less left on a disk, a worker that failed did so for that
-
-SAME_SIGNAL = 5.0  # seconds: a scheduler signals all nodes, so signals that are this close count as one
 
 
 @dataclass(frozen=True)
@@ -197,12 +195,8 @@ def _recorded_signals() -> Iterator[list[tuple[float, int]]]:
     def record(number: int, frame: FrameType | None) -> None:
         received.append((time.monotonic(), number))
 
-    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with handled(record):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _command(kind: str, job_file: Path, ranks: int | None, node: Node | None) -> list[str]:

@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 from architectures import FAMILIES
-from helpers import composed, torchrun
+from helpers import phase_job, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from workloads import PARAMS, SHAPES, enlarge, families, few, fft, selections, setups, train
 
 from hft_cli.checkpoint.parameters import parameters_from_fields, parameters_from_folder
-from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.launch.jobs import PhaseJob, read_job, write_job
 from hft_cli.launch.ranks import RANKS_TIMEOUT
-from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.method.selection import draw
 from hft_cli.paths import resolve_path
 from hft_cli.plan.memory import PARTS, activations, host_memory, memory
@@ -156,19 +154,13 @@ def test_activations_are_what_autograd_saves(family, mode, ratio):
 MEASURED = [(1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (3, "float32")]
 
 
-def phase_job(folder: Path, model: Path, stage: int, dtype: str) -> PhaseJob:
+def two_steps(folder: Path, model: Path, stage: int, dtype: str) -> PhaseJob:
     """Two steps of HFT with two micro-batches each, and a checkpoint after the first."""
-    config = composed(
-        "+method=hft", f"engine=zero{stage}", "engine.num_processes=2", "data=pocket_order", "data.test_path=null",
-        "data.max_rows=16", "train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=2",
-        "train.max_length=64", "train.save_every=1", "model=local", f"model.path={model}", f"model.dtype={dtype}",
-        f"output_dir={folder}",
+    return phase_job(
+        folder, model, "model=local", f"engine=zero{stage}", "engine.num_processes=2", "data=pocket_order",
+        "data.test_path=null", "data.max_rows=16", "train.max_steps=2", "train.batch_size=8",
+        "train.micro_batch_size=2", "train.max_length=64", "train.save_every=1", f"model.dtype={dtype}",
     )  # fmt: skip
-    (phase,), (drawn,) = phases(config), draws(config, parameters_from_folder(model))
-    log = str(folder / "metrics.jsonl")
-    settings = deepspeed_settings(config)
-    own = phase_config(config, phase)
-    return PhaseJob(own, phase, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +178,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, dtype in MEASURED:
         folder = out / f"zero{stage}-{dtype}"
         folder.mkdir()
-        files.append(write_job(phase_job(folder, model, stage, dtype), folder))
+        files.append(write_job(two_steps(folder, model, stage, dtype), folder))
     script = Path(__file__).with_name("measure_ranks.py")
     torchrun(2, script, *files)
     return out

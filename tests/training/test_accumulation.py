@@ -9,13 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import composed, torchrun
+from helpers import BASE, phase_job, torchrun
 
-from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.config.deepspeed import deepspeed_settings
-from hft_cli.launch.jobs import PhaseJob, write_job
-from hft_cli.method.rounds import draws, phase_config, phases
-from hft_cli.paths import resolve_path
+from hft_cli.launch.jobs import write_job
 
 MEASURE = Path(__file__).parents[1] / "plan/measure_ranks.py"
 
@@ -30,16 +26,11 @@ def one_step(folder: Path, stage: int, batch_size: int) -> Path:
     folder.mkdir()
     rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "The capital of France is", "completion": "Paris"}\n' * 64)
-    model = resolve_path("pocket:model")
-    config = composed(
-        "+method=hft", f"engine=zero{stage}", f"data.path={rows}", f"train.batch_size={batch_size}",
+    job = phase_job(
+        folder, BASE, f"engine=zero{stage}", f"data.path={rows}", f"train.batch_size={batch_size}",
         "train.micro_batch_size=1", "train.max_steps=1", "train.max_length=64", "model.dtype=bfloat16",
-        f"output_dir={folder}",
     )  # fmt: skip
-    (phase,), (drawn,) = phases(config), draws(config, parameters_from_folder(model))
-    own, log = phase_config(config, phase), str(folder / "metrics.jsonl")
-    settings = deepspeed_settings(config)
-    return write_job(PhaseJob(own, phase, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings), folder)
+    return write_job(job, folder)
 
 
 @pytest.mark.end_to_end

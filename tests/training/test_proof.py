@@ -15,35 +15,27 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASE, composed, torchrun
+from helpers import BASE, phase_job, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks
-from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
 from hft_cli.training.compat import local_part, unwrapped
 from hft_cli.training.resume import complete
 
 
-def phase_job(folder: Path, engine: str, model: Path = BASE) -> PhaseJob:
+def four_steps(folder: Path, engine: str, model: Path = BASE) -> PhaseJob:
     """Four steps of HFT, with a checkpoint after the second."""
     processes = 1 if engine == "single" else 2
-    config = composed(
-        "+method=hft", f"engine={engine}", f"engine.num_processes={processes}", "data=pocket_order",
+    return phase_job(
+        folder, model, f"engine={engine}", f"engine.num_processes={processes}", "data=pocket_order",
         "data.test_path=null", "data.max_rows=16", "train.max_steps=4", "train.batch_size=4",
-        "train.micro_batch_size=2", "train.max_length=64", "train.save_every=2", f"model.path={model}",
-        f"output_dir={folder}",
+        "train.micro_batch_size=2", "train.max_length=64", "train.save_every=2",
     )  # fmt: skip
-    (made,), (drawn,) = phases(config), draws(config, parameters_from_folder(model))
-    own, log = phase_config(config, made), str(folder / "metrics.jsonl")
-    settings = deepspeed_settings(config)
-    return PhaseJob(own, made, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings)
 
 
 class Fault(TrainerCallback):
@@ -91,7 +83,7 @@ def train(job: PhaseJob, folder: Path) -> RoundDir:
 def test_a_frozen_weight_that_changes_stops_the_phase(at_start, error, said, tmp_path, monkeypatch):
     monkeypatch.setattr(phase, "phase_callbacks", with_fault(Fault(at_start), phase.phase_callbacks))
     with pytest.raises(error, match=said):
-        train(phase_job(tmp_path, "single"), tmp_path)
+        train(four_steps(tmp_path, "single"), tmp_path)
     assert not RoundDir(tmp_path).outcome.exists()
 
 
@@ -105,7 +97,7 @@ def test_an_updated_weight_that_loading_changes_is_refused(tmp_path, monkeypatch
 
     monkeypatch.setattr(phase, "load_model", zeroes_a_row)
     with pytest.raises(UserError, match=r"embed_tokens\.weight in memory differs from .* LlamaForCausalLM changes it"):
-        train(phase_job(tmp_path, "single"), tmp_path)
+        train(four_steps(tmp_path, "single"), tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_blamed_on_training(tmp_path):
@@ -114,11 +106,11 @@ def test_weights_that_are_not_finite_are_not_blamed_on_training(tmp_path):
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"norm\.weight in .*model\.safetensors has values that are not finite"):
-        train(phase_job(tmp_path, "single", model), tmp_path)
+        train(four_steps(tmp_path, "single", model), tmp_path)
 
 
 def test_a_checkpoint_with_another_frozen_weight_is_refused(tmp_path):
-    job = phase_job(tmp_path, "single")
+    job = four_steps(tmp_path, "single")
     made = train(job, tmp_path)
     hashes = json.loads(made.frozen.read_text())["tensors"]
     assert set(hashes) == set(job.frozen)
@@ -165,7 +157,7 @@ def rank(out: Path, faults: list[str]) -> None:
         folder = out / engine / when
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            train(phase_job(folder, engine), folder)
+            train(four_steps(folder, engine), folder)
         except (UserError, RuntimeError) as error:
             if number == 0:
                 (out / f"{name}.txt").write_text(str(error))
