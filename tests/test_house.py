@@ -200,6 +200,7 @@ def test_only_compat_files_use_private_attributes_of_others():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and re.fullmatch(r"_[^_].*[^_]", node.attr)
         if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        if ast.unparse(node) != "os._exit"  # documented
     ]
     assert not private
 

@@ -374,6 +374,9 @@ def read_config(run: RunDir) -> RunConfig:
         raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
     if not isinstance(values, dict):
         raise UserError(f"{run.config} is not the configuration of a run.")
+    suite = values.get("suite")
+    if isinstance(suite, dict) and isinstance(suite.get("allow_code"), bool):  # as earlier versions wrote it
+        suite["allow_code"] = str(suite["allow_code"]).lower()
     config: RunConfig = from_dict(RunConfig, values)
     require_type(asdict(config), RunConfig, run.config)
     require_type([config.data.path, config.data.test_path], list[str | list[str] | None], f"{run.config}, data")

@@ -50,8 +50,11 @@ class SuiteConfig:
         "Whether prompts go through the chat template; auto: if there is one and the benchmark wants it.",
         choices=("auto", "true", "false"),
     )
-    allow_code: bool = setting(
-        False, "Run programs that the model writes (HumanEval), in a process with limits. Read the README first."
+    allow_code: str = setting(
+        "false",
+        "Run programs that the model writes (HumanEval), in a process with limits. Read hft_cli/evaluation/README.md "
+        "first; root: also as the user root.",
+        choices=("false", "true", "root"),
     )
 
 

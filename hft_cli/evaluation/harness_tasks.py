@@ -26,14 +26,14 @@ from hft_cli.launch.jobs import HarnessTask
 
 
 def build_tasks(
-    request: HarnessTask, data_dir: Path | None, run: Callable[[str], str] = run_program
+    request: HarnessTask, data_dir: Path | None, run: Callable[[str, str], str] = run_program
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build the harness's tasks of a benchmark.
 
     Args:
         request: the benchmark and its settings.
         data_dir: the folder of local files; None reads the rows from the hub.
-        run: runs a program of the model and returns its result, as `sandbox.run_program` does.
+        run: runs a program of the model and its test, and returns the result, as `sandbox.run_program` does.
 
     Returns:
         Name -> lm_eval.api.task.Task; and what the file of scores says about the rows.
@@ -77,7 +77,21 @@ def _tasks_of_harness(name: str) -> dict[str, Any]:
         near = get_close_matches(name, manager.all_tasks, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"lm-evaluation-harness has no task '{name}'.{hint} To list all tasks: lm_eval ls tasks")
-    return dict(manager.load([name])["tasks"])
+    _refuse_programs(name, task_file_settings(manager, name))  # before its file is imported
+    tasks = dict(manager.load([name])["tasks"])
+    for task in tasks.values():
+        _refuse_programs(name, task.config.to_dict())
+    return tasks
+
+
+def _refuse_programs(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a task whose metric runs programs of the model: the harness runs them without limits."""
+    if settings.get("unsafe_code"):
+        ours = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.runs_code)
+        raise UserError(
+            f"suite.harness: {name} runs programs that the model writes, without limits. Leave it out. With limits "
+            f"there is {ours}: suite=general suite.only=[{ours}]"
+        )
 
 
 def _changes(file: Mapping[str, Any], settings: BenchmarkConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.config.suites import BenchmarkConfig
+from hft_cli.evaluation.benchmarks import BENCHMARKS
 from hft_cli.evaluation.compat import (
     count_truncated_prompts,
     hide_ranks,
@@ -23,7 +24,7 @@ from hft_cli.evaluation.compat import (
 )
 from hft_cli.evaluation.harness_results import item_records, summarize, summarize_unknown
 from hft_cli.evaluation.harness_tasks import build_tasks
-from hft_cli.evaluation.sandbox import run_program
+from hft_cli.evaluation.sandbox import isolation, run_program
 from hft_cli.evaluation.score_files import write_scores
 from hft_cli.evaluation.workers import current_ranks, device_of_rank, load_tokenizer, process_group
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, Progress
@@ -55,11 +56,16 @@ def score_benchmarks(job: HarnessJob, folder: RoundDir, progress: Progress) -> N
                     "prompts_cut": sum(count_truncated_prompts(task, model) for task in benchmark_tasks.values()),
                     "seconds": round(time.perf_counter() - start, 1),
                     **notes,
+                    **({"programs_cut_off_from": isolation()} if _runs_code(request) else {}),
                 }
                 _write(request, results, list(benchmark_tasks), details)
 
 
-def _leave_to_first_rank(program: str) -> str:
+def _runs_code(request: HarnessTask) -> bool:
+    return request.settings is not None and BENCHMARKS[request.name].runs_code
+
+
+def _leave_to_first_rank(program: str, test: str) -> str:
     return "left to the first rank"
 
 
@@ -93,7 +99,7 @@ def _evaluate(model: Any, tasks: dict[str, Any], request: HarnessTask, seed: int
         apply_chat_template=request.chat,
         bootstrap_iters=1000,
         torch_random_seed=seed,
-        confirm_run_unsafe_code=True,  # suite.allow_code was checked before this worker was started
+        confirm_run_unsafe_code=_runs_code(request),  # suite.allow_code was checked before this worker was started
     )
     return results
 

@@ -1,25 +1,21 @@
-"""Run a program that a model wrote in a limited process: HumanEval's check of generated code.
+"""Run a program that a model wrote, and its test, in limited processes: HumanEval's check of generated code.
 
-The limits (on Linux): processor time and wall time, memory, the size of a written file, no further processes (unless
-the user is root), and no network if the kernel allows a network namespace. The program starts in an empty folder that
-is deleted afterwards. It gets no environment variables, and its whole process group is killed at the end.
+The test runs in a process of its own, which gives the verdict (`judge.py`). The program's process has limits on Linux:
+processor time and wall time, memory, the size of a written file, no further processes or threads, no rights of root. It
+starts in an empty folder that is deleted afterwards, and gets no environment variables. Where the kernel allows
+namespaces, it sees no other processes, has no network, and can write only to its folder. In many containers the kernel
+refuses them; `isolation` tells.
 
-The limits do not protect your data: the program runs under your user. It can read every file that you can read, and
-write, truncate or delete every file that you can write. If the kernel refuses a network namespace, as in many
-containers, the program can also use the network; `is_network_blocked` tells. For a model that you do not trust, use a
+The program runs under your user, and can read every file that you can read. For a model that you do not trust, use a
 container or a machine without valuable data.
-
-This file is also the script of the limited process: `python -I sandbox.py PROGRAM SECONDS BYTES`. Standard library
-only.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import secrets
 import shutil
-import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -30,77 +26,62 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+import hft_cli
+
 SECONDS = 5  # processor time of a program, and its wall time
 
 MEMORY = 2**30  # bytes of address space
 
-FILE_SIZE = 2**20  # bytes of a written file
+SPARE = 5  # seconds that the judge has for starting and ending, beyond those of the program
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # of linux/sched.h
-
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # of linux/prctl.h
-
-BLOCKED = "network blocked"  # a line that the limited process prints
+START = "import sys; sys.path.append(sys.argv[1]); from hft_cli.evaluation.judge import judge; judge()"
 
 
-def run_program(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> str:
-    """Run a Python program in a limited process.
+def run_program(program: str, test: str = "", seconds: int = SECONDS, memory: int = MEMORY) -> str:
+    """Run a Python program, then its test, in limited processes. The test sees the names of the program.
 
     Returns:
-        "passed" if the program ran to its end, "failed: REASON" or "timed out".
+        "passed" if both ran to their end, "failed: REASON" or "timed out".
     """
-    return _run(program, seconds, memory)[0]
+    return str(_run(program, test, seconds, memory)["result"])
 
 
 @cache
-def is_network_blocked() -> bool:
-    """Whether programs run without a network on this machine."""
-    return _run("", SECONDS, MEMORY)[1]
+def isolation() -> tuple[str, ...]:
+    """What programs are cut off from on this machine: "processes", "network", "files"; empty if the kernel refuses."""
+    return tuple(_run("", "", SECONDS, MEMORY)["isolation"])
 
 
-def _run(program: str, seconds: int, memory: int) -> tuple[str, bool]:
+def _run(program: str, test: str, seconds: int, memory: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="hft-program-"))
-    token = secrets.token_hex(16)  # printed at the end only, so a program that exits early has not passed
+    job = {"program": program, "test": test, "seconds": seconds, "memory": memory, "path": site.getsitepackages()}
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     try:
-        (folder / "program.py").write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, "program.py", str(seconds), str(memory)],
+            [sys.executable, "-I", "-S", "-c", START, str(Path(hft_cli.__file__).parents[1])],
             cwd=folder,
-            env={"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "PYTHONHASHSEED": "0"},
+            env={"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "PYTHONHASHSEED": "0", **threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            text=True,
-            errors="replace",
         )
         try:
-            output, _ = process.communicate(token, timeout=seconds + 1)
+            output, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + SPARE)
         except subprocess.TimeoutExpired:
-            output = ""
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also processes that the program left running
+            process.kill()
             process.communicate()
+            return {"result": "timed out", "isolation": []}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = output.splitlines()
-    return _result(lines, token, process.returncode), BLOCKED in lines
-
-
-def _result(lines: list[str], token: str, exit_status: int) -> str:
-    if token in lines:
-        return "passed"
-    reasons = [line for line in lines if line.startswith("failed: ")]
-    if reasons:
-        return reasons[-1]
-    return "timed out" if exit_status in (-signal.SIGKILL, -signal.SIGXCPU) else "failed: ended early"
+    verdict: dict[str, Any] = json.loads(output) if output else {"result": "failed: ended early", "isolation": []}
+    return verdict
 
 
 class CodeEval:
     """Replaces the metric `code_eval` of Hugging Face's `evaluate`: the same figures, with programs run by `run`."""
 
-    def __init__(self, run: Callable[[str], str] = run_program) -> None:
+    def __init__(self, run: Callable[[str, str], str] = run_program) -> None:
         self.run = run
 
     def compute(
@@ -120,7 +101,7 @@ class CodeEval:
         """
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # a program that times out blocks one thread only
             results = {
-                problem: list(threads.map(self.run, [f"{program}\n{test}" for program in programs]))
+                problem: list(threads.map(self.run, programs, [test] * len(programs)))
                 for problem, (programs, test) in enumerate(zip(predictions, references, strict=True))
             }
         figures = {}
@@ -136,58 +117,3 @@ class CodeEval:
     def pass_at_k(self, references: list[str], predictions: list[list[str]], k: list[int]) -> dict[str, float]:
         """pass@k of one problem; the signature of a metric of lm-evaluation-harness."""
         return self.compute(references, predictions, k)[0]
-
-
-def _run_limited(path: str, seconds: int, memory: int) -> None:
-    """The work of the limited process: set the limits, run the program and print its result."""
-    import ctypes
-    import resource
-
-    token = sys.stdin.read()
-    output = os.fdopen(os.dup(1), "w")
-    with open(os.devnull, "r+") as null:
-        for descriptor in (0, 1):
-            os.dup2(null.fileno(), descriptor)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        if _block_network(libc):
-            output.write(f"{BLOCKED}\n")
-    for resource_kind, limit in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, FILE_SIZE),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(resource_kind, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too large a file raises OSError instead of killing the program
-    output.flush()
-    with open(path, encoding="utf-8") as file:
-        source = file.read()
-    os.unlink(path)
-    try:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-            exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-    except BaseException as error:  # also SystemExit: a program that exits before its test has not passed
-        output.write(f"failed: {type(error).__name__}\n")
-    else:
-        output.write(f"{token}\n")
-    output.flush()
-
-
-def _block_network(libc: Any) -> bool:
-    """Move this process into an empty network namespace; False if the kernel refuses."""
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWNET) == 0:
-        return True
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
-        return False
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path("/proc/self", name).write_text(text)  # without a map of our user no file can be created
-    return True
-
-
-if __name__ == "__main__":
-    _run_limited(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

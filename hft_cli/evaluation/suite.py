@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,13 @@ def _wanted(config: SuiteConfig, names: Iterable[str]) -> list[str]:
 def _check_code(config: SuiteConfig, benchmarks: Iterable[str], names: Iterable[str]) -> None:
     """Refuse a benchmark that runs programs of the model without the user's consent."""
     runs_code = [name for name in benchmarks if BENCHMARKS[name].runs_code]
-    if runs_code and not config.allow_code:
+    allowed = config.allow_code.lower()
+    if runs_code and allowed == "true" and os.getuid() == 0:
+        raise UserError(
+            f"{runs_code[0]} runs programs that the model writes, and you are root. Start hft as another user, or set "
+            "suite.allow_code=root if nothing on this machine is worth protecting (in a container, for example)."
+        )
+    if runs_code and allowed == "false":
         others = [name for name in _wanted(config, names) if name not in runs_code]
         raise UserError(
             f"{runs_code[0]} runs programs that the model writes. Set suite.allow_code=true if you accept that (for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def data_dir(tmp_path_factory) -> Path:
 
 ONE_RANK = (
     "eval", "suite=quick", "suite.only=[nq_open,hotpotqa,truthfulqa_mc2,mmlu,humaneval]", "suite.limit=2",
-    "suite.allow_code=true",
+    f"suite.allow_code={'root' if os.getuid() == 0 else 'true'}",
 )  # fmt: skip
 
 

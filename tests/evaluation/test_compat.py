@@ -66,7 +66,7 @@ from hft_cli.evaluation import compat
 from hft_cli.evaluation.sandbox import CodeEval
 import evaluate, sys
 original, programs = evaluate.load, []
-run = lambda program: programs.append(program) or "passed"
+run = lambda program, test: programs.append(program) or "passed"
 manager = TaskManager(include_path=compat.harness_task_folder() / "humaneval", include_defaults=False)
 with compat.code_eval_replaced(CodeEval(run)):
     row = {"prompt": "", "test": "", "entry_point": ""}

@@ -133,6 +133,15 @@ def test_local_files_give_the_results_of_the_harness_own_task(case, data_dir, mo
             assert own[key] == theirs[key]
 
 
+def test_tasks_of_the_harness_that_run_programs_are_refused(monkeypatch):
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager(include_path=harness_task_folder() / "mbpp", include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: manager)
+    with pytest.raises(UserError, match="mbpp runs programs that the model writes, without limits"):
+        build_tasks(HarnessTask("mbpp", None, None, False, ""), None)
+
+
 def test_some_answers_of_the_canned_model_are_correct(data_dir):
     """Otherwise the comparison above would compare zeros only."""
     scores = {}
@@ -173,7 +182,7 @@ def test_too_few_rows_for_the_examples_are_a_mistake(data_dir):
 def test_programs_of_the_model_are_run_by_the_given_function(data_dir):
     programs = []
 
-    def run(program: str) -> str:
+    def run(program: str, test: str) -> str:
         programs.append(program)
         return "passed"
 

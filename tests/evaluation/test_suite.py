@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,16 @@ def test_programs_of_the_model_need_consent(tmp_path):
     config = SuiteConfig(name="s", benchmarks={"humaneval": {}, "gsm8k": {}})
     with pytest.raises(UserError, match=r"suite\.allow_code=true.*suite\.only=\[gsm8k\]"):
         read_suite(config)
+
+
+def test_root_runs_programs_of_the_model_only_if_it_says_so(tmp_path, monkeypatch):
+    config = SuiteConfig(name="s", benchmarks={"humaneval": {}}, allow_code="true", data_dir=str(write(tmp_path)))
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert read_suite(config).benchmarks
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    with pytest.raises(UserError, match=r"you are root.*suite\.allow_code=root"):
+        read_suite(config)
+    assert read_suite(replace(config, allow_code="root")).benchmarks
 
 
 @pytest.mark.parametrize(
