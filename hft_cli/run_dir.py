@@ -128,7 +128,7 @@ class RunDir:
     tracking = Child("tracking.json")  # what has been sent to the tracker
     done = Child("DONE")  # written last
     lock = Child(".lock")  # locked by the process that works on the run
-    nodes = Child(".nodes")  # node 0 writes it at the start; the other nodes must see it
+    nodes = Child(".nodes")  # the secret of a run on several nodes, as long as node 0 works on it; mode 600
 
     def round(self, number: int, name: str) -> RoundDir:
         """The directory of the phase `number`, counted from 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -19,10 +19,13 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0.
         count: number of ranks, over all nodes. A worker of one process without torchrun is rank 0 of 1.
+        waiting: the process group of gloo in which ranks wait for each other, and exchange values. Under NCCL a wait
+            would count against its own timeout, and would need the GPU.
     """
 
     rank: int = 0
     count: int = 1
+    waiting: Any = None
 
     @property
     def first(self) -> bool:
@@ -34,7 +37,7 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(group=self.waiting)
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in the order of the ranks."""
@@ -43,7 +46,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = [value] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.waiting)
         return values
 
     def maximum(self, value: int) -> int:
@@ -82,4 +85,5 @@ def join_ranks() -> Ranks:
     compat.disable_shared_memory_op()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=RANKS_TIMEOUT)
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    waiting = torch.distributed.new_group(backend="gloo", timeout=RANKS_TIMEOUT)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), waiting)

@@ -1,137 +1,45 @@
 """How the nodes of a run meet, start together and end together. Standard library only.
 
-Node 0 leads. Every other node is a follower: it keeps one TCP connection to node 0, over which both send lines of JSON.
+Node 0 leads. Every other node is a follower: it keeps one TCP connection to node 0, over which both send messages
+(`peer.py`). They prove with each of them that they see the run's directory, where the secret is.
 
     follower to node 0    rank, host     who it is
                           facts          its versions, its config, and the hashes of its files
-                          ready          it sees the run's directory
                           ended, log     exit status and log of its ranks of a worker
                           stop           it received this signal
                           mistake        it ends with a user's mistake; `failed` with another error
-    node 0 to follower    go             a random number, which node 0 has written into the run's directory
+    node 0 to follower    go             all nodes agree
                           start, end     start its ranks of a worker, or end them
                           bye            the run has ended: reason and exit status
 
-The run's files are on a file system that all nodes share. When a process ends, its connection closes, and the run ends
-on all nodes.
+When a process ends, its connection closes, and the run ends on all nodes.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import secrets
-import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hft_cli.errors import NodeError, Stopped, UserError
-from hft_cli.launch.lifetime import STOP_SIGNALS
 from hft_cli.launch.nodes import Node, is_free
+from hft_cli.launch.peer import Peer, new_secret, printable, read_secret
 
 START_TIMEOUT = 600.0  # seconds that nodes wait for each other at the start
 LATE = 5.0  # seconds within which nodes that are started together connect
 FILE_LAG = 60.0  # seconds that a shared file system may take to show a new file
 
 
-LONGEST = 1 << 20  # bytes of a message: facts have a few thousand
 HELLO = 10.0  # seconds that a connection has to say which node it is from
 STRANGERS = 64  # connections that have not said it yet
 
-
-def _is_message(message: Any) -> bool:
-    """Whether a value is a message of hft, with values of the right types."""
-    return isinstance(message, dict) and all(key in _KINDS and _KINDS[key](value) for key, value in message.items())
-
-
-def _has(value: Any, **fields: type) -> bool:
-    return isinstance(value, dict) and all(_is(value.get(key), kind) for key, kind in fields.items())
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-# Key of a message -> whether a value is one.
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("rank", "ended"), lambda value: _is(value, int)),
-    **dict.fromkeys(("host", "log", "mistake", "failed", "go"), lambda value: _is(value, str)),
-    **dict.fromkeys(("ready", "end"), lambda value: value is True),
-    "stop": lambda value: _is(value, int) and value in STOP_SIGNALS,
-    "facts": lambda value: _has(value, versions=dict, config=dict, files=dict),
-    "start": lambda value: _has(value, worker=str, job=str, log=str),
-    "bye": lambda value: _has(value, reason=str, status=int),
-}
-
-
-def _printable(text: str) -> str:
-    """Text of another node for this terminal: one line without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:1000]
-
-
-class Peer:
-    """The connection to another node. It stays open until the run has ended.
-
-    Attributes:
-        name: the other node in messages.
-        rank: number of the other node.
-    """
-
-    def __init__(self, sock: socket.socket, name: str) -> None:
-        self.sock, self.name, self.rank = sock, name, 0
-        self._received = b""
-        # A machine without power closes no connection: after a minute of silence, ask it every ten seconds.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-    def send(self, **message: Any) -> None:
-        """Send a message.
-
-        Raises:
-            NodeError: if the connection is lost.
-        """
-        try:
-            self.sock.sendall(json.dumps(message).encode() + b"\n")
-        except OSError as error:
-            raise NodeError(f"{self.name} is gone ({error.strerror or error}).") from None
-
-    def receive(self, seconds: float = 0.0) -> dict[str, Any] | None:
-        """The next message; None if none comes within `seconds`.
-
-        Raises:
-            NodeError: if the connection is lost, or what comes is not a message.
-        """
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._received:
-            readable, _, _ = select.select([self.sock], [], [], max(deadline - time.monotonic(), 0))
-            if not readable:
-                return None
-            try:
-                data = self.sock.recv(1 << 16)
-            except OSError as error:
-                raise NodeError(f"{self.name} is gone ({error.strerror or error}).") from None
-            if not data:
-                raise NodeError(f"{self.name} is gone: it closed its connection.")
-            self._received += data
-            if len(self._received) > LONGEST:
-                raise NodeError(f"{self.name} does not send messages of hft.")
-            if b"\n" not in self._received and time.monotonic() > deadline:
-                return None
-        line, _, self._received = self._received.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not _is_message(message):
-            raise NodeError(f"{self.name} does not send messages of hft.")
-        checked: dict[str, Any] = message
-        return {key: _printable(value) if isinstance(value, str) else value for key, value in checked.items()}
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -139,24 +47,29 @@ class Followers:
     """The other nodes, as node 0 sees them.
 
     Attributes:
+        secret: what another node must know.
+        nonces: those that have been used.
+        without_secret: addresses of connections that looked like nodes, but did not know the secret.
         running: number of nodes whose ranks of the current worker have not ended.
     """
 
     node: Node
     listener: socket.socket
+    secret: bytes
+    nonces: set[bytes] = field(default_factory=set)
+    without_secret: set[str] = field(default_factory=set)
     peers: list[Peer] = field(default_factory=list)
     strangers: list[tuple[float, Peer]] = field(default_factory=list)  # since when they are connected
     running: int = 0
 
-    def meet(self, facts: Mapping[str, Any], shared: Path) -> None:
+    def meet(self, facts: Mapping[str, Any]) -> None:
         """Wait until all nodes are ready, and refuse a node that differs from this one.
 
         Args:
             facts: "versions", "config" and "files", each a mapping; see `_compare`.
-            shared: file in the run's directory that this node writes for a moment and the others must see.
 
         Raises:
-            UserError: if a node differs, has made a mistake, or does not see the file.
+            UserError: if a node differs, or has made a mistake.
             Stopped: if a node received a signal.
             NodeError: if a node does not connect, fails, or is lost.
         """
@@ -172,29 +85,24 @@ class Followers:
             if time.monotonic() > deadline:
                 raise NodeError(self._missing_text())
             time.sleep(0.05)
-        self._prove_shared_folder(shared)
+        for peer in self.peers:
+            peer.send(go=True)
 
     def _missing_text(self) -> str:
         connected = {peer.rank for peer in self.peers}
         missing = [str(rank) for rank in range(1, self.node.count) if rank not in connected]
+        if self.without_secret:
+            return f"{self._no_secret_text()} Give all nodes the same output_dir, on a file system that they share."
         problem = f"Node {', '.join(missing)} did not come" if missing else "Not all nodes were ready"
         return (
             f"{problem} to {self.node.host}:{self.node.port} within {START_TIMEOUT:.0f} seconds. Start the same "
             "command on every node."
         )
 
-    def _prove_shared_folder(self, shared: Path) -> None:
-        """Write a random number into a file, and wait until every node has read it there."""
-        number = secrets.token_hex(16)
-        shared.write_text(number)
-        try:
-            for peer in self.peers:
-                peer.send(go=number)
-            for peer in self.peers:
-                if "ready" not in _message_of_running(peer, FILE_LAG + 30):
-                    raise NodeError(f"{peer.name} does not answer.")
-        finally:
-            shared.unlink(missing_ok=True)
+    def _no_secret_text(self) -> str:
+        return (
+            f"A node at {', '.join(sorted(self.without_secret))} did not find the secret of this run in its output_dir."
+        )
 
     def accept(self) -> None:
         """Accept the nodes that have connected. Connections that do not say which node they are from are closed.
@@ -207,13 +115,14 @@ class Followers:
             while len(self.strangers) < STRANGERS:
                 sock, (host, *_) = self.listener.accept()
                 sock.settimeout(HELLO)  # for sending: a node that reads nothing does not hold up the others
-                self.strangers.append((time.monotonic(), Peer(sock, f"the node at {host}")))
+                self.strangers.append((time.monotonic(), Peer(sock, f"the node at {host}", leads=True)))
         waiting, self.strangers = self.strangers, []
         for since, peer in waiting:
             try:
-                hello = peer.receive()
+                hello = peer.receive_hello(self.secret, self.nonces)
             except NodeError:
                 hello = {}
+                self._note_wrong_secret(peer)
             if hello is None and time.monotonic() - since < HELLO:
                 self.strangers.append((since, peer))
                 continue
@@ -221,10 +130,16 @@ class Followers:
                 peer.sock.close()
                 continue
             assert hello is not None
+            self.without_secret.discard(_address(peer))
             peer.rank, peer.name = hello["rank"], f"Node {hello['rank']} ({hello.get('host')})"
             self.peers.append(peer)
             if [other.rank for other in self.peers].count(peer.rank) > 1:
                 raise UserError(f"Two nodes are both engine.node_rank={peer.rank}. Number them 0, 1, ….")
+
+    def _note_wrong_secret(self, peer: Peer) -> None:
+        if peer.wrong_secret and (address := _address(peer)) not in self.without_secret:
+            self.without_secret.add(address)
+            logger.info(f"{self._no_secret_text()} Still waiting.")
 
     def start(self, worker: str, job: str, log: str) -> None:
         """Have the other nodes start their ranks of a worker. `job` and `log` are relative to the run's directory."""
@@ -274,6 +189,13 @@ class Followers:
             peer.sock.close()
 
 
+def _address(peer: Peer) -> str:
+    try:
+        return str(peer.sock.getpeername()[0])
+    except OSError:
+        return "an unknown address"
+
+
 def _message_of_running(peer: Peer, seconds: float = 0.0) -> dict[str, Any]:
     """The next message of a node that has not ended; empty if none comes within `seconds`.
 
@@ -312,13 +234,17 @@ def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
 
 
 def _short(value: Any) -> str:
-    text = _printable(str(value))
+    text = printable(str(value))
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 @contextmanager
-def listen(node: Node) -> Iterator[Followers]:
+def listen(node: Node, secret_file: Path) -> Iterator[Followers]:
     """On node 0: accept connections while entered, and tell all nodes how the run ended.
+
+    Args:
+        node: this node.
+        secret_file: in the run's directory; it exists while entered.
 
     Raises:
         UserError: if the port, or the next one, is in use.
@@ -332,23 +258,24 @@ def listen(node: Node) -> Iterator[Followers]:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("", node.port))
-        listener.listen(128)
-        followers = Followers(node, listener)
-        try:
-            yield followers
-        except UserError as error:
-            followers.dismiss(str(error), 2)
-            raise
-        except Stopped as stop:
-            followers.dismiss("stopped", 128 + stop.number)
-            raise
-        except BaseException as error:
-            followers.dismiss(f"node 0 failed: {error}", 1)
-            raise
-        followers.dismiss("", 0)
+        with new_secret(secret_file) as secret:
+            listener.listen(128)
+            followers = Followers(node, listener, secret)
+            try:
+                yield followers
+            except UserError as error:
+                followers.dismiss(str(error), 2)
+                raise
+            except Stopped as stop:
+                followers.dismiss("stopped", 128 + stop.number)
+                raise
+            except BaseException as error:
+                followers.dismiss(f"node 0 failed: {error}", 1)
+                raise
+            followers.dismiss("", 0)
 
 
-def connect(node: Node, seconds: float) -> Peer | None:
+def connect(node: Node, secret_file: Path, seconds: float) -> Peer | None:
     """On a follower: connect to node 0 and say which node this is; None if node 0 does not answer within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -361,34 +288,47 @@ def connect(node: Node, seconds: float) -> Peer | None:
         else:
             sock.settimeout(None)
             leader = Peer(sock, f"Node 0 ({node.host})")
-            leader.send(rank=node.rank, host=socket.gethostname())
+            # Without the secret, node 0 learns that this node looked for it; nobody can answer.
+            leader.begin(read_secret(secret_file) or secrets.token_bytes(), node.rank)
             return leader
 
 
-def introduce(leader: Peer, facts: Mapping[str, Any], shared: Path) -> None:
-    """On a follower: send this node's facts to node 0, and prove that this node sees the run's directory.
+def introduce(leader: Peer, node: Node, facts: Mapping[str, Any], secret_file: Path) -> Peer:
+    """On a follower: send this node's facts to node 0, and wait until all nodes agree.
+
+    Returns:
+        The connection to node 0: another one if the secret was not there yet.
 
     Raises:
-        UserError: if node 0 refuses this node, or this node does not see the directory.
+        UserError: if node 0 refuses this node, or this node does not see the run's directory.
         NodeError: if the connection to node 0 is lost.
     """
-    leader.send(facts=facts)
-    answer = leader.receive(2 * START_TIMEOUT)
-    if answer is None:
-        raise NodeError(f"{leader.name} does not answer.")
     mistake = (
-        f"output_dir={shared.parent} is not the folder that node 0 writes to. It must be on a file system that all "
-        "nodes share."
+        f"output_dir={secret_file.parent} is not the folder that node 0 writes to. It must be on a file system that "
+        "all nodes share."
     )
-    if is_goodbye(answer):
-        raise UserError(f"Node 0 says that the run is finished, and here it is not: {mistake}")
-    deadline = time.monotonic() + FILE_LAG
-    while not (shared.exists() and shared.read_text() == answer["go"]):
-        if time.monotonic() > deadline:
-            leader.send(mistake=mistake)
-            raise UserError(mistake)
-        time.sleep(0.5)
-    leader.send(ready=True)
+    since = time.monotonic()
+    while True:
+        try:
+            leader.send(facts=facts)
+            answer = leader.receive(2 * START_TIMEOUT)
+        except NodeError:
+            if leader.received:
+                raise
+            leader.sock.close()  # node 0 has another secret, or a shared file system shows the file with a delay
+            if time.monotonic() - since > FILE_LAG:
+                raise UserError(mistake) from None
+            time.sleep(0.5)
+            again = connect(node, secret_file, 0)
+            if again is None:
+                raise
+            leader = again
+            continue
+        if answer is None:
+            raise NodeError(f"{leader.name} does not answer.")
+        if is_goodbye(answer):
+            raise UserError(f"Node 0 says that the run is finished, and here it is not: {mistake}")
+        return leader
 
 
 def is_goodbye(message: Mapping[str, Any]) -> bool:
@@ -399,7 +339,7 @@ def is_goodbye(message: Mapping[str, Any]) -> bool:
     """
     if "bye" not in message:
         return False
-    reason, status = _printable(message["bye"]["reason"]), message["bye"]["status"]
+    reason, status = printable(message["bye"]["reason"]), message["bye"]["status"]
     if status == 2:
         raise UserError(f"node 0: {reason}")
     if status > 128:

@@ -25,7 +25,8 @@ from hft_cli.errors import NodeError, Stopped, UserError, choose
 from hft_cli.launch.jobs import WORKERS, Job, write_job
 from hft_cli.launch.lifetime import SAME_SIGNAL, handled, inherited, prepare_worker
 from hft_cli.launch.nodes import Node
-from hft_cli.launch.rendezvous import Followers, Peer, is_goodbye
+from hft_cli.launch.peer import Peer
+from hft_cli.launch.rendezvous import Followers, is_goodbye
 from hft_cli.run_dir import RoundDir, RunDir
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from hft_cli.files import flatten, read_json, write_json, write_text
 from hft_cli.launch.jobs import RowsTask
 from hft_cli.launch.lifetime import hold_lock
 from hft_cli.launch.nodes import Node, this_node
-from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, Peer, connect, introduce, listen
+from hft_cli.launch.peer import Peer
+from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, connect, introduce, listen
 from hft_cli.launch.worker import follow_leader
 from hft_cli.method.rounds import Phase
 from hft_cli.paths import resolve_path
@@ -66,7 +67,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             f"engine.num_nodes={node.count} needs output_dir=…: one folder, on a file system that all nodes share."
         )
     if node.rank == 0:
-        with listen(node) as followers:
+        with listen(node, RunDir(Path(config.output_dir).expanduser()).nodes) as followers:
             return _lead(config, overrides, False, followers)
     _follow(config, node)
     return None
@@ -108,7 +109,7 @@ def _walk_with_nodes(run: RunDir, prepared: Prepared, followers: Followers | Non
     if followers is not None:
         node = followers.node
         logger.info(f"Waiting for {node.count - 1} more nodes at {node.host}:{node.port}.")
-        followers.meet(node_facts(prepared), run.nodes)
+        followers.meet(node_facts(prepared))
     if prepared.deepspeed:
         write_json(run.deepspeed, prepared.deepspeed)
     with track(prepared.config.tracking, run.folder, flatten(asdict(prepared.config))) as tracker:
@@ -124,16 +125,16 @@ def _follow(config: RunConfig, node: Node) -> None:
         if run.done.exists():
             require_same_config(run, config)
             return
-        leader = connect(node, LATE)
+        leader = connect(node, run.nodes, LATE)
         prepared = prepare(config, base, run)
         if leader is None:
             logger.info(f"Waiting for node 0 at {node.host}:{node.port}.")
-            leader = connect(node, START_TIMEOUT)
+            leader = connect(node, run.nodes, START_TIMEOUT)
         if leader is None:
             raise NodeError(f"Node 0 does not answer at {node.host}:{node.port}. Start the same command there too.")
-        introduce(leader, node_facts(prepared), run.nodes)
+        leader = introduce(leader, node, node_facts(prepared), run.nodes)
     except BaseException as error:  # any error: the other nodes wait for this one
-        leader = leader or connect(node, LATE)
+        leader = leader or connect(node, run.nodes, LATE)
         if leader is not None:
             with suppress(NodeError):
                 leader.send(**_failure_message(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -23,16 +24,20 @@ FACTS = {
     "files": {"weights": "aa", "the data of order": "bb"},
 }
 
+SECRET, KEY = b"secret", b"key"
+
 
 def follower(port: int, folder: Path, facts: dict[str, Any], rank: int = 1) -> tuple[threading.Thread, list[Any]]:
     """A thread that follows node 0 as another node does, and a list that gets "done" or the error that it raised."""
     ended: list[Any] = []
 
+    node = Node(rank, 2, "127.0.0.1", port)
+
     def follow() -> None:
-        leader = connect(Node(rank, 2, "127.0.0.1", port), 600)
+        leader = connect(node, folder / ".nodes", 600)
         assert leader is not None
         try:
-            introduce(leader, facts, folder / ".nodes")
+            leader = introduce(leader, node, facts, folder / ".nodes")
             while not is_goodbye(leader.receive(1) or {}):
                 pass
             ended.append("done")
@@ -52,8 +57,8 @@ def changed(part: str, key: str, value: Any) -> dict[str, Any]:
 
 def test_nodes_that_agree_begin_and_end_together(port, tmp_path):
     thread, ended = follower(port, tmp_path, FACTS)
-    with listen(Node(0, 2, "127.0.0.1", port)) as followers:
-        followers.meet(FACTS, tmp_path / ".nodes")
+    with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
+        followers.meet(FACTS)
     thread.join()
     assert ended == ["done"]
     assert list(tmp_path.iterdir()) == []
@@ -72,9 +77,9 @@ def test_a_node_that_differs_is_refused_on_both_sides(facts, words, port, tmp_pa
     thread, ended = follower(port, tmp_path, facts)
     with (
         pytest.raises(UserError, match=words),
-        listen(Node(0, 2, "127.0.0.1", port)) as followers,
+        listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers,
     ):
-        followers.meet(FACTS, tmp_path / ".nodes")
+        followers.meet(FACTS)
     thread.join()
     assert isinstance(ended[0], UserError)
     assert "node 0: " in str(ended[0])
@@ -82,24 +87,101 @@ def test_a_node_that_differs_is_refused_on_both_sides(facts, words, port, tmp_pa
 
 def test_a_node_that_does_not_see_the_runs_folder_is_refused(port, tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous, "FILE_LAG", 1.0)
+    monkeypatch.setattr(rendezvous, "LATE", 0.0)
     (tmp_path / "elsewhere").mkdir()
     thread, ended = follower(port, tmp_path / "elsewhere", FACTS)
-    with (
-        pytest.raises(UserError, match=r"Node 1 .*not the folder that node 0 writes to"),
-        listen(Node(0, 2, "127.0.0.1", port)) as followers,
-    ):
-        followers.meet(FACTS, tmp_path / ".nodes")
-    thread.join()
+
+    def meet() -> None:
+        with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
+            while thread.is_alive():
+                followers.accept()
+            monkeypatch.setattr(rendezvous, "START_TIMEOUT", 0.0)
+            followers.meet(FACTS)
+
+    with pytest.raises(NodeError, match=r"127\.0\.0\.1 did not find the secret .* Give all nodes the same output_dir"):
+        meet()
     assert "file system that all nodes share" in str(ended[0])
+
+
+def test_a_secret_that_a_file_system_shows_late_is_found(port, tmp_path):
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / ".nodes").write_text("that of an earlier command")
+    thread, ended = follower(port, late, FACTS)
+    with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
+        while not followers.without_secret:
+            followers.accept()
+        (late / ".nodes").write_bytes((tmp_path / ".nodes").read_bytes())
+        followers.meet(FACTS)
+        assert not followers.without_secret
+    thread.join()
+    assert ended == ["done"]
+
+
+def test_the_secret_is_the_users_and_is_removed(port, tmp_path):
+    file = tmp_path / "runs/new/.nodes"
+    with listen(Node(0, 2, "127.0.0.1", port), file) as followers:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert file.read_bytes() == followers.secret
+        followers.node = Node(0, 1, "127.0.0.1", port)  # nobody to wait for at the end
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"file is a file\. Choose an empty or a new directory"),
+        listen(Node(0, 2, "127.0.0.1", port), tmp_path / "file" / ".nodes"),
+    ):
+        pass
+
+
+def test_a_recorded_hello_takes_no_rank(node_one):
+    followers, peer = node_one
+    (ours,), hello, used = followers.peers, [], set()
+    sock, peer.sock = peer.sock, SimpleNamespace(sendall=hello.append)
+    peer.begin(SECRET, 1)
+    sock.sendall(hello[0] * 2)  # the second one stands for somebody who has seen the first
+    assert ours.receive_hello(SECRET, used)["rank"] == 1
+    again = Peer(ours.sock, "a stranger", leads=True)
+    again._buffer = ours._buffer
+    with pytest.raises(NodeError, match="does not send messages of this run"):
+        again.receive_hello(SECRET, used)
+
+
+def test_a_message_that_is_changed_or_sent_twice_is_refused(node_one):
+    followers, peer = node_one
+    lines: list[bytes] = []
+    sock, peer.sock = peer.sock, SimpleNamespace(sendall=lines.append)
+    peer.send(ended=0, log="a")
+    for line in (lines[0].replace(b": 0", b": 1"), lines[0].partition(b" ")[2]):
+        other = Followers(followers.node, followers.listener, SECRET, peers=[], running=1)
+        other.peers = [Peer(followers.peers[0].sock, "Node 1", KEY, leads=True)]
+        sock.sendall(line)
+        with pytest.raises(NodeError, match="does not send messages of this run"):
+            check_until_ended(other)
+    sock.sendall(lines[0] * 2)
+    with pytest.raises(NodeError, match="does not send messages of this run"):
+        check_for_ever(followers)
+    assert followers.running == 0  # the first of them counted
+
+
+def test_who_only_answers_for_node_0_is_not_followed(port, tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "FILE_LAG", 0.0)
+    (tmp_path / ".nodes").write_bytes(SECRET)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread, ended = follower(port, tmp_path, FACTS)
+        with listener.accept()[0] as sock:
+            false = Peer(sock, "a follower", b"another key", leads=True)
+            false.send(go=True)
+            thread.join()
+    assert isinstance(ended[0], UserError)
 
 
 def test_two_nodes_with_one_number_are_refused(port, tmp_path):
     first, second = (follower(port, tmp_path, FACTS) for _ in range(2))
     with (
         pytest.raises(UserError, match=r"Two nodes are both engine.node_rank=1"),
-        listen(Node(0, 3, "127.0.0.1", port)) as followers,
+        listen(Node(0, 3, "127.0.0.1", port), tmp_path / ".nodes") as followers,
     ):
-        followers.meet(FACTS, tmp_path / ".nodes")
+        followers.meet(FACTS)
     for thread, ended in (first, second):
         thread.join()
         assert isinstance(ended[0], UserError)
@@ -109,11 +191,12 @@ def test_a_node_that_does_not_come_is_named(port, tmp_path, monkeypatch):
     thread, ended = follower(port, tmp_path, FACTS, rank=2)
 
     def meet() -> None:
-        with listen(Node(0, 3, "127.0.0.1", port)) as followers:
+        with listen(Node(0, 3, "127.0.0.1", port), tmp_path / ".nodes") as followers:
             while not followers.peers:
                 followers.accept()
             monkeypatch.setattr(rendezvous, "START_TIMEOUT", 0.0)
-            followers.meet(FACTS, tmp_path / ".nodes")
+            monkeypatch.setattr(rendezvous, "LATE", 0.0)
+            followers.meet(FACTS)
 
     with pytest.raises(NodeError, match=r"Node 1 did not come"):
         meet()
@@ -122,7 +205,7 @@ def test_a_node_that_does_not_come_is_named(port, tmp_path, monkeypatch):
 
 
 def test_what_tries_ports_does_not_disturb(port, tmp_path):
-    with listen(Node(0, 2, "127.0.0.1", port)) as followers:
+    with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
         words = (
             b'{"rank": "1"}',
             b"[]",
@@ -138,7 +221,7 @@ def test_what_tries_ports_does_not_disturb(port, tmp_path):
                 stranger.sendall(word)
         with socket.create_connection(("127.0.0.1", port)):  # and one that says nothing
             thread, ended = follower(port, tmp_path, FACTS)
-            followers.meet(FACTS, tmp_path / ".nodes")
+            followers.meet(FACTS)
     thread.join()
     assert ended == ["done"]
 
@@ -155,14 +238,14 @@ def test_what_tries_ports_does_not_disturb(port, tmp_path):
 )
 def test_a_node_that_ends_before_it_is_ready_ends_node_0_too(said, kind, words, port, tmp_path):
     def meet() -> None:
-        with listen(Node(0, 2, "127.0.0.1", port)) as followers:
-            leader = connect(Node(1, 2, "127.0.0.1", port), 5)
+        with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
+            leader = connect(Node(1, 2, "127.0.0.1", port), tmp_path / ".nodes", 5)
             assert leader is not None
             if said:
                 leader.send(**said)
             else:
                 leader.sock.close()
-            followers.meet(FACTS, tmp_path / ".nodes")
+            followers.meet(FACTS)
 
     with pytest.raises(kind) as error:
         meet()
@@ -180,7 +263,7 @@ def test_a_node_that_ends_before_it_is_ready_ends_node_0_too(said, kind, words, 
 def test_a_message_of_another_shape_is_one_clear_error(message, node_one):
     followers, peer = node_one
     peer.send(**message)
-    with pytest.raises(NodeError, match=r"^Node 1 does not send messages of hft\.$"):
+    with pytest.raises(NodeError, match=r"^Node 1 does not send messages of this run\.$"):
         check_until_ended(followers)
 
 
@@ -194,7 +277,7 @@ def test_a_stream_without_an_end_is_cut_off(node_one):
 
     thread = threading.Thread(target=flood)
     thread.start()
-    with pytest.raises(NodeError, match="does not send messages of hft"):
+    with pytest.raises(NodeError, match="does not send messages of this run"):
         check_until_ended(followers)
     followers.peers[0].sock.close()
     thread.join()
@@ -216,13 +299,13 @@ def test_a_job_outside_the_run_is_not_started(name, tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_port_in_use_is_refused(port, which):
+def test_a_port_in_use_is_refused(port, which, tmp_path):
     with socket.socket() as taken:
         taken.bind(("", port + which))
         taken.listen()
         with (
             pytest.raises(UserError, match=rf"Port {port + which} is in use on this machine. Choose another"),
-            listen(Node(0, 2, "127.0.0.1", port)),
+            listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes"),
         ):
             pass
 
@@ -234,7 +317,7 @@ def test_a_node_that_waits_to_start_ends_as_node_0_ends(error, kind, port, tmp_p
     thread, ended = follower(port, tmp_path, FACTS)
 
     def fail() -> None:
-        with listen(Node(0, 2, "127.0.0.1", port)) as followers:
+        with listen(Node(0, 2, "127.0.0.1", port), tmp_path / ".nodes") as followers:
             while not followers.peers:
                 followers.accept()
             raise error
@@ -253,8 +336,14 @@ def node_one(port):
         socket.create_connection(("127.0.0.1", port)) as theirs,
         listener.accept()[0] as ours,
     ):
-        followers = Followers(Node(0, 2, "127.0.0.1", port), listener, [Peer(ours, "Node 1")], running=1)
-        yield followers, Peer(theirs, "Node 0")
+        peers = [Peer(ours, "Node 1", KEY, leads=True)]
+        followers = Followers(Node(0, 2, "127.0.0.1", port), listener, SECRET, peers=peers, running=1)
+        yield followers, Peer(theirs, "Node 0", KEY)
+
+
+def check_for_ever(followers: Followers) -> None:
+    while True:
+        followers.check()
 
 
 def check_until_ended(followers: Followers, stopping: bool = False) -> None:
