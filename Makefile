@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test test-slurm torture check lint types wheel-test versions clean
+.PHONY: help demo demo-continual test test-slurm torture fuzz check lint types wheel-test versions clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
@@ -11,6 +11,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-slurm  the tests of scripts/slurm and of sweeps by submitit, on a SLURM set up for them (root, Debian)"
 	@echo "make torture     kills and disk faults before each file operation of short runs, and at random moments (hours)"
+	@echo "make fuzz        ten million random inputs for all that reads files, messages and arguments (an hour; installs atheris)"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
 	@echo "make versions    quick tests with the lowest and with the newest versions that pyproject.toml admits (about 12 GB)"
@@ -36,6 +37,10 @@ test: .venv/installed
 
 torture: .venv/installed
 	$(BIN)/python scripts/torture.py --engine single --engine zero2
+
+fuzz: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3,<4"
+	$(BIN)/python scripts/fuzz.py --runs 10000000
 
 test-slurm: .venv/installed
 	scripts/slurm_test.sh $(BIN)/python

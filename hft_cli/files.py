@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,23 @@ def read_record(path: Path, kind: Any) -> dict[str, Any]:
     return value
 
 
-def require_type(value: Any, kind: Any, where: Any) -> None:
-    """Raise UserError, which names the first value that is wrong, unless `value` has the type `kind`."""
-    from pydantic import TypeAdapter, ValidationError
+def require_type(value: Any, kind: Any, where: Any) -> Any:
+    """Plain values as the type `kind`. Raise UserError, which names the first value that is wrong, if they are not."""
+    from pydantic import ValidationError
 
     try:
-        TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{where} is not as hft wrote it: {place}: {first['msg']}. Restore it from a copy.") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
@@ -122,7 +130,7 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     """
     hints = typing.get_type_hints(cls)
     for key in values:
-        choose("key", where + key, [where + name for name in hints])
+        choose("key", f"{where}{key}", [where + name for name in hints])
         if is_dataclass(hints[key]) and not isinstance(values[key], dict):
             raise UserError(f"{where}{key} is a group of keys, and not {values[key]!r}.")
     return cls(

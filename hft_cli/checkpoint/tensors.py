@@ -25,6 +25,8 @@ BITS = {
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+MOST = 1 << 63  # bytes and elements of a file
+
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -74,7 +76,10 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 first, last = entry["data_offsets"]
-                tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start + first, start + last)
+                shape = entry["shape"]
+                if not all(type(number) is int and 0 <= number < MOST for number in (first, last, *shape)):
+                    raise ValueError(f"'{name}' has a shape or offsets that are no sizes")
+                tensors[name] = StoredTensor(path, entry["dtype"], tuple(shape), start + first, start + last)
         end = _end_of_data(tensors, start)
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
@@ -90,7 +95,7 @@ def _end_of_data(tensors: Mapping[str, StoredTensor], start: int) -> int:
     """The offset behind the last tensor; UserError unless the tensors fill the bytes from `start` without gaps."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         bits = math.prod(tensor.shape) * BITS[tensor.dtype]
-        if tensor.start != start or tensor.size * 8 != bits or min(tensor.shape, default=0) < 0:
+        if tensor.start != start or tensor.size * 8 != bits:
             raise UserError(
                 f"{tensor.file}: the offsets of tensor '{name}' do not fit its shape. Fetch the file again."
             )

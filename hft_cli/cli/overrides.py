@@ -50,7 +50,7 @@ def hydra_arguments(command: str, argv: Sequence[str]) -> list[str]:
         _refuse_two_models(arguments)
     else:
         arguments = _with_experiment(command, arguments, runs_one=not sweep and not shows, shows=shows)
-    return _with_own_paths(arguments)
+    return _with_own_paths(command, arguments)
 
 
 def is_sweep(argv: Iterable[str]) -> bool:
@@ -92,7 +92,7 @@ def _refuse_two_models(arguments: Sequence[str]) -> None:
         raise UserError("run=… scores the run's own models: leave out model and model.path, or leave out run.")
 
 
-def _with_own_paths(arguments: Sequence[str]) -> list[str]:
+def _with_own_paths(command: str, arguments: Sequence[str]) -> list[str]:
     """With a path of the user's own, the option `local`: the settings of the default model or data are not for it.
 
     The path of an experiment's data that have none, such as TRACE, completes them instead.
@@ -103,7 +103,8 @@ def _with_own_paths(arguments: Sequence[str]) -> list[str]:
         added.append("model=pocket" if values["model.path"].startswith("pocket:") else "model=local")
     experiment = values.get("experiment")
     if (
-        {"data.path", "data.mix"} & values.keys()
+        command != "eval"
+        and {"data.path", "data.mix"} & values.keys()
         and "data" not in values
         and not (experiment and needs_data_path(experiment))
     ):

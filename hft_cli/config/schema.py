@@ -370,7 +370,7 @@ def read_config(run: RunDir) -> RunConfig:
 
     try:
         values = yaml.safe_load(run.config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such date
         raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
     if not isinstance(values, dict):
         raise UserError(f"{run.config} is not the configuration of a run.")

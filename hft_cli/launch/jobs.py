@@ -16,7 +16,7 @@ from hft_cli.config.schema import ModelConfig, RunConfig
 from hft_cli.config.suites import ProbeConfig
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.files import ANY_HUB, Hub
-from hft_cli.files import write_json
+from hft_cli.files import read_json, require_type, write_json
 from hft_cli.method.rounds import Phase
 
 
@@ -147,10 +147,8 @@ def write_job(job: Job, folder: Path) -> Path:
 
 
 def read_job(kind: str, path: Path) -> Any:
-    """Read the job file of a key of WORKERS."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(WORKERS[kind].job).validate_json(path.read_bytes())
+    """Read the job file of a key of WORKERS; UserError if it is not as the parent wrote it."""
+    return require_type(read_json(path), WORKERS[kind].job, path)
 
 
 class Progress:

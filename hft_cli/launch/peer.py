@@ -142,14 +142,17 @@ class Peer:
         Raises:
             NodeError: if the connection is lost.
         """
-        data = json.dumps(message).encode()
+        try:
+            self.sock.sendall(self.line(json.dumps(message).encode()))
+        except OSError as error:
+            raise self._gone(error.strerror or str(error)) from None
+
+    def line(self, data: bytes) -> bytes:
+        """The next line to send, which carries `data`."""
         line = self._hello + self._mac(self.leads, self.sent, data) + b" " + data + b"\n"
         self._hello = b""
         self.sent += 1
-        try:
-            self.sock.sendall(line)
-        except OSError as error:
-            raise self._gone(error.strerror or str(error)) from None
+        return line
 
     def receive(self, seconds: float = 0.0) -> dict[str, Any] | None:
         """The next message; None if none comes within `seconds`.
