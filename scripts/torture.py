@@ -105,11 +105,12 @@ class Bench:
 
 
 def processes(run: Path) -> list[int]:
-    """Processes with the run in their command line."""
+    """Processes with the run in their command line or their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if str(run).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+            place = entry.read_bytes() + entry.with_name("environ").read_bytes()  # HFT_TORTURE names the run
+            if str(run).encode() in place and int(entry.parent.name) != os.getpid():
                 found.append(int(entry.parent.name))
         except OSError:
             continue
@@ -228,7 +229,7 @@ def ranks(run: Path, role: str) -> list[int]:
     for pid in processes(run):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            variables = [*Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"), *words]  # a fork has it in its words
             starts = b"hft_cli.launch.work" in words and b"torch.distributed.run" not in words
             if starts and (role == "worker" or f"RANK={role.removeprefix('rank')}".encode() in variables):
                 found.append(pid)

@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, start, train, wait_for, wait_until_gone
+from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, environment, start, train, wait_for, wait_until_gone
 
+from hft_cli.launch import preload
 from hft_cli.launch.nodes import is_free
 
 
@@ -21,6 +22,17 @@ from hft_cli.launch.nodes import is_free
 def cache_of_rows(tmp_path_factory) -> None:
     """No test reads what a user, or an earlier session, has in the cache."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded(cache_of_rows, tmp_path_factory) -> Iterator[None]:
+    """Workers of commands with the usual environment are forked from one process: libraries are loaded once."""
+    place = str(tmp_path_factory.mktemp("preloaded") / "socket")
+    process = preload.start_process(place, {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}, "deepspeed")
+    os.environ[preload.SHARED] = place
+    yield
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def run(folder: Path, files: list[Path], arguments: list[str]) -> int:
     start = subprocess.Popen.__init__
 
     def watched(self: Any, command: Any, *others: Any, **options: Any) -> None:
-        if "hft_cli.launch.work" in str(command):
+        if "hft_cli.launch." in str(command):
             files[2].write_text("started")
             os._exit(77)
         start(self, command, *others, **options)
@@ -75,6 +75,7 @@ def run(folder: Path, files: list[Path], arguments: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("HFT_PRELOADED", None)
     sys.argv = ["hft", *arguments]
     try:
         main.main()

@@ -38,6 +38,24 @@ def load_data_only() -> None:
     add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
+# With them, a rank takes the store at MASTER_PORT as a client: see `store_for_ranks`.
+STORE_VARIABLES = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def store_for_ranks() -> Any:
+    """A store on a free port of this machine, over which ranks meet; it lives as long as the object.
+
+    UPSTREAM: torch 2.13.0: the rendezvous `env://` reads STORE_VARIABLES, which torchrun sets for its ranks. Without
+    them rank 0 would open the store, on a port that somebody else may have taken since it was found free. This can go
+    when the variables are documented.
+    """
+    import torch.distributed
+
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+
+
 def exit_rank() -> None:
     """End this process without the teardown of Python and of its libraries.
 

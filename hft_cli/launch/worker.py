@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_cli.errors import NodeError, Stopped, UserError, choose
+from hft_cli.launch import preload
 from hft_cli.launch.jobs import WORKERS, Job, write_job
 from hft_cli.launch.lifetime import SAME_SIGNAL, handled, inherited, prepare_worker
 from hft_cli.launch.nodes import Node
@@ -30,6 +31,8 @@ from hft_cli.launch.rendezvous import Followers, is_goodbye
 from hft_cli.run_dir import RoundDir, RunDir
 
 logger = logging.getLogger(__name__)
+
+Process = subprocess.Popen[bytes] | preload.Forked
 
 FULL = 1 << 20  # bytes: with less left on a disk, a worker that failed did so for that
 
@@ -71,7 +74,8 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
         path.unlink(missing_ok=True)
     job_file = write_job(run.job, folder.folder)
     command = _command(kind, job_file, run.ranks, followers.node if followers else None)
-    process = _start(command, folder.log, run.ranks)
+    forked = None if followers else _start_in_fork(command[-2:], folder.log, run.ranks)
+    process = forked or _start(command, folder.log, run.ranks)
     logger.debug("%s: %s\nLog: %s", run.label, shlex.join(command), folder.log)
     try:
         if followers is not None:
@@ -87,20 +91,19 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
         if process.poll() != 0 and followers is not None:
             followers.end()
         _end(process)
-    if process.returncode == 0:
+    status = process.wait()
+    if status == 0:
         return
     if folder.mistake.exists():
         raise UserError(folder.mistake.read_text())
     logger.error(_last_error(folder.log))
     if shutil.disk_usage(folder.folder).free < FULL:  # libraries say so in many ways
         logger.error("The disk of %s is full.", folder.folder)
-    logger.error("%s failed (exit status %d). The whole log: %s", run.label, process.returncode, folder.log)
-    raise subprocess.CalledProcessError(process.returncode, command)
+    logger.error("%s failed (exit status %d). The whole log: %s", run.label, status, folder.log)
+    raise subprocess.CalledProcessError(status, command)
 
 
-def _wait(
-    process: subprocess.Popen[bytes], run: WorkerRun, poll: Callable[[], None], followers: Followers | None
-) -> None:
+def _wait(process: Process, run: WorkerRun, poll: Callable[[], None], followers: Followers | None) -> None:
     """Wait until all ranks have ended. When a signal stops us, let the worker save a checkpoint first.
 
     Raises:
@@ -222,6 +225,11 @@ def _start(command: list[str], log: Path, ranks: int | None, lock: Path | None =
         )
 
 
+def _start_in_fork(arguments: list[str], log: Path, ranks: int | None) -> preload.Forked | None:
+    locks, variables = inherited(None)
+    return preload.start(arguments, log, _environment(ranks) | variables, ranks, locks)
+
+
 def _environment(ranks: int | None) -> dict[str, str]:
     """Environment variables of a worker."""
     environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUN_VARIABLES, key)}
@@ -237,7 +245,7 @@ def _environment(ranks: int | None) -> dict[str, str]:
 TORCHRUN_VARIABLES = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     """End a worker's process group: SIGTERM, and SIGKILL if it has not ended 15 seconds later."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
@@ -249,7 +257,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _show_progress(process: subprocess.Popen[bytes], run: WorkerRun, poll: Callable[[], None]) -> None:
+def _show_progress(process: Process, run: WorkerRun, poll: Callable[[], None]) -> None:
     """Wait for a worker to end, with a progress bar."""
     with tqdm(
         desc=run.label,

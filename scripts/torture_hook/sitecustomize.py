@@ -20,15 +20,29 @@ DISK = {"disk full": 28, "read-only disk": 30}  # kind -> errno, of every operat
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Event -> position of the folder's descriptor among its arguments, for names that are relative to one.
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.link": 2, "shutil.rmtree": 1, "open": None}
-PROCESS = os.getpid()
+PROCESS, LINE = os.getpid(), Path("/proc/self/cmdline").read_bytes()
 count = 0
 
 
 def role() -> str:
-    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    words = LINE.split(b"\0")
     if b"hft_cli.launch.work" in words and b"torch.distributed.run" not in words:
         return f"rank{os.environ['RANK']}" if "RANK" in os.environ else "worker"
+    if b"hft_cli.launch.preload" in words:
+        return "process that forks"
     return "parent" if b"hft_cli" in words else "other"
+
+
+def is_counted() -> bool:
+    """Whether this process has a role: not a fork of one that has kept its command line."""
+    global PROCESS, LINE, OWN, count
+    if os.getpid() != PROCESS:
+        line = Path("/proc/self/cmdline").read_bytes()
+        if line == LINE:
+            return False
+        PROCESS, LINE, count = os.getpid(), line, 0  # a worker, forked from the process that has loaded its libraries
+        OWN = role()
+    return True
 
 
 def changed_path(event: str, arguments: tuple[Any, ...]) -> str | None:
@@ -65,7 +79,7 @@ def act(kind: str) -> None:
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
     global count
-    if event not in CHANGES or os.getpid() != PROCESS:
+    if event not in CHANGES or not is_counted():
         return
     path = changed_path(event, arguments)
     if path is None:
