@@ -63,6 +63,10 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
                     writer.add(name, read_bytes(tensor))
 
 
+def _how_many(tensors: int) -> str:
+    return "1 tensor" if tensors == 1 else f"{tensors or 'no'} tensors"
+
+
 def reset_tensors(
     tuned: Sequence[Param], base: Sequence[Param], folders: tuple[Path, Path], names: Iterable[str], shared_rows: bool
 ) -> dict[str, list[StoredTensor]]:
@@ -85,8 +89,9 @@ def reset_tensors(
     pieces: dict[str, list[StoredTensor]] = {}
     mismatches: list[str] = []
     for name in names:
-        if len(base_names.get(name, ())) != len(tuned_names[name]):
-            mismatches.append(f"{name} (not in the base)")
+        here, there = len(tuned_names[name]), len(base_names.get(name, ()))
+        if here != there:
+            mismatches.append(f"{name} ({_how_many(here)} here, {_how_many(there)} in the base)")
             continue
         for target, source in zip(tuned_names[name], base_names[name], strict=True):
             old, new = tuned_tensors[target], base_tensors[source]

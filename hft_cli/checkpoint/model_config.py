@@ -51,6 +51,14 @@ def read_model_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, or a field has a value that no model has.
     """
+    if not file.exists():
+        adapter = (file.parent / "adapter_config.json").exists()
+        what = (
+            " holds an adapter and no model: merge it into its model, and give that."
+            if adapter
+            else (" has no config.json: it must be a folder that save_pretrained() wrote.")
+        )
+        raise UserError(f"{file.parent}{what}")
     config = read_json(file)
     check_model_config(config, str(file))
     return config
@@ -88,6 +96,16 @@ def check_companions(folder: Path) -> None:
     Raises:
         UserError: for the first that cannot.
     """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json) beside the model, which transformers would add to it. "
+            "Move the adapter to a folder of its own, or merge it into the model."
+        )
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").exists() and index.exists() and "metadata" not in read_json(index):
+        raise UserError(
+            f'{index} has no "metadata", without which transformers does not read it: add "metadata": {{}}.'
+        )
     for name in OBJECTS:
         if (folder / name).exists():
             check_model_config(read_json(folder / name), str(folder / name))

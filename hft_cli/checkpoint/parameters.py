@@ -8,7 +8,7 @@ transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.naming import BUFFERS, Param, classify, make_params
 from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
 from hft_cli.errors import UserError
+
+TRAINABLE = ("F64", "F32", "F16", "BF16")  # dtypes of a file in which weights can be trained and written back
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -37,6 +39,18 @@ def parameters_from_fields(config: Mapping[str, Any], kinds: Mapping[str, str] =
     """As `parameters_from_config`, without torch; None if the shapes do not follow from the fields of config.json."""
     shapes = shapes_from_fields(config)
     return None if shapes is None else make_params(shapes, {name: (name,) for name in shapes}, kinds)
+
+
+def require_trainable(params: Iterable[Param], folder: Path) -> None:
+    """Raise UserError if parameters of the checkpoint in a folder are stored in a dtype that is not trained in."""
+    tensors = stored_tensors(folder)
+    for param in params:
+        for name in param.stored:
+            if (dtype := tensors[name].dtype) not in TRAINABLE:
+                raise UserError(
+                    f"{folder} holds {name} as {dtype}. Weights are trained as {', '.join(TRAINABLE)}: convert the "
+                    "model, for example to bfloat16."
+                )
 
 
 def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:

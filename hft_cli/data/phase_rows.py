@@ -15,6 +15,7 @@ from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
 from hft_cli.data.tokenization import Tokenized, TokenOptions, tokenize, tokenize_chats
+from hft_cli.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,24 @@ def rows_to_validate(
     """
     where = "the rows split off by data.validation" if isinstance(validation, float) else validation.path
     return _prepared(stage, validation_rows(stage, held_out, config, validation), config, tokenizer, where)
+
+
+def require_tokens_below(dataset: Any, vocabulary: int, tokenizer: Any, model: str) -> None:
+    """Check the tokens of a phase's rows against the number of rows of the model's embedding.
+
+    Raises:
+        UserError: if a token has none, as with the tokenizer of another model.
+    """
+    import pyarrow.compute as pc
+
+    for name in (name for name in dataset.column_names if name.endswith("_ids")):
+        for batch in dataset.select_columns(name).with_format("arrow").iter(10_000):
+            largest = pc.max(pc.list_flatten(batch[name])).as_py()
+            if largest is not None and largest >= vocabulary:
+                raise UserError(
+                    f"The rows have the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {model} "
+                    f"has {vocabulary} tokens (vocab_size of its config.json). Put the model's own tokenizer there."
+                )
 
 
 def _prepared(stage: str, rows: Rows[Any], config: RunConfig, tokenizer: Any, where: str) -> Tokenized | TokenizedPairs:

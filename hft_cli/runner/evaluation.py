@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import model_folder, weights_hash
+from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
 from hft_cli.config.validate import check_eval
@@ -77,6 +78,8 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     """The models to score, by the name of their folder of results: those of a run, or one model."""
     if config.run is None:
         path = model_folder(resolve_path(config.model.path), revision=config.model.revision)
+        read_model_config(path / "config.json")
+        check_companions(path)
         models = {"model": ScoredModel(path, config.model, weights_hash(path))}
     else:
         models = _models_of_run(config, config.run)

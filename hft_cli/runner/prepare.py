@@ -10,7 +10,8 @@ from typing import Any
 from hft_cli.checkpoint.deltas import reset_tensors
 from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
-from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.checkpoint.parameters import parameters_from_folder, require_trainable
+from hft_cli.checkpoint.same_function import require_same_function
 from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
@@ -82,7 +83,12 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     plan, drawn = phases(config), draws(config, params)
     if plan[0].stage == "half_reset":
         half_reset_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
-    elif not drawn[0].updated:
+        ignored = require_same_function(base, model_folder(resolve_path(plan[0].data), "model.base"))
+        if ignored:
+            logger.info(f"config.json has other values than the base's, without an effect: {', '.join(ignored)}.")
+    else:
+        require_trainable(params, base)
+    if plan[0].stage != "half_reset" and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if config.model.chat_template is not None:
         template_file(config.model.chat_template)  # raises if there is none

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
 from hft_cli.data import templates
 from hft_cli.data.pairs import TokenizedPairs
-from hft_cli.data.phase_rows import PhaseRows, phase_rows, rows_to_validate
+from hft_cli.data.phase_rows import PhaseRows, phase_rows, require_tokens_below, rows_to_validate
 from hft_cli.data.tokenization import Tokenized
+from hft_cli.errors import UserError
 from hft_cli.files import read_json, sync_tree, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
@@ -93,6 +96,11 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the run's chat template, which is also written into the phase's folder."""
     tokenizer = templates.load_tokenizer(job.model)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"The tokenizer in {job.model} has neither a pad nor an end-of-sequence token, so rows cannot be filled up "
+            "to one length. Set eos_token or pad_token in its tokenizer_config.json."
+        )
     template = templates.use_template(job.config.model.chat_template, tokenizer)
     if ranks.first:
         write_text(folder.template, template)
@@ -109,9 +117,10 @@ def load_rows(
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
                 later = phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
-                validated_rows(phase, later, job.config, tokenizer)
+                _require_known_tokens(job, tokenizer, later, validated_rows(phase, later, job.config, tokenizer))
         rows, counts = procedure.rows(job, tokenizer)
         validated = validated_rows(job.phase, rows, job.config, tokenizer)
+        _require_known_tokens(job, tokenizer, rows, validated)
         summaries = {"validation": validated.summary.to_json()} if validated else {}
         write_json(folder.data, rows.summary.to_json() | summaries)
         if (end := templates.answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
@@ -123,6 +132,17 @@ def load_rows(
         write_json(counts_file, counts)
     ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def _require_known_tokens(
+    job: PhaseJob, tokenizer: PreTrainedTokenizerBase, *rows: PhaseRows | Tokenized | TokenizedPairs | None
+) -> None:
+    """Raise UserError if the model's embedding has no row for a token."""
+    config = read_model_config(Path(job.model) / "config.json")
+    vocabulary = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    for part in rows:
+        if part is not None and vocabulary is not None:
+            require_tokens_below(part.dataset, vocabulary, tokenizer, job.model)
 
 
 def validated_rows(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forks import hft_in_fork
 from helpers import BASE
+from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.tensors import read_header
 
@@ -107,6 +109,41 @@ def test_an_index_that_points_elsewhere(weight_map, said, tmp_path):
         (model / "model.safetensors").unlink()
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
+    refused(tmp_path, harm, said)
+
+
+def _adapter_alone(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text("{}")
+
+
+def _sharded(model: Path, index: dict[str, Any]) -> None:
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    names = dict.fromkeys(read_header(model / "model-1.safetensors"), "model-1.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": names}))
+
+
+def _stored_as(dtype: torch.dtype) -> Callable[[Path], Any]:
+    def harm(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, model / "model.safetensors")
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda model: (model / "config.json").unlink(), "m has no config.json"),
+        (_adapter_alone, "m holds an adapter and no model: merge it"),
+        (lambda model: (model / "adapter_config.json").write_text("{}"), "m holds an adapter"),
+        (lambda model: _sharded(model, {}), 'has no "metadata"'),
+        (_stored_as(torch.float8_e4m3fn), "lm_head.weight as F8_E4M3. Weights are trained as F64, F32, F16, BF16"),
+        (_stored_as(torch.int8), "lm_head.weight as I8"),
+    ],
+    ids=["no config", "adapter alone", "adapter left over", "index without metadata", "float8", "int8"],
+)
+def test_a_folder_that_is_no_model_to_train(harm, said, tmp_path):
     refused(tmp_path, harm, said)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from helpers import BASE, QUICK, hft
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +69,36 @@ def test_a_mistake_that_only_the_worker_sees_leaves_no_run(tmp_path):
     assert ended.status == 2
     assert "Raise train.max_length" in ended.err
     assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def _small_vocabulary(model: Path) -> None:
+    """As if the tokenizer were that of another model."""
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:200].contiguous()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    change_json(model / "config.json", vocab_size=200)
+
+
+def _no_end(model: Path) -> None:
+    change_json(model / "tokenizer_config.json", eos_token=None, pad_token=None)
+
+
+def change_json(file: Path, **values: object) -> None:
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [(_small_vocabulary, "has 200 tokens (vocab_size"), (_no_end, "neither a pad nor an end-of-sequence token")],
+)
+def test_a_tokenizer_that_does_not_fit_leaves_no_run(harm, said, tmp_path):
+    harm(Path(shutil.copytree(BASE, tmp_path / "model")))
+    ended = hft("train", *QUICK, "+method=hft", f"output_dir={tmp_path}/run", f"model.path={tmp_path}/model")
+    assert ended.status == 2
+    assert said in ended.err.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
