@@ -79,7 +79,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = {
-            **os.environ,
+            **{key: value for key, value in os.environ.items() if key != "HFT_PRELOADED"},
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

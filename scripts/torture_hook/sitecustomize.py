@@ -21,7 +21,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Event -> position of the folder's descriptor among its arguments, for names that are relative to one.
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.link": 2, "shutil.rmtree": 1, "open": None}
 PROCESS, LINE = os.getpid(), Path("/proc/self/cmdline").read_bytes()
-count = 0
+count, looking = 0, False
 
 
 def role() -> str:
@@ -35,9 +35,13 @@ def role() -> str:
 
 def is_counted() -> bool:
     """Whether this process has a role: not a fork of one that has kept its command line."""
-    global PROCESS, LINE, OWN, count
+    global PROCESS, LINE, OWN, count, looking
     if os.getpid() != PROCESS:
+        if looking:  # reading the command line is such an operation too
+            return False
+        looking = True
         line = Path("/proc/self/cmdline").read_bytes()
+        looking = False
         if line == LINE:
             return False
         PROCESS, LINE, count = os.getpid(), line, 0  # a worker, forked from the process that has loaded its libraries
