@@ -15,6 +15,15 @@ def format_bytes(value: float) -> str:
     return f"{value:,.0f} {unit}" if unit == "B" or value >= 100 else f"{value:,.1f} {unit}"
 
 
+# Metrics that are no shares of 1: in the harness's and sacrebleu's units.
+_NO_SHARE = re.compile(r"perplexity|bits_per_byte|bleu|chrf|\bter\b|likelihood|loss")
+
+
+def format_score(metric: str, value: float) -> str:
+    """A score: a share of 1 in percent, another metric (perplexity, bits per byte, BLEU) in its own unit."""
+    return f"{value:.4g}" if _NO_SHARE.search(metric) or not -1 <= value <= 1 else f"{100 * value:.1f}"
+
+
 def plural(number: int, what: str, ending: str = "s") -> str:
     """A number with its noun: 1 GPU, 64 GPUs."""
     return f"{number:,} {what}{ending * (number != 1)}"

@@ -8,6 +8,7 @@ this module needs the standard library only.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -97,6 +98,24 @@ def _rouge_scorer() -> Any:
     # The default tokenizer of rouge-score keeps a-z and 0-9 only: a Chinese text has no words, "über" becomes "ber".
     tokenizer = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
+
+
+def trace_rouge_l(prompt: str, prediction: str, answer: str) -> float:
+    """ROUGE-L as TRACE's code computes it, with the package rouge: F-measure on the summary level.
+
+    Texts are divided into sentences at periods and into words at white space. Each distinct word counts once, so that
+    the order of words matters less than in `rouge_l`. A text without a sentence scores 0.
+    """
+    from rouge import Rouge
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + len(prediction) + len(answer))  # the package recurses once for each word
+    try:
+        return float(Rouge(metrics=["rouge-l"]).get_scores(answer, prediction)[0]["rouge-l"]["f"])
+    except ValueError:  # no sentence
+        return 0.0
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def edit_similarity(prompt: str, prediction: str, answer: str) -> float:
@@ -196,6 +215,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "first_character": first_character,
     "rouge_l": rouge_l,
+    "trace_rouge_l": trace_rouge_l,
     "edit_similarity": edit_similarity,
     "code_edit_similarity": code_edit_similarity,
     "sari": sari,

@@ -21,7 +21,7 @@ from hft_cli.paths import resolve_path
 from hft_cli.run_dir import Ledger, PlanRecord, RoundDir, RunDir
 from hft_cli.runner.base import find_base
 from hft_cli.runner.companions import companions
-from hft_cli.text import markdown_table
+from hft_cli.text import format_score, markdown_table
 
 # The files of a published delta.
 ABOUT = "hft.json"
@@ -148,18 +148,24 @@ def _card(about: dict[str, Any], name: str) -> str:
         about,
         name=name,
         rounds_table=markdown_table(["round", "data", "selection", "ratio", "seed", "updated"], rounds),
-        scores_table=markdown_table(["score (%)", "metric", "base", "this"], scores) if scores else "",
+        scores_table=markdown_table(["score", "metric", "base", "this"], scores) if scores else "",
     )
     return card
 
 
 def _score_rows(scores: dict[str, Any]) -> list[list[str]]:
-    """A row for each task that was scored before and after: its first metric, in percent."""
+    """A row for each task that was scored before and after: its first metric; shares are in percent."""
     rows = []
     before = flatten(scores.get("before", {}), separator="/")
     for suite, tasks in scores.get("after", {}).items():
         for task, values in tasks.items():
             metric, after = next(iter(values.items()))
             if (start := before.get(f"{suite}/{task}/{metric}")) is not None:
-                rows.append([f"{suite}/{task}", metric.replace("_", " "), f"{100 * start:.1f}", f"{100 * after:.1f}"])
+                rows.append(
+                    [
+                        f"{suite}/{task}",
+                        metric.replace("_", " "),
+                        *(format_score(metric, value) for value in (start, after)),
+                    ]
+                )
     return rows

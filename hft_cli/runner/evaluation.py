@@ -23,7 +23,7 @@ from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import PlanRecord, RoundDir, finished
 from hft_cli.runner.base import find_base
 from hft_cli.runner.tracking import log_scores, require_tracker
-from hft_cli.text import text_table
+from hft_cli.text import format_score, text_table
 
 Record = dict[str, Any]  # of one model in the file of results: path, weights_sha256, eval, details
 
@@ -50,6 +50,7 @@ def run_eval(config: EvalConfig) -> Path:
     workers = WorkerOptions(config.engine.num_processes)
     with hold_lock(folder / ".lock"):
         records: dict[str, Record] = read_json(file)["models"] if file.exists() else {}
+        _refuse_another_model(config, records, models)
         for when, model in models.items():
             paths = score(suite, model, RoundDir(folder / when), keyed=True, workers=workers)
             record = _record(config.suite.name, model, paths[config.suite.name], folder)
@@ -60,6 +61,23 @@ def run_eval(config: EvalConfig) -> Path:
         name = f"{when} {config.suite.name}"
         log_scores(config.tracking, folder.parent, name, record["eval"], {"path": record["path"]})
     return file
+
+
+def _refuse_another_model(config: EvalConfig, records: dict[str, Record], models: dict[str, ScoredModel]) -> None:
+    """Raise UserError if the scores of another model would be overwritten: a/model and b/model have one name."""
+    for name, model in models.items():
+        old = records.get(name, {})
+        if config.run is None and old and old["path"] != str(model.path) and old["weights_sha256"] != model.weights:
+            raise UserError(
+                f"{config.output_dir} has the scores of {old['path']}, which those of {model.path} would replace. Give "
+                "another folder: output_dir=…"
+            )
+
+
+def _error_text(metric: str, value: float, error: float) -> str:
+    """A standard error, in the unit of its score."""
+    percent = format_score(metric, value) == f"{100 * value:.1f}"
+    return f"±{100 * error:.1f}" if percent else f"±{error:.2g}"
 
 
 def _read_suite(config: EvalConfig) -> Suite:
@@ -130,7 +148,7 @@ def table(path: Path) -> str:
             metric, value = next(iter(scores.items()))
             error, seconds = scores.get(f"{metric}_stderr"), record["details"].get(name, {}).get("seconds")
             rows.append([
-                name, model, metric, f"{100 * value:.1f}", "" if error is None else f"±{100 * error:.1f}",
+                name, model, metric, format_score(metric, value), "" if error is None else _error_text(metric, value, error),
                 f"{int(scores['items'])}", "" if seconds is None else f"{seconds:.0f}",
             ])  # fmt: skip
     heads = ["benchmark", "model", "metric", "score", "stderr", "items", "seconds"]

@@ -20,6 +20,7 @@ from hft_cli.evaluation.metrics import (
     sari,
     sari_with_references,
     score,
+    trace_rouge_l,
 )
 
 vocabulary = st.sampled_from(["a", "b", "c", "Über", "模型", "7", "3.5", ".", "?!"])
@@ -123,6 +124,28 @@ def test_rouge_l_handles_words_of_any_alphabet():
     assert rouge_l("p", "遗忘", "学习") == 0
     assert rouge_l("p", "模型，遗忘", "模型，学习") == pytest.approx(1 / 2)
     assert rouge_l("p", "ÜBER Zürich", "über Zug") == pytest.approx(1 / 2)  # "Zürich" is no "z"
+
+
+@pytest.mark.parametrize("harm", ["nothing", "shuffled", "half", "repeated", "sentences", "empty", "periods", "long"])
+def test_trace_rouge_l_is_what_its_code_computes(harm):
+    """TRACE calls Rouge(metrics=["rouge-l"]).get_scores(answer, prediction, avg=True), and scores empty texts 0."""
+    from rouge import Rouge
+
+    answer = "The council adopts the plan. It asks the clerk to publish the plan. The vote was five to two."
+    words = answer.split()
+    prediction = {
+        "nothing": answer, "shuffled": " ".join(words[::-1]), "half": " ".join(words[::2]),
+        "repeated": f"{answer} " * 3,
+        "sentences": ". ".join(answer.split(". ")[::-1]), "empty": "", "periods": "...", "long": "a b c " * 2000,
+    }[harm]  # fmt: skip
+    value = trace_rouge_l("p", prediction, answer)
+    if harm in ("empty", "periods"):
+        assert value == 0
+    elif harm == "long":
+        assert value == 0  # and no RecursionError
+    else:
+        assert value == Rouge(metrics=["rouge-l"]).get_scores(answer, prediction, avg=True)["rouge-l"]["f"]
+        assert (value > rouge_l("p", prediction, answer)) is (harm != "nothing")
 
 
 def test_rouge_l_of_punctuation_only_is_0():

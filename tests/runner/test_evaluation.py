@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
-from hft_cli.runner.evaluation import run_eval
+from hft_cli.runner.evaluation import run_eval, table
 
 
 def test_a_missing_base_is_not_replaced_by_another_model(tmp_path):
@@ -23,3 +24,31 @@ def test_a_missing_base_is_not_replaced_by_another_model(tmp_path):
     config.model, config.engine.name = ModelConfig(name="m", path="m"), "single"
     with pytest.raises(UserError, match="does not exist any more"):
         run_eval(config)
+
+
+def test_scores_of_another_model_are_not_overwritten(tmp_path):
+    """a/model and b/model have one folder of results by default."""
+    (tmp_path / "eval").mkdir()
+    old = {"path": "/elsewhere/model", "weights_sha256": "0", "eval": {}, "details": {}}
+    (tmp_path / "eval/pocket.json").write_text(json.dumps({"models": {"model": old}}))
+    suite = SuiteConfig(name="pocket", tasks={"facts": "pocket:facts.jsonl"})
+    config = EvalConfig(run=None, output_dir=str(tmp_path), suite=suite)
+    config.model, config.engine.name = ModelConfig(name="pocket", path="pocket:model"), "single"
+    with pytest.raises(UserError, match=r"has the scores of /elsewhere/model, which .* would replace.*output_dir="):
+        run_eval(config)
+
+
+def test_only_shares_are_printed_in_percent(tmp_path):
+    scores = {
+        "mmlu": {"acc": 0.4567, "acc_stderr": 0.01, "items": 10},
+        "wikitext": {"word_perplexity": 12.3456, "word_perplexity_stderr": 0.5, "items": 10},
+        "bits": {"bits_per_byte": 0.81234, "items": 10},
+        "flores": {"bleu": 0.5, "items": 10},
+    }
+    file = tmp_path / "s.json"
+    record = {"eval": {"s": scores}, "details": {}}
+    file.write_text(json.dumps({"suite": "s", "left_out": [], "models": {"model": record}}))
+    words = {line.split()[0]: line.split()[3:5] for line in table(file).splitlines()[1:5]}
+    assert words == {
+        "mmlu": ["45.7", "±1.0"], "wikitext": ["12.35", "±0.5"], "bits": ["0.8123", "10"], "flores": ["0.5", "10"],
+    }  # fmt: skip
