@@ -148,7 +148,8 @@ def table(path: Path) -> str:
             metric, value = next(iter(scores.items()))
             error, seconds = scores.get(f"{metric}_stderr"), record["details"].get(name, {}).get("seconds")
             rows.append([
-                name, model, metric, format_score(metric, value), "" if error is None else _error_text(metric, value, error),
+                name, model, metric, format_score(metric, value),
+                "" if error is None else _error_text(metric, value, error),
                 f"{int(scores['items'])}", "" if seconds is None else f"{seconds:.0f}",
             ])  # fmt: skip
     heads = ["benchmark", "model", "metric", "score", "stderr", "items", "seconds"]
