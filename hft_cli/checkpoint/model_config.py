@@ -41,6 +41,13 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
 }
 
+# Types of models that read in both directions unless is_decoder says otherwise.
+ENCODERS = (
+    "albert", "bert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra",
+    "ernie", "megatron-bert", "modernbert", "mpnet", "reformer", "rembert", "roberta", "roberta-prelayernorm",
+    "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
 # Files of a folder that are JSON objects, and are read when a run is over.
 OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -49,9 +56,9 @@ def read_model_config(file: Path) -> dict[str, Any]:
     """The content of a config.json.
 
     Raises:
-        UserError: if it cannot be read, or a field has a value that no model has.
+        UserError: if it cannot be read, a field has a value that no model has, or it is no causal language model's.
     """
-    if not file.exists():
+    if file.name == "config.json" and not file.exists():
         adapter = (file.parent / "adapter_config.json").exists()
         what = (
             " holds an adapter and no model: merge it into its model, and give that."
@@ -61,7 +68,27 @@ def read_model_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.parent}{what}")
     config = read_json(file)
     check_model_config(config, str(file))
+    _require_language_model(config, file.parent if file.name == "config.json" else file)
     return config
+
+
+def _require_language_model(config: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError for a model that does not predict the next token of a text from those before it."""
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder") is True:
+        raise UserError(
+            f"{where} is a {kind} model with an encoder and a decoder. hft trains decoders only, such as Llama."
+        )
+    if kind in ENCODERS and config.get("is_decoder") is not True:
+        raise UserError(
+            f"{where} is a {kind} model, an encoder: it reads a text in both directions, so that predicting its next "
+            "token has no meaning. Give a causal language model, such as Llama."
+        )
+    if other := next((key for key in ("vision_config", "audio_config") if isinstance(config.get(key), dict)), None):
+        raise UserError(
+            f"{where} is a {kind} model with more than text ({other} of its config.json). hft trains language models: "
+            "save its text model alone to a folder, and give that."
+        )
 
 
 def check_model_config(config: Mapping[str, Any], where: str) -> None:

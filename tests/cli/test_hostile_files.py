@@ -147,6 +147,24 @@ def test_a_folder_that_is_no_model_to_train(harm, said, tmp_path):
     refused(tmp_path, harm, said)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_type": "bert"}, "is a bert model, an encoder: it reads a text in both directions"),
+        ({"model_type": "xlm-roberta", "is_decoder": False}, "an encoder"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, "is a bart model with an encoder and a decoder"),
+        ({"model_type": "gemma3", "vision_config": {}}, "with more than text (vision_config"),
+        ({"model_type": "qwen2_audio", "audio_config": {}}, "with more than text (audio_config"),
+    ],
+)
+def test_a_model_that_is_no_causal_language_model(values, said, tmp_path):
+    def harm(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | values))
+
+    refused(tmp_path, harm, said)
+
+
 def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path):
     def harm(model: Path) -> None:
         (model / "config.json").unlink()
