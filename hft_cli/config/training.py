@@ -58,6 +58,12 @@ class TrainConfig:
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this global norm; 0: no clipping.", range="[0, inf)"
     )
+    router_aux_loss: float | None = setting(
+        0.0,
+        "Weight of the load-balancing loss of a mixture of experts, in SFT. 0: the loss of the answers alone. null: "
+        "the weight in the model's config.json.",
+        range="[0, inf)",
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, about a third more time."
     )

@@ -188,14 +188,14 @@ def main(place: str, modules: Sequence[str]) -> int:
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(signal.SIGTERM)
-    _, (log, *_locks), _, _ = socket.recv_fds(connection, 1, 16)
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 16)
     request = _receive(connection)
-    if request is None:
+    if not descriptors or request is None:  # the command was killed
         return 1
     if other := _other_variables(loaded_in, request["environment"]):
         connection.sendall(json.dumps({"other": other}).encode() + b"\n")
         return 0
-    return _keep(connection, request, log)
+    return _keep(connection, request, descriptors[0])
 
 
 def _leave(place: str) -> NoReturn:

@@ -122,6 +122,11 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
             f"train.packing=true is supported for the model types {', '.join(PACKABLE)}; {name} is of type "
             f"{model_type!r}, whose packed rows might see each other. Set train.packing=false."
         )
+    if train.router_aux_loss and "router_aux_loss_coef" not in model:
+        raise UserError(
+            f"train.router_aux_loss={train.router_aux_loss} is for mixtures of experts; {name} has no "
+            "router_aux_loss_coef in its config.json. Set train.router_aux_loss=0."
+        )
     generates = any(phase.test and phase.metric != "exact_match" for phase in phases(config))
     if positions and generates and answer_tokens >= positions - 1:
         raise UserError(

@@ -10,6 +10,7 @@ import trl
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.phase_rows import PhaseRows, phase_rows
+from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training.session import Session, TrainerParts
 from hft_cli.training.validation import Objective
@@ -40,11 +41,26 @@ def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:
     """The class of the trainer's arguments, and what SFT sets in them."""
     packing = config.train.packing
     # Rows that are not packed are tokenized and cut already.
-    return trl.SFTConfig, {"packing": packing, "dataset_kwargs": None if packing else {"skip_prepare_dataset": True}}
+    return trl.SFTConfig, {
+        "packing": packing,
+        "dataset_kwargs": None if packing else {"skip_prepare_dataset": True},
+        "router_aux_loss_coef": config.train.router_aux_loss,  # None: the model's own
+    }
+
+
+def _check_router(model: Any, weight: float | None) -> None:
+    """Raise UserError for a mixture of experts whose load-balancing loss TRL cannot compute."""
+    weight = getattr(model, "router_aux_loss_coef", 0.0) if weight is None else weight
+    if weight and not hasattr(model, "num_experts"):
+        raise UserError(
+            f"The load-balancing loss of a {model.model_type} model cannot be computed: its config.json has no "
+            "num_experts. Set train.router_aux_loss=0."
+        )
 
 
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer for a phase."""
+    _check_router(parts.model.config, session.job.config.train.router_aux_loss)
     return trl.SFTTrainer(
         model=parts.model,
         args=parts.arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_a_worker_that_fails_harms_no_other(tmp_path):
     assert worker is not None
     assert worker.wait() == 1
     assert "Unknown HFT_LOG_LEVEL 'NONSENSE'" in (tmp_path / "worker.log").read_text()
+
+
+def test_a_command_killed_while_it_asks_leaves_no_traceback(tmp_path, capfd):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[preload.SHARED])
+    worker = forked(tmp_path, "[]")
+    assert worker is not None
+    assert worker.wait() == 2
+    assert capfd.readouterr().err == ""
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path):

@@ -1,0 +1,52 @@
+"""training/sft.py: the loss of SFT is that of the answers alone, also for a mixture of experts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from helpers import BASE, QUICK, hft, metrics, train
+
+from hft_cli.config.schema import RunConfig
+from hft_cli.errors import UserError
+from hft_cli.training.sft import _check_router, settings
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A random Mixtral with the embedded model's tokenizer, whose experts are used unevenly."""
+    folder = Path(shutil.copytree(BASE, tmp_path_factory.mktemp("mixture") / "model"))
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_router_is_balanced_only_if_it_is_asked_for(mixture, tmp_path):
+    losses = {}
+    for weight in ("0", "0.5", "null"):
+        out = train(tmp_path / weight, "+method=fft", f"model.path={mixture}", f"train.router_aux_loss={weight}")
+        losses[weight] = metrics(out)[0]["loss"]
+    assert losses["0"] < losses["0.5"] - 0.1
+    assert losses["null"] == losses["0.5"]  # that of its config.json
+    assert settings(RunConfig())[1]["router_aux_loss_coef"] == 0.0
+
+
+def test_a_model_without_a_router_has_no_weight_for_it(tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", "train.router_aux_loss=0.1", f"output_dir={tmp_path}/run")
+    assert ended.status == 2
+    assert "is for mixtures of experts; model has no router_aux_loss_coef" in ended.err
+
+
+def test_a_router_whose_loss_trl_cannot_compute_is_refused():
+    granite = SimpleNamespace(router_aux_loss_coef=0.01, model_type="granitemoe")
+    _check_router(granite, 0.0)
+    _check_router(SimpleNamespace(), None)
+    with pytest.raises(UserError, match=r"granitemoe model cannot be computed.*Set train\.router_aux_loss=0"):
+        _check_router(granite, None)
