@@ -27,9 +27,10 @@ def cache_of_rows(tmp_path_factory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def preloaded(cache_of_rows, tmp_path_factory) -> Iterator[None]:
     """Workers of commands with the usual environment are forked from one process: libraries are loaded once."""
-    place = str(tmp_path_factory.mktemp("preloaded") / "socket")
-    process = preload.start_process(place, {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}, "deepspeed")
-    os.environ[preload.SHARED] = place
+    folder = tmp_path_factory.mktemp("preloaded")
+    variables = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    process = preload.start_process(str(folder / "socket"), variables, folder / "log", "deepspeed")
+    os.environ[preload.SHARED] = str(folder / "socket")
     yield
     process.kill()
     process.wait()

@@ -101,8 +101,11 @@ def start(
     place = os.environ.get(SHARED)
     if arguments[0] not in KINDS or place == "off" or not _can_fork():
         return None
+    place = place or _own_process(environment, log, *(["deepspeed"] if ranks is not None else []))
+    if not place:
+        return None
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(place or _own_process(environment, *(["deepspeed"] if ranks is not None else [])))
+    connection.connect(place)
     request = {
         "arguments": list(arguments), "environment": dict(environment), "folder": os.getcwd(), "ranks": ranks,
     }  # fmt: skip
@@ -124,25 +127,36 @@ def _can_fork() -> bool:
     return sys.platform == "linux" and not Path("/dev/kfd").exists() and not list(Path("/dev").glob("nvidia*"))
 
 
-_OWN: list[str] = []  # the socket of this command's process, once it is started
+_OWN: list[str] = []  # the socket of this command's process, once it is started; "" if that failed
 
 
-def _own_process(environment: Mapping[str, str], *modules: str) -> str:
-    """The socket of this command's process, which is started for the first worker."""
+def _own_process(environment: Mapping[str, str], log: Path, *modules: str) -> str:
+    """The socket of this command's process, which is started for the first worker; "" if there can be none."""
     if not _OWN:
-        place = os.path.join(tempfile.mkdtemp(prefix="hft-"), "socket")
-        atexit.register(start_process(place, environment, *modules).terminate)
+        try:
+            place = os.path.join(tempfile.mkdtemp(prefix="hft-"), "socket")
+            atexit.register(start_process(place, environment, log, *modules).terminate)
+        except (OSError, RuntimeError) as error:  # no folder for the socket, or a library that cannot be loaded
+            logger.debug("Workers are not forked: %s", error)
+            place = ""
         _OWN.append(place)
     return _OWN[0]
 
 
-def start_process(place: str, environment: Mapping[str, str], *modules: str) -> subprocess.Popen[bytes]:
-    """Start a process that listens on the socket `place` and has loaded `modules` too. It ends with this process."""
+def start_process(place: str, environment: Mapping[str, str], log: Path, *modules: str) -> subprocess.Popen[bytes]:
+    """Start a process that listens on the socket `place` and has loaded `modules` too. It ends with this process.
+
+    What libraries print while they are loaded goes to `log`.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
     words = [sys.executable, "-m", "hft_cli.launch.preload", place, *MODULES, *modules]
-    process = subprocess.Popen(
-        [*words, " " * TITLE], stdin=subprocess.DEVNULL, env=dict(environment), preexec_fn=prepare_worker,
-        start_new_session=True,
-    )  # fmt: skip
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*words, " " * TITLE], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(environment),
+            preexec_fn=prepare_worker, start_new_session=True,
+        )  # fmt: skip
     while not os.path.exists(place):
         if process.poll() is not None:
             raise RuntimeError(f"The process that starts workers failed (exit status {process.returncode}).")
@@ -170,12 +184,13 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
 
 def main(place: str, modules: Sequence[str]) -> int:
     """Load the modules, and fork for each request. In a worker's process this is the worker, and returns its status."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{place}.part")  # before the libraries are loaded: the path may be too long for a socket
     loaded_in = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # there is no GPU; read when DeepSpeed is imported
     for name in modules:
         import_module(name)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{place}.part")
+    with listener:
         listener.listen(128)
         os.rename(f"{place}.part", place)  # it is there when it can be used
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_command_has_a_process_of_its_own_and_ends_it(tmp_path, monkeypatch):
     assert not list((tmp_path / "tmp").glob("hft-*"))
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in lines if str(tmp_path).encode() in line]
+
+
+@pytest.mark.parametrize("place", ["x" * 120, "missing"])
+def test_without_a_place_for_its_socket_workers_are_plain(place, tmp_path, monkeypatch):
+    monkeypatch.delenv(preload.SHARED)
+    monkeypatch.setattr(preload, "_OWN", [])
+    if place != "missing":
+        (tmp_path / place).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
+    assert preload.start(["RowsJob", "job.json"], tmp_path / "worker.log", dict(os.environ), None, []) is None
 
 
 def forked(folder: Path, job: str, count: int | None = None, **variables: str) -> preload.Forked | None:
