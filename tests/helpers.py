@@ -81,10 +81,17 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "hft_cli", *map(str, arguments)]
 
 
+# Variables that pytest and the libraries set in this process: commands do not get them from a shell.
+OF_THIS_PROCESS = (
+    "PYTEST_CURRENT_TEST", "KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+    "TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE",
+)  # fmt: skip
+
+
 def environment() -> dict[str, str]:
     """One thread a process: several would only fight over the two cores of a small machine."""
     return {
-        **{key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST" and key[:4] != "KMP_"},
+        **{key: value for key, value in os.environ.items() if not key.startswith(OF_THIS_PROCESS)},
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": CACHE,
