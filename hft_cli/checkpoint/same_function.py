@@ -10,18 +10,20 @@ from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.errors import UserError, cut_off
 from hft_cli.files import flatten
 
-# Fields that change nothing of what given weights compute for given tokens, by their name or the beginning of it.
-WITHOUT_EFFECT = (
+# Fields that change nothing of what given weights compute for given tokens.
+WITHOUT_EFFECT = {
     "_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype",
     "use_cache", "tokenizer_class", "model_max_length", "initializer_range", "pretraining_tp", "id2label", "label2id",
-    "problem_type", "task_specific_params", "finetuning_task", "output_", "return_dict", "chunk_size_feed_forward",
-    "_attn_implementation", "_commit_hash", "attn_implementation", "unsloth_", "gradient_checkpointing",
+    "problem_type", "task_specific_params", "finetuning_task", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "chunk_size_feed_forward", "_attn_implementation",
+    "_attn_implementation_internal", "_attn_implementation_autoset", "_commit_hash", "attn_implementation",
+    "unsloth_version", "unsloth_fixed", "gradient_checkpointing",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embd_dropout",
     "attn_dropout", "dropout", "residual_dropout", "classifier_dropout", "router_aux_loss_coef", "aux_loss_alpha",
     "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "use_mambapy",
     "vocab_size", "max_position_embeddings",  # the shapes of the weights say the same, where they matter
-)  # fmt: skip
+}  # fmt: skip
 
 
 def require_same_function(tuned: Path, base: Path) -> list[str]:
@@ -55,7 +57,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _is_without_effect(key: str) -> bool:
-    return any(part.startswith(WITHOUT_EFFECT) for part in key.split("."))
+    return not WITHOUT_EFFECT.isdisjoint(key.split("."))
 
 
 def _with_defaults(folder: Path) -> dict[str, Any] | None:

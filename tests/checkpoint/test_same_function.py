@@ -37,6 +37,7 @@ def folder(path: Path, config: dict) -> Path:
         ({**CONFIG, "hidden_act": "gelu"}, "hidden_act"),
         ({**CONFIG, "tie_word_embeddings": not CONFIG.get("tie_word_embeddings")}, "tie_word_embeddings"),
         ({**CONFIG, "model_type": "of nobody", "scale": 2}, "scale"),
+        ({**CONFIG, "model_type": "of nobody", "top_k_experts": 2}, "top_k_experts"),
     ],
 )
 def test_a_base_of_another_function_is_refused(base, words, tmp_path):
