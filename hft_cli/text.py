@@ -19,9 +19,14 @@ def format_bytes(value: float) -> str:
 _NO_SHARE = re.compile(r"perplexity|bits_per_byte|bleu|chrf|\bter\b|likelihood|loss")
 
 
+def is_share(metric: str, value: float) -> bool:
+    """Whether a score is a share of 1, and not perplexity, bits per byte, BLEU, …"""
+    return not _NO_SHARE.search(metric) and -1 <= value <= 1
+
+
 def format_score(metric: str, value: float) -> str:
-    """A score: a share of 1 in percent, another metric (perplexity, bits per byte, BLEU) in its own unit."""
-    return f"{value:.4g}" if _NO_SHARE.search(metric) or not -1 <= value <= 1 else f"{100 * value:.1f}"
+    """A score: a share in percent, another metric in its own unit."""
+    return f"{100 * value:.1f}" if is_share(metric, value) else f"{value:.4g}"
 
 
 def plural(number: int, what: str, ending: str = "s") -> str:

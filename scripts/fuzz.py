@@ -1,7 +1,7 @@
 """Feed arbitrary bytes to everything that reads a file, a message or an argument: only a clear error may come out.
 
     pip install atheris
-    python scripts/fuzz.py [TARGET …] [--runs N] [--findings FOLDER] [--list]
+    python scripts/fuzz.py [TARGET …] [--runs N] [--findings FOLDER]
 
 Each target takes bytes, and turns them into its input: as they are, or as JSON of the keys and values that the reader
 knows, with which it gets further. It must accept the input or raise an error that hft reports in one line. atheris

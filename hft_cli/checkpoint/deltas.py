@@ -13,6 +13,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import new_folder
+from hft_cli.text import plural
 
 
 def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, metadata: Mapping[str, str]) -> None:
@@ -63,10 +64,6 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
                     writer.add(name, read_bytes(tensor))
 
 
-def _how_many(tensors: int) -> str:
-    return "1 tensor" if tensors == 1 else f"{tensors or 'no'} tensors"
-
-
 def reset_tensors(
     tuned: Sequence[Param], base: Sequence[Param], folders: tuple[Path, Path], names: Iterable[str], shared_rows: bool
 ) -> dict[str, list[StoredTensor]]:
@@ -91,7 +88,7 @@ def reset_tensors(
     for name in names:
         here, there = len(tuned_names[name]), len(base_names.get(name, ()))
         if here != there:
-            mismatches.append(f"{name} ({_how_many(here)} here, {_how_many(there)} in the base)")
+            mismatches.append(f"{name} ({plural(here, 'tensor')} here, {plural(there, 'tensor')} in the base)")
             continue
         for target, source in zip(tuned_names[name], base_names[name], strict=True):
             old, new = tuned_tensors[target], base_tensors[source]

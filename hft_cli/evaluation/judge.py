@@ -137,18 +137,16 @@ def decode(value: Any, object_of: Callable[[int], Any]) -> Any:
         return CONTAINERS[kind](decode(part, object_of) for part in content)
     if kind == "dict":
         return {decode(key, object_of): decode(part, object_of) for key, part in content}
-    from_json: dict[str, Callable[[Any], Any]] = {
-        "module": _standard_module,
-        "object": object_of,
-        **{row[0]: row[3] for row in PLAIN},
-    }
-    return from_json[kind](content)
+    return object_of(content) if kind == "object" else FROM_JSON[kind](content)
 
 
 def _standard_module(name: str) -> Any:
     if name not in sys.stdlib_module_names:
         raise ValueError(name)
     return __import__(name)
+
+
+FROM_JSON: dict[str, Callable[[Any], Any]] = {"module": _standard_module, **{row[0]: row[3] for row in PLAIN}}
 
 
 # The program's process.

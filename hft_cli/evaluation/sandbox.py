@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import hft_cli
+from hft_cli.evaluation.judge import ENDED_EARLY
 
 SECONDS = 5  # processor time of a program, and its wall time
 
@@ -74,7 +75,7 @@ def _run(program: str, test: str, seconds: int, memory: int) -> dict[str, Any]:
             return {"result": "timed out", "isolation": []}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    verdict: dict[str, Any] = json.loads(output) if output else {"result": "failed: ended early", "isolation": []}
+    verdict: dict[str, Any] = json.loads(output) if output else {"result": ENDED_EARLY, "isolation": []}
     return verdict
 
 

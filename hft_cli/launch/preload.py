@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,11 +134,14 @@ _OWN: list[str] = []  # the socket of this command's process, once it is started
 def _own_process(environment: Mapping[str, str], log: Path, *modules: str) -> str:
     """The socket of this command's process, which is started for the first worker; "" if there can be none."""
     if not _OWN:
+        place = ""
         try:
             place = os.path.join(tempfile.mkdtemp(prefix="hft-"), "socket")
             atexit.register(start_process(place, environment, log, *modules).terminate)
         except (OSError, RuntimeError) as error:  # no folder for the socket, or a library that cannot be loaded
             logger.debug("Workers are not forked: %s", error)
+            if place:
+                shutil.rmtree(os.path.dirname(place), ignore_errors=True)
             place = ""
         _OWN.append(place)
     return _OWN[0]

@@ -161,11 +161,6 @@ def _score_rows(scores: dict[str, Any]) -> list[list[str]]:
         for task, values in tasks.items():
             metric, after = next(iter(values.items()))
             if (start := before.get(f"{suite}/{task}/{metric}")) is not None:
-                rows.append(
-                    [
-                        f"{suite}/{task}",
-                        metric.replace("_", " "),
-                        *(format_score(metric, value) for value in (start, after)),
-                    ]
-                )
+                scores_text = [format_score(metric, value) for value in (start, after)]
+                rows.append([f"{suite}/{task}", metric.replace("_", " "), *scores_text])
     return rows

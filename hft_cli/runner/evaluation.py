@@ -23,7 +23,7 @@ from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import PlanRecord, RoundDir, finished
 from hft_cli.runner.base import find_base
 from hft_cli.runner.tracking import log_scores, require_tracker
-from hft_cli.text import format_score, text_table
+from hft_cli.text import format_score, is_share, text_table
 
 Record = dict[str, Any]  # of one model in the file of results: path, weights_sha256, eval, details
 
@@ -76,8 +76,7 @@ def _refuse_another_model(config: EvalConfig, records: dict[str, Record], models
 
 def _error_text(metric: str, value: float, error: float) -> str:
     """A standard error, in the unit of its score."""
-    percent = format_score(metric, value) == f"{100 * value:.1f}"
-    return f"±{100 * error:.1f}" if percent else f"±{error:.2g}"
+    return f"±{100 * error:.1f}" if is_share(metric, value) else f"±{error:.2g}"
 
 
 def _read_suite(config: EvalConfig) -> Suite:

@@ -88,8 +88,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
             logger.info(f"config.json has other values than the base's, without an effect: {', '.join(ignored)}.")
     else:
         require_trainable(params, base)
-    if plan[0].stage != "half_reset" and not drawn[0].updated:
-        raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
+        if not drawn[0].updated:
+            raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if config.model.chat_template is not None:
         template_file(config.model.chat_template)  # raises if there is none
     suite = read_suite(config.suite)

@@ -139,7 +139,7 @@ def _require_known_tokens(
 ) -> None:
     """Raise UserError if the model's embedding has no row for a token."""
     config = read_model_config(Path(job.model) / "config.json")
-    vocabulary = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    vocabulary = (config.get("text_config") or config).get("vocab_size")
     for part in rows:
         if part is not None and vocabulary is not None:
             require_tokens_below(part.dataset, vocabulary, tokenizer, job.model)
