@@ -41,12 +41,27 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
 }
 
-# Types of models that read in both directions unless is_decoder says otherwise.
-ENCODERS = (
-    "albert", "bert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra",
-    "ernie", "megatron-bert", "modernbert", "mpnet", "reformer", "rembert", "roberta", "roberta-prelayernorm",
-    "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-)  # fmt: skip
+# Why a model is no causal language model that can be trained -> its types.
+REFUSED = {
+    "It reads a text in both directions, so that predicting its next token has no meaning": (
+        "albert", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
+        "distilbert", "electra", "ernie", "megatron-bert", "modernbert", "mpnet", "reformer", "rembert", "roberta",
+        "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+    ),
+    "It is the decoder of a model with an encoder": (
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody",
+        "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper",
+    ),
+    "It is for more than text": (
+        "emu3", "fuyu", "gemma4", "gemma4_unified", "git", "moshi", "phi4_multimodal",
+    ),
+    "It drafts tokens for another model": ("gemma4_assistant", "gemma4_unified_assistant"),
+    "It has several stacks of layers, with inputs of their own": ("blt", "cpmant", "hrm_text"),
+    "Its head does more to the logits than TRL knows": ("modernbert-decoder",),
+}  # fmt: skip
+
+# Of those, the types that read a text in one direction if is_decoder says so.
+MAY_DECODE = REFUSED[next(iter(REFUSED))]
 
 # Files of a folder that are JSON objects, and are read when a run is over.
 OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -75,14 +90,12 @@ def read_model_config(file: Path) -> dict[str, Any]:
 def _require_language_model(config: Mapping[str, Any], where: Path) -> None:
     """Raise UserError for a model that does not predict the next token of a text from those before it."""
     kind = config.get("model_type")
+    decodes = config.get("is_decoder") is True and kind in MAY_DECODE
+    if not decodes and (reason := next((reason for reason, kinds in REFUSED.items() if kind in kinds), None)):
+        raise UserError(f"{where} is a {kind} model. {reason}. Give a causal language model, such as Llama.")
     if config.get("is_encoder_decoder") is True:
         raise UserError(
             f"{where} is a {kind} model with an encoder and a decoder. hft trains decoders only, such as Llama."
-        )
-    if kind in ENCODERS and config.get("is_decoder") is not True:
-        raise UserError(
-            f"{where} is a {kind} model, an encoder: it reads a text in both directions, so that predicting its next "
-            "token has no meaning. Give a causal language model, such as Llama."
         )
     if other := next((key for key in ("vision_config", "audio_config") if isinstance(config.get(key), dict)), None):
         raise UserError(

@@ -49,16 +49,17 @@ def flops(work: Workload, rows: int, row_tokens: int) -> Flops:
         is_head = work.head is not None and p.name == work.head.name
         if len(p.shape) < 2 or (p.kind == "embedding" and not is_head):
             continue
-        used = 2.0 * p.elements * (shape.experts_used / shape.experts if len(p.shape) == 3 else 1)
+        used = 2.0 * p.elements * (shape.experts_used / shape.experts if p.is_experts else 1)
         place = (shape.layers + 1, 0) if is_head else work.place(p)
         forward += used
         inputs += used * (lowest < place)
         weights += used * (p.name in work.trained)
         recompute += used * (place[0] >= lowest[0] and p.layer is not None)
     scores = 4.0 * shape.heads * shape.head_width * row_tokens * (1.0 if setup.attention == "eager" else 0.5)
-    forward += scores * shape.layers
-    inputs += 2 * scores * sum(lowest <= (layer, 1) for layer in range(shape.layers))
-    recompute += scores * sum(layer >= lowest[0] for layer in range(shape.layers))
+    attention = {p.layer for p in work.params if p.layer is not None and p.kind == "attention"}
+    forward += scores * len(attention)
+    inputs += 2 * scores * sum(lowest <= (layer, 1) for layer in attention)
+    recompute += scores * sum(layer >= lowest[0] for layer in attention)
     recompute *= setup.checkpointing
     tokens = float(rows * row_tokens * setup.answers)
     memory_tokens = float(setup.tasks * setup.memory_rows * setup.length)

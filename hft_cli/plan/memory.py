@@ -174,11 +174,21 @@ def _layer_activations(params: Sequence[Param], work: Workload) -> float:
     """Bytes for each token that one layer with these parameters saves."""
     trained = [p for p in params if p.name in work.trained]
     readers = [p.position for p in trained if p.kind != "norm" and len(p.shape) > 1]
-    return (
-        _norm_activations(params, work)
-        + _attention_activations(readers.count(Position.ATTENTION_INPUT), work)
-        + _feed_forward_activations(readers, work)
-    )
+    kinds = {p.kind for p in params}
+    total = _norm_activations(params, work) + _mixer_activations(params, work)
+    if "attention" in kinds:
+        inputs = [p for p in trained if p.kind == "attention" and p.position == Position.ATTENTION_INPUT]
+        total += _attention_activations(sum(len(p.shape) > 1 for p in inputs), work)
+    if "feed_forward" in kinds:
+        total += _feed_forward_activations(readers, work)
+    return total
+
+
+def _mixer_activations(params: Sequence[Param], work: Workload) -> float:
+    """The inputs and outputs of the matrices of state spaces and convolutions, without what their kernels keep."""
+    matrices = [p for p in params if p.kind == "mixer" and not p.is_vector]
+    widths = sum(p.shape[0] + (p.shape[1] if len(p.shape) == 2 else p.shape[0]) for p in matrices)
+    return float(work.setup.compute_bytes * widths)
 
 
 def _norm_activations(params: Sequence[Param], work: Workload) -> float:
@@ -263,6 +273,6 @@ def _gathered_elements(work: Workload) -> int:
     modules: dict[str, int] = {}
     for p in work.params:
         if p.elements > work.setup.persistent:
-            module = p.unit.rpartition(".")[0] if len(p.shape) == 3 else p.unit
+            module = p.unit.rpartition(".")[0] if p.is_experts else p.unit
             modules[module] = modules.get(module, 0) + p.elements
     return min(max(work.setup.live, *modules.values(), 0), sum(modules.values()))

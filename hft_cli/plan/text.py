@@ -154,6 +154,8 @@ def _memory(plan: Plan) -> str:
         f"Activations {other_state} activation checkpointing: {format_bytes(other)}. Not counted: CUDA's context and "
         "fragmentation.",
     ]
+    if any(p.kind == "mixer" for p in plan.model.params):
+        lines.append("Nor what the kernels of state-space and linear-attention layers keep for the backward pass.")
     if any(memory.step for memory in columns.values()):
         lines.append("* exists when activations and buffers do not; the total counts the larger of the two.")
     if plan.has_draws:

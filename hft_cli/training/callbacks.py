@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from hft_cli.files import write_text
@@ -18,21 +19,22 @@ from hft_cli.launch.jobs import Progress
 from hft_cli.training import universal
 from hft_cli.training.compat import unwrapped
 from hft_cli.training.procedures import Procedure
-from hft_cli.training.proof import prove_loaded
+from hft_cli.training.proof import prove_loaded, prove_loss
 from hft_cli.training.resume import complete, remove_older, stop_requested
 from hft_cli.training.session import Losses, Session, SessionCallback, diverged
-from hft_cli.training.validation import Validation
+from hft_cli.training.validation import Objective, Validation
 from hft_cli.training.weights import frozen_checksum
 
 
 def phase_callbacks(
-    session: Session, procedure: Procedure, progress: Progress, validation: Validation | None = None
+    session: Session, procedure: Procedure, progress: Progress, dataset: Dataset, validation: Validation | None = None
 ) -> list[TrainerCallback]:
     """The callbacks of a phase. The trainer calls them in this order, after its own.
 
     - `RestoreMasters` is first: the others must see the weights that the phase starts from.
     - `Meter` is before the other ones because they report its values, and because its clock must stop before
       `FrozenProof` reads all weights at the end. It starts at the first epoch, after every `on_train_begin`.
+    - `FrozenProof` is before `LossProof`, which needs the right weights.
     - `Validation` is before `Metrics` and `ProgressReport`, which report its loss, and before `Stop`, because a phase
       that ends by early stopping needs no checkpoint.
     - `Stop` is before `Checkpoints`, which makes the trainer log before each checkpoint, whoever asked for it.
@@ -41,6 +43,7 @@ def phase_callbacks(
         RestoreMasters(session, procedure.restore_masters),
         Meter(session),
         FrozenProof(session),
+        LossProof(session, procedure.objective, dataset),
         EngineHistory(session),
         *([validation] if validation else []),
         Metrics(session, procedure.metrics),
@@ -105,6 +108,25 @@ class FrozenProof(SessionCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.session.ranks.gather(frozen_checksum(model)) != self.state.frozen:
             raise RuntimeError("A frozen weight changed in memory during training: this is a fault of the engine.")
+
+
+class LossProof(SessionCallback):
+    """Prove, before the first step, that TRL's loss is the model's own.
+
+    Attributes:
+        trainer: TRL's, which must be set before it trains.
+    """
+
+    trainer: Any = None
+
+    def __init__(self, session: Session, objective: Objective, dataset: Dataset) -> None:
+        super().__init__(session)
+        self.objective, self.dataset = objective, dataset
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        ids, labels = next(iter(self.objective.sequences(self.dataset[0])))
+        row = (torch.tensor(ids), torch.tensor(labels))
+        prove_loss(self.trainer, row, self.session.job.config.model.dtype)
 
 
 class EngineHistory(SessionCallback):

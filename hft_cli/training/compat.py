@@ -138,6 +138,21 @@ def call_before_steps(trainer: Any, function: Callable[[], None]) -> None:
     trainer.training_step = call_within if trainer.is_deepspeed_enabled else call_after
 
 
+def fit_fused_head(model: Any) -> None:
+    """Prepare a model for TRL's fused head.
+
+    UPSTREAM: trl 1.16.0: the head multiplies logits by `logit_scale` of any config, which MPT in transformers ignores.
+    And it bounds logits by `final_logit_softcapping`, for which two types have other names.
+    UPSTREAM: transformers 5.23.0: `base_model` of Llama 4 is the whole model, whose backbone is `model` as in others.
+    """
+    if model.config.model_type == "mpt":
+        model.config.logit_scale = None
+    if name := {"recurrent_gemma": "logits_soft_cap", "xlstm": "output_logit_soft_cap"}.get(model.config.model_type):
+        model.config.final_logit_softcapping = getattr(model.config, name)
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+
+
 def trained_log_probs(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Log-probabilities of a batch's labels by the plain model of TRL's SFTTrainer; 0 where a label is -100.
 

@@ -27,7 +27,7 @@ from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.arguments import trainer_arguments
-from hft_cli.training.callbacks import peak_memory, phase_callbacks
+from hft_cli.training.callbacks import LossProof, peak_memory, phase_callbacks
 from hft_cli.training.compat import load_universal, use_zero_optimizer
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.proof import write_frozen
@@ -76,10 +76,11 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     session = Session(job, folder, ranks, params, counts, identity, checkpoint, state)
 
     validation = make_validation(session, procedure, progress)
-    callbacks = phase_callbacks(session, procedure, progress, validation)
+    callbacks = phase_callbacks(session, procedure, progress, dataset, validation)
     trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
-    if validation:
-        validation.trainer = trainer
+    for callback in callbacks:
+        if isinstance(callback, (LossProof, Validation)):
+            callback.trainer = trainer
     if not ranks.maximum(stop_requested(folder, ranks)):
         result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         if not math.isfinite(result.training_loss):  # of steps that were not logged, too

@@ -1,4 +1,5 @@
 """What the ranks hold in memory, compared with files: before the first step, and of frozen weights after the last.
+The loss that they train on, compared with the model's own.
 
 `hft verify` compares files with files. That the frozen weights did not move while the model was trained, the processes
 that trained it must say: they write the SHA-256 of each frozen tensor in their memory, which `hft verify` compares with
@@ -8,19 +9,22 @@ the files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from trl import __version__ as trl_version
 
 from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
 from hft_cli.training import compat
+from hft_cli.training.batches import TokensAndLabels, padded
+from hft_cli.training.compat import trained_log_probs
 from hft_cli.training.session import Session
 from hft_cli.training.weights import DTYPES, bytes_of
 
@@ -67,6 +71,52 @@ def prove_loaded(model: Any, session: Session, resumed: bool) -> None:
                     f"{type(base).__name__} changes it when it loads it, and a run would not train the model in the "
                     "files: save it once with save_pretrained() and start from that. Or the engine is at fault."
                 )
+
+
+LOSS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}  # nats per token
+PROVEN_TOKENS = 512  # of a row, so that all logits of a large vocabulary fit
+
+
+def prove_loss(trainer: Any, row: TokensAndLabels, dtype: str) -> None:
+    """Compare the log-probability of a row's labels by TRL's fused head with that by the model's own logits.
+
+    TRL multiplies hidden states with the head itself. A model that does more to its logits would be trained on another
+    loss than its own. Collective over the ranks.
+
+    Args:
+        row: int ids and labels, each of shape (tokens,), with at least one label.
+        dtype: model.dtype, in which the model computes.
+
+    Raises:
+        UserError: if they differ.
+    """
+    ids, labels = row
+    end = int((labels != -100).nonzero().max()) + 1
+    batch = padded([(ids[:end][-PROVEN_TOKENS:], labels[:end][-PROVEN_TOKENS:])])
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        trained = trained_log_probs(trainer, batch).double().sum().item()
+        own = _own_log_probs(trainer, batch).double().sum().item()
+    model.train(was_training)
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    if not abs(trained - own) <= LOSS_TOLERANCE[dtype] * tokens:
+        raise UserError(
+            f"TRL {trl_version} computes another loss for a {_without_adapters(model).config.model_type} model than "
+            f"the model itself: {-trained / tokens:.4f} against {-own / tokens:.4f} nats per token of the first row. "
+            "It cannot be trained: TRL does not know what this model does to its logits."
+        )
+
+
+def _own_log_probs(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`trained_log_probs` by all logits of the model itself, in float32."""
+    inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
+    labels = inputs.pop("labels")[:, 1:]
+    with trainer.compute_loss_context_manager():
+        logits = trainer.model(**inputs, use_cache=False).logits[:, :-1].float()
+    log_probs: torch.Tensor = logits.log_softmax(dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return log_probs * (labels != -100)
 
 
 def write_frozen(model: Any, session: Session) -> str:

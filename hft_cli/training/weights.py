@@ -17,7 +17,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
-from hft_cli.training.compat import local_part, master_value, unwrapped
+from hft_cli.training.compat import fit_fused_head, local_part, master_value, unwrapped
 from hft_cli.training.session import Session, diverged
 
 # dtypes of safetensors files that models are trained from
@@ -37,6 +37,7 @@ def load_model(path: str, config: RunConfig) -> PreTrainedModel:
         attn_implementation=config.model.attention,
     )
     model.config.use_cache = False
+    fit_fused_head(model)
     # Checkpoints need none, and that of some models cannot be saved. The trained model has the file of its base.
     model.generation_config = GenerationConfig()
     return model

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 from architectures import ARCHITECTURES, WIDE, config_of, params_of
+from model_types import tiny_config
 from transformers import AutoConfig
 
 from hft_cli.checkpoint.naming import (
@@ -33,8 +34,60 @@ def test_each_parameter_of_a_layer_gets_its_kind(name: str) -> None:
     attention, feed_forward, norm, router = (sorted(units.split()) for units in ARCHITECTURES[name][2:])
     assert found == {
         "attention": attention, "feed_forward": feed_forward, "norm": norm, "router": router,
-        "embedding": [], "head": [],
+        "embedding": [], "head": [], "mixer": [],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "kind", "units"),
+    [
+        ("gpt_oss", 0, "attention", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),
+        ("mamba", 0, "mixer", "mixer.A_log mixer.conv1d mixer.dt_proj mixer.in_proj mixer.out_proj mixer.x_proj"),
+        ("mamba2", 0, "mixer", "mixer.conv1d mixer.in_proj mixer.out_proj"),
+        ("lfm2", 0, "mixer", "conv.conv conv.in_proj conv.out_proj"),
+        ("lfm2", 1, "mixer", ""),
+        ("lfm2", 1, "attention", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj"),
+        (
+            "qwen3_next", 0, "mixer",
+            "linear_attn.conv1d linear_attn.in_proj_ba linear_attn.in_proj_qkvz linear_attn.out_proj",
+        ),
+        ("qwen3_next", 3, "attention", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),
+        ("nemotron_h", 0, "router", ""),
+        ("ernie4_5_moe", 1, "router", "mlp.gate"),
+        ("afmoe", 1, "router", "mlp.router.gate"),
+        ("apertus", 0, "feed_forward", "mlp.up_proj mlp.down_proj"),
+        (
+            "doge", 0, "norm",
+            "input_layernorm post_attention_layernorm input_residual post_attention_residual self_attn.q_norm "
+            "self_attn.k_norm",
+        ),
+        (
+            "zamba2", 1, "attention",
+            "shared_transformer.self_attn.q_proj shared_transformer.self_attn.k_proj "
+            "shared_transformer.self_attn.v_proj shared_transformer.self_attn.o_proj",
+        ),
+    ],
+)  # fmt: skip
+def test_layers_of_other_kinds_have_these_units(model_type: str, layer: int, kind: str, units: str) -> None:
+    params = [p for p in parameters_from_config(tiny_config(model_type)) if p.layer == layer and p.kind == kind]
+    assert {p.unit.split(f".{layer}.", 1)[1] for p in params} == {*units.split()}
+
+
+def test_a_vector_is_drawn_with_the_largest_matrix_beside_it() -> None:
+    units = {p.name: p.unit.split(".0.", 1)[1] for p in parameters_from_config(tiny_config("gpt_oss")) if p.layer == 0}
+    assert units["model.layers.0.self_attn.sinks"] == "self_attn.q_proj"
+    units = {p.name: p.unit for p in parameters_from_config(tiny_config("mamba2"))}
+    for vector in ("A_log", "D", "dt_bias"):
+        assert units[f"backbone.layers.0.mixer.{vector}"] == "backbone.layers.0.mixer.in_proj"
+
+
+def test_no_unit_of_any_model_type_is_a_vector_beside_a_matrix() -> None:
+    for model_type in ("rwkv", "diffllama", "zamba", "jetmoe", "deepseek_v4", "falcon_h1", "minimax", "laguna"):
+        groups: dict[str, list[Param]] = {}
+        for param in parameters_from_config(tiny_config(model_type)):
+            if param.layer is not None and param.kind != "norm":
+                groups.setdefault(param.unit, []).append(param)
+        assert [unit for unit, group in groups.items() if all(param.is_vector for param in group)] == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +126,8 @@ def test_a_bias_shares_the_unit_of_its_matrix() -> None:
     "name",
     [
         "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
-        "model.layers.0.mamba.A_log",
+        "model.layers.0.mamba.B_log",
+        "model.layers.0.self_attn.sink",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "transformer.h.0.attn.bias",
         "model.layers.0.self_attn.q_proj.lora_A.weight",
@@ -93,18 +147,33 @@ def test_merged_experts_have_three_dimensions_and_their_bias_two() -> None:
     assert classify(f"{name}_bias", (4, 8, 8)) is None
 
 
-def test_an_unplaced_parameter_is_named_with_its_override() -> None:
-    config = AutoConfig.for_model("mamba", vocab_size=48, hidden_size=16, num_hidden_layers=3, state_size=4)
-    with pytest.raises(UserError, match=r"'backbone\.layers\.0\.mixer\.A_log' \(and \d+ more\)") as error:
-        parameters_from_config(config)
+def test_unplaced_parameters_are_all_named_with_an_override() -> None:
+    shapes = {f"model.layers.{layer}.{name}": (4, 4) for layer in range(12) for name in ("state.A", "state.B.3.weight")}
+    shapes |= {"model.extra.weight": (4, 4), "model.layers.0.mlp.up_proj.weight": (4, 4)}
+    stored = {name: [name] for name in shapes}
+    with pytest.raises(UserError, match=r"'model\.extra\.weight' \(and 24 more\)") as error:
+        make_params(shapes, stored, {})
     override = str(error.value).split("'")[3]
-    assert override == "model.kinds={mixer.A_log: KIND}"
+    assert override == "model.kinds={model.extra.weight: KIND, state.A: KIND, state.B..*.weight: KIND}"
     parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
-    assert parser.parse_override(override).value() == {"mixer.A_log": "KIND"}
-    params = parameters_from_config(config, {"mixer": "attention"})
-    assert {(param.kind, param.layer) for param in params if "mixer" in param.name} == {
-        ("attention", 0), ("attention", 1), ("attention", 2)
-    }  # fmt: skip
+    kinds = parser.parse_override(override).value()
+    assert set(kinds) == {"model.extra.weight", "state.A", "state.B..*.weight"}
+    kinds = dict.fromkeys(kinds, "mixer") | {"model.extra.weight": "embedding"}
+    params = make_params(shapes, stored, kinds)
+    assert {(param.kind, param.layer) for param in params if "state" in param.name} == {("mixer", n) for n in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ({"lm_head": "attention"}, r"'lm_head\.weight' is outside the layers.*Map it to one of: norm, embedding, head"),
+        ({"embed_tokens": "mixer"}, "outside the layers, where nothing is drawn, so it cannot be mixer"),
+        ({r"q_proj\.bias": "norm"}, r"q_proj\.bias' is norm and .*q_proj\.weight' is attention.*Map both to one kind"),
+    ],
+)
+def test_a_map_that_no_draw_could_follow_is_refused(kinds: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parameters_from_config(config_of("llama with biases"), kinds)
 
 
 def test_a_vision_tower_is_refused() -> None:
@@ -152,7 +221,7 @@ def test_reports_give_each_matrix_the_category_of_its_kind(name: str) -> None:
         ("h.3.attn.c_attn.bias", 3, "attn.c_attn", "attention"),
         ("model.layers.2.block_sparse_moe.experts.7.w2.weight", 2, "block_sparse_moe.experts.7.w2", "feed-forward"),
         ("model.layers.11.input_layernorm.weight", 11, "input_layernorm", "norm"),
-        ("backbone.layers.0.mixer.A_log", 0, "mixer.A_log", "other"),
+        ("backbone.layers.0.mixer.A_log", 0, "mixer.A_log", "mixer"),
     ],
 )
 def test_a_file_tensor_has_a_layer_a_matrix_and_a_category(tensor: str, layer: int, matrix: str, group: str) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hft_cli.checkpoint.architectures import SAME_NAMES
-from hft_cli.checkpoint.conversion import to_stored
-from hft_cli.checkpoint.folders import checkpoint_files
+from hft_cli.checkpoint.conversion import meta_model, read_layout, to_stored
+from hft_cli.checkpoint.folders import checkpoint_files, stored_tensors
 from hft_cli.checkpoint.parameters import parameters_from_config, parameters_from_folder
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.errors import UserError
@@ -168,7 +168,7 @@ def test_file_tensors_that_hold_several_parameters_are_refused(tmp_path: Path) -
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", **BASE))
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds several parameters"):
-        parameters_from_folder(tmp_path, {"": "attention"})
+        read_layout(meta_model(tmp_path), stored_tensors(tmp_path), tmp_path)
 
 
 def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:

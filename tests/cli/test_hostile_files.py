@@ -150,9 +150,10 @@ def test_a_folder_that_is_no_model_to_train(harm, said, tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model_type": "bert"}, "is a bert model, an encoder: it reads a text in both directions"),
-        ({"model_type": "xlm-roberta", "is_decoder": False}, "an encoder"),
-        ({"model_type": "bart", "is_encoder_decoder": True}, "is a bart model with an encoder and a decoder"),
+        ({"model_type": "bert"}, "is a bert model. It reads a text in both directions"),
+        ({"model_type": "xlm-roberta", "is_decoder": False}, "It reads a text in both directions"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is a t5 model with an encoder and a decoder"),
+        ({"model_type": "bart"}, "is the decoder of a model with an encoder"),
         ({"model_type": "gemma3", "vision_config": {}}, "with more than text (vision_config"),
         ({"model_type": "qwen2_audio", "audio_config": {}}, "with more than text (audio_config"),
     ],

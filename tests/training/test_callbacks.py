@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import composed
 from transformers import TrainerControl, TrainerState
 
@@ -46,11 +47,12 @@ def lines(session: Session) -> list[dict]:
 def test_callbacks_come_in_the_order_that_they_need(session, tmp_path):
     procedure, progress = PROCEDURES["sft"], Progress(tmp_path / "progress.json")
     validation = Validation(session, procedure.objective, [], procedure.write_delta, progress)
-    made = callbacks.phase_callbacks(session, procedure, progress, validation)
+    made = callbacks.phase_callbacks(session, procedure, progress, Dataset.from_list([]), validation)
     order = [type(callback).__name__ for callback in made]
     assert order[0] == "RestoreMasters"
     for before, after in (
-        ("Meter", "FrozenProof"), ("Meter", "Metrics"), ("Meter", "ProgressReport"), ("Stop", "Checkpoints"),
+        ("Meter", "FrozenProof"), ("FrozenProof", "LossProof"), ("Meter", "Metrics"), ("Meter", "ProgressReport"),
+        ("Stop", "Checkpoints"),
         ("RestoreMasters", "Validation"), ("Validation", "Metrics"), ("Validation", "Stop"),
     ):  # fmt: skip
         assert order.index(before) < order.index(after)

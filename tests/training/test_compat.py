@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import BASE, torchrun
+from model_types import tiny_config
 from torch.nn.functional import cross_entropy
+from trl.trainer.utils import add_fused_lm_head
 
 from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
@@ -167,6 +170,36 @@ def test_the_fused_head_gives_the_log_probabilities_of_labels(tmp_path: Path) ->
     logits = tiny()(IDS).logits[0, :-1]
     expected = -cross_entropy(logits, labels[0, 1:], reduction="none")
     assert torch.allclose(found[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("mpt", {"logit_scale": 3.0}), ("recurrent_gemma", {"logits_soft_cap": 3.0}),
+        ("xlstm", {"output_logit_soft_cap": 3.0}), ("llama4_text", {}),
+    ],
+)  # fmt: skip
+def test_trls_head_needs_a_fit_for_some_models(model_type, fields):
+    def losses(fit):
+        torch.manual_seed(0)
+        config = tiny_config(model_type)
+        config.update(fields)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model.get_output_embeddings().weight.data.mul_(20)
+        fit(model)
+        add_fused_lm_head(model)
+        with torch.no_grad():
+            fused = -model(input_ids=IDS, labels=IDS, fused_lm_head=True, use_cache=False).log_probs.mean()
+            return fused.item(), model(input_ids=IDS, labels=IDS, use_cache=False).loss.item()
+
+    fused, own = losses(compat.fit_fused_head)
+    assert fused == pytest.approx(own, abs=1e-4)
+    if model_type == "llama4_text":
+        with pytest.raises(AttributeError):
+            losses(lambda model: None)
+    else:
+        unfit, own = losses(lambda model: None)
+        assert abs(unfit - own) > 0.01
 
 
 # ----------------------------------------------------------------------------------------------------------------- DPO

@@ -28,13 +28,14 @@ from hft_cli.training.compat import local_part, unwrapped
 from hft_cli.training.resume import complete
 
 
-def four_steps(folder: Path, engine: str, model: Path = BASE) -> PhaseJob:
+def four_steps(folder: Path, engine: str, model: Path = BASE, *more: str) -> PhaseJob:
     """Four steps of HFT, with a checkpoint after the second."""
     processes = 1 if engine == "single" else 2
     return phase_job(
         folder, model, f"engine={engine}", f"engine.num_processes={processes}", "data=pocket_order",
-        "data.test_path=null", "data.max_rows=16", "train.max_steps=4", "train.batch_size=4",
+        "data.max_rows=16", "train.max_steps=4", "train.batch_size=4",
         "train.micro_batch_size=2", "train.max_length=64", "train.save_every=2",
+        *more,
     )  # fmt: skip
 
 
@@ -107,6 +108,20 @@ def test_weights_that_are_not_finite_are_not_blamed_on_training(tmp_path):
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"norm\.weight in .*model\.safetensors has values that are not finite"):
         train(four_steps(tmp_path, "single", model), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [(), ("method=dpo", "data=pocket_preferences")])
+def test_a_loss_that_is_not_the_models_own_is_refused(dtype, stage, tmp_path):
+    model = Path(shutil.copytree(BASE, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())  # TRL bounds the logits, and Llama ignores the field
+    (model / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 3.0}))
+    job = four_steps(tmp_path, "single", model, f"model.dtype={dtype}", *stage)
+    with pytest.raises(
+        UserError, match=r"another loss for a llama model than the model itself: \d+\.\d+ against \d+\."
+    ):
+        train(job, tmp_path)
+    assert not RoundDir(tmp_path).outcome.exists()
 
 
 def test_a_checkpoint_with_another_frozen_weight_is_refused(tmp_path):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CATEGORIES = ("attention", "feed-forward", "norm", "other")
+CATEGORIES = ("attention", "mixer", "feed-forward", "norm", "other")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # the usual order within a category, by short names
 MOST_NUMBERED_COLUMNS = 24  # a wider map has no numbers in its cells, which nobody could read
 

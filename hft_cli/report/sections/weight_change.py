@@ -19,7 +19,7 @@ from hft_cli.report.weight_change import TensorChange, tensor_changes
 from hft_cli.run_dir import RunDir
 
 TITLE = "Size of the change"
-CATEGORIES = ("attention", "feed-forward", "norm", "outside the layers")
+CATEGORIES = ("attention", "mixer", "feed-forward", "norm", "outside the layers")
 Changes = Mapping[Path, Sequence[TensorChange]]  # by the run's folder
 
 
@@ -36,14 +36,16 @@ def section(comparison: Comparison) -> Section | None:
         )
         parts.append(_plot(stem, caption, [_mean_map(group, changes) for group in batch]))
     caption = "‖θ_T − θ_0‖ / ‖θ_0‖ (%) of all tensors of a category taken together, over all runs of a setting."
-    shown = [*columns("setting", "runs"), *((f"{name} (%)", formatted(name, ".2f", 100)) for name in CATEGORIES)]
-    parts.append(Table("norms_by_category", caption, shown, [_category_record(group, changes) for group in groups]))
+    records = [_category_record(group, changes) for group in groups]
+    present = [name for name in CATEGORIES if any(record[name] is not None for record in records)]
+    shown = [*columns("setting", "runs"), *((f"{name} (%)", formatted(name, ".2f", 100)) for name in present)]
+    parts.append(Table("norms_by_category", caption, shown, records))
     caption = "Every tensor of every run: the Frobenius norms of its start and of its change."
     shown = [*columns("run", "tensor"),
              *((key, formatted(key, ".4g")) for key in ("norm_start", "norm_change", "relative"))]  # fmt: skip
-    records = [_tensor_record(group, run, change) for group in groups for run in group.runs
+    of_tensors = [_tensor_record(group, run, change) for group in groups for run in group.runs
                for change in changes.get(run.folder, ())]  # fmt: skip
-    parts.append(Table("norms", caption, shown, records, csv_only=True))
+    parts.append(Table("norms", caption, shown, of_tensors, csv_only=True))
     return Section(TITLE, text, parts)
 
 

@@ -1,0 +1,117 @@
+"""Every type of causal language model of the installed transformers is trained and verified, or refused with a reason.
+
+The list is in hft_cli/checkpoint/README.md. A type that transformers adds must be put into it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BASE, as_plan, changed, composed, hft, ledger, train
+from model_types import MODEL_TYPES, tiny_config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import hft_cli.checkpoint
+from hft_cli.checkpoint.model_config import REFUSED, read_model_config
+from hft_cli.checkpoint.parameters import parameters_from_config
+from hft_cli.errors import UserError
+from hft_cli.files import write_json
+from hft_cli.launch.jobs import Progress
+from hft_cli.launch.worker import WorkerRun
+from hft_cli.plan.planner import plan
+from hft_cli.runner import phase, training
+from hft_cli.runner.verify import verify
+from hft_cli.training.phase import train_phase
+
+README = Path(hft_cli.checkpoint.__file__).with_name("README.md").read_text()
+OUTCOMES = dict(re.findall(r"^\| (.+?) \| \d+ \| (.+?) \|$", README, re.MULTILINE))
+TRAINED = OUTCOMES["trained"].split(", ")
+CANNOT_BE_BUILT, NOT_PLACED = "transformers cannot build it", "Parameters without a category"
+
+
+def in_this_process(run: WorkerRun, *_: Any) -> None:
+    """The worker of a phase, without the seconds that a process of its own takes."""
+    train_phase(run.job, run.folder, Progress(run.folder.progress))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = ({"prompt": f"What is {number} plus {number}?", "completion": str(2 * number)} for number in range(8))
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def random_model(model_type: str, folder: Path) -> Path:
+    """A model folder with random weights, whose logits are far from zero, and the embedded model's tokenizer."""
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, vocabulary=512))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", TRAINED)
+def test_a_model_of_this_type_is_trained(model_type, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(phase, "run_worker", in_this_process)
+    config = composed(
+        "+method=hft", f"model.path={random_model(model_type, tmp_path / 'model')}", f"data.path={rows}",
+        "train.max_steps=2", "train.batch_size=4", "train.max_length=64", "train.learning_rate=0.01",
+        f"output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert plan(as_plan(config)).heaviest.worst.total > 0
+    run = training.run(config, [])
+    (proof,) = verify(run)
+    assert proof.frozen_bit_identical
+    (draw,) = ledger(run.folder)
+    assert 0.35 < draw["matrices_reached"] < 0.65
+    assert len(proof.unmoved) < len(draw["updated"]) / 3  # some have no gradient in a step: experts, sparse attention
+
+
+@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - set(TRAINED)))
+def test_a_model_of_this_type_is_refused_with_its_reason(model_type, tmp_path):
+    reason = next(reason for reason, types in OUTCOMES.items() if model_type in types.split(", "))
+    if reason in (CANNOT_BE_BUILT, NOT_PLACED):
+        message = "transformers cannot build" if reason == CANNOT_BE_BUILT else "Cannot place parameter"
+        with pytest.raises(UserError, match=message):
+            parameters_from_config(tiny_config(model_type))
+        return
+    # Types for more than text are known by their fields.
+    values = CONFIG_MAPPING[model_type]().to_dict() if "more than text" in reason else {"model_type": model_type}
+    write_json(tmp_path / "config.json", json.loads(json.dumps(values, default=str)))
+    with pytest.raises(UserError) as refused:
+        read_model_config(tmp_path / "config.json")
+    assert reason.removeprefix("It ") in str(refused.value) or "more than text" in str(refused.value)
+
+
+def test_the_readme_lists_every_type_once():
+    listed = [name for types in OUTCOMES.values() for name in types.split(", ")]
+    assert sorted(listed) == list(MODEL_TYPES)
+    assert {*OUTCOMES} == {"trained", CANNOT_BE_BUILT, NOT_PLACED, *REFUSED}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("model_type", ["gpt_oss", "lfm2", "qwen3_next"])
+def test_a_model_of_today_under_zero3_and_half_reset(model_type, rows, tmp_path):
+    base = random_model(model_type, tmp_path / "model")
+    settings = ("train.max_steps=2", "train.batch_size=8", "train.max_length=64", "train.learning_rate=0.01")
+    tuned = train(
+        tmp_path / "tuned", "+method=hft", f"model.path={base}", f"data.path={rows}", *settings, "engine=zero3",
+        "engine.num_processes=2",
+    )  # fmt: skip
+    reset = tmp_path / "reset"
+    done = hft("train", "+method=half_reset", f"model.path={tuned}/model", f"model.base={base}", f"output_dir={reset}")
+    assert done.status == 0, done.err
+    for run in (tuned, reset):
+        done = hft("verify", run)
+        assert done.status == 0, done.err
+        assert "frozen ones bit-identical" in done.out
+    assert changed(base, reset / "model") < changed(base, tuned / "model")
