@@ -27,6 +27,7 @@ PATHS = (
     "output_dir",
     "run",
     "suite.data_dir",
+    "suite.include_path",
 )
 
 # Keys that may be new.

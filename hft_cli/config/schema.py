@@ -50,11 +50,21 @@ class ModelConfig:
         None,
         "tulu, plain, or a Jinja file; null: the tokenizer's own template. It is saved with the trained model.",
     )
+    thinking: bool | None = setting(
+        None,
+        "Whether the chat template asks for reasoning before an answer (Qwen3's enable_thinking), in training and in "
+        "scoring; null: the template's own default. Reasoning is no part of an answer that is scored.",
+    )
     kinds: dict[str, str] = setting(
         {},
         "Map from a regular expression over parameter names to a kind of parameter, for names that hft does not know.",
         choices=("hft_cli.checkpoint.naming:KINDS",),
     )
+
+    @property
+    def changes_template(self) -> bool:
+        """Whether the chat template is another than the tokenizer's own."""
+        return self.chat_template is not None or self.thinking is not None
 
 
 @dataclass

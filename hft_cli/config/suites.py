@@ -25,11 +25,14 @@ class SuiteConfig:
     )
     benchmarks: dict[str, Any] = setting(
         {},
-        "Map from benchmark to its settings (task, shots, metric, chat, limit, sampling). conf/suite/ gives the source "
-        "of each.",
+        "Map from benchmark to its settings (task, shots, metric, chat, until, limit, sampling). conf/suite/ gives the "
+        "source of each.",
     )
     harness: list[str] = setting(
         [], "More tasks, groups or tags of lm-evaluation-harness, with the harness's settings."
+    )
+    include_path: str | None = setting(
+        None, "Folder with task files (YAML) in the harness's format, which suite.harness may name."
     )
     only: list[str] = setting([], "Run only these benchmarks of the suite; empty: all.")
     probe: dict[str, Any] = setting(
@@ -98,6 +101,12 @@ class BenchmarkConfig:
         None, "Items of each task; the smaller of this and suite.limit applies.", unit="items", range="[1, inf)"
     )
     max_new_tokens: int | None = setting(None, "Longest generated answer.", unit="tokens", range="[1, inf)")
+    until: tuple[str, ...] | None = setting(
+        None, "Texts that end a generated answer; []: only the model ends it. null: those of the task."
+    )
+    multiturn: bool = setting(
+        True, "With a chat template: examples are turns of the chat; false: they are in one turn with the question."
+    )
     samples: int = setting(1, "Programs generated for each HumanEval problem.", unit="programs", range="[1, inf)")
     temperature: float = setting(
         0.0, "0: greedy decoding. Above 0: sampling, with the seed suite.seed.", range="[0, inf)"

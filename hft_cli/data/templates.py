@@ -92,14 +92,6 @@ def own_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
         raise UserError("The tokenizer has no chat template. Set model.chat_template=tulu|plain|PATH.") from None
 
 
-def use_template(name_or_path: str | None, tokenizer: Any) -> str:
-    """Give the tokenizer the template of `chat_template`, and return it. With None, several named ones stay."""
-    template = chat_template(name_or_path, tokenizer)
-    if name_or_path is not None:
-        tokenizer.chat_template = template
-    return template
-
-
 def begins_with_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts the BOS token before plain text."""
     return bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

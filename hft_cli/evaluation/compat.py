@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hft_cli.data.reasoning import decode_answer
 from hft_cli.evaluation.workers import share_items
 from hft_cli.launch.ranks import Ranks
 
@@ -130,6 +131,31 @@ def share_requests(model: Any, ranks: Ranks) -> None:
     """
     for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(model, method, partial(share_items, ranks, getattr(model, method)))
+
+
+@contextmanager
+def without_reasoning(model: Any) -> Iterator[None]:
+    """Within this context a model of the harness answers without the reasoning before an answer.
+
+    UPSTREAM: lm-eval 0.4.13: `think_end_token` of `HFLM` is one text; generation ends at a stop string within the
+    reasoning, and special tokens are gone before it is looked for. `generate_until` decodes by `tok_decode` and then
+    cuts at the stop strings; `_model_generate` gets them too, with the text of the EOS token.
+    """
+    decode, generate = model.tok_decode, model._model_generate
+
+    def tok_decode(tokens: Any, skip_special_tokens: bool = True) -> str:
+        if isinstance(tokens, int) or not skip_special_tokens:
+            return str(decode(tokens, skip_special_tokens=skip_special_tokens))
+        return decode_answer(list(tokens), model.tokenizer)[1]
+
+    def end_at_eos(context: Any, max_length: int, stop: Sequence[str], **options: Any) -> Any:
+        return generate(context, max_length, [decode(model.eot_token_id, skip_special_tokens=False)], **options)
+
+    model.tok_decode, model._model_generate = tok_decode, end_at_eos
+    try:
+        yield
+    finally:
+        model.tok_decode, model._model_generate = decode, generate
 
 
 def count_truncated_prompts(task: Any, model: Any) -> int:

@@ -36,7 +36,7 @@ def item_records(samples: Mapping[str, Sequence[Sample]]) -> list[Item]:
                     "item": sample["doc_id"],
                     "prompt": sample["arguments"][0][0],
                     "target": sample["target"],
-                    "choices": [argument[1] for argument in sample["arguments"] if isinstance(argument[1], str)],
+                    "choices": [words[0] for _, *words in sample["arguments"] if words and isinstance(words[0], str)],
                     "responses": sample["resps"],
                 },
             )
@@ -88,24 +88,40 @@ def _means_over_tasks(names: Sequence[str], tasks: Sequence[Mapping[str, float]]
     return means
 
 
-def summarize_unknown(results: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """The harness's own figures of tasks without settings of ours; of several tasks the plain mean of each metric."""
-    figures = {}
-    for task in tasks:
-        metrics = {
-            # The harness's keys are METRIC,FILTER and METRIC_stderr,FILTER; keys without a comma are no metrics.
-            re.sub(r"^(.*)_stderr,(.*)$", r"\1,\2_stderr", key).replace(",none", ""): value
-            for key, value in results["results"][task].items()
-            if "," in key and isinstance(value, int | float)
-        }
-        figures[task] = metrics | {"items": results["n-samples"][task]["effective"]}
-    first, *others = figures.values()
-    if not others:
-        return {"scores": first}
-    names = [
-        name
-        for name in first
-        if "_stderr" not in name and name != "items" and all(name in metrics for metrics in others)
-    ]
-    scores = {name: sum(metrics[name] for metrics in figures.values()) / len(figures) for name in names}
-    return {"scores": scores | {"items": sum(metrics["items"] for metrics in figures.values())}, "tasks": figures}
+def summarize_unknown(results: Mapping[str, Any], tasks: Sequence[str], group: str | None = None) -> dict[str, Any]:
+    """The harness's own figures of tasks without settings of ours.
+
+    Args:
+        group: the name of a group of these tasks, of which the harness computes the scores. Of other tasks the scores
+            are means weighted by the number of items, as is its default.
+    """
+    figures = {task: _figures(results["results"][task]) for task in tasks}
+    sizes = {task: results["n-samples"][task]["effective"] for task in tasks}
+    by_task = {task: {**metrics, "items": sizes[task]} for task, metrics in figures.items()}
+    of_group = _figures(results["results"].get(group, {}))
+    if not of_group and len(figures) == 1:
+        return {"scores": next(iter(by_task.values()))}
+    scores = of_group or _weighted_means(figures, sizes)
+    return {"scores": {**scores, "items": sum(sizes.values())}, "tasks": by_task}
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """The harness's figures under our names. Its keys are METRIC,FILTER and METRIC_stderr,FILTER."""
+    return {
+        re.sub(r"^(.*)_stderr,(.*)$", r"\1,\2_stderr", key).replace(",none", ""): float(value)
+        for key, value in values.items()
+        if "," in key and isinstance(value, int | float)
+    }
+
+
+def _weighted_means(figures: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Means over tasks of the metrics that all have, weighted by items; a standard error if all tasks have one."""
+    weights = {task: size / sum(sizes.values()) for task, size in sizes.items()}
+    shared = [name for name in next(iter(figures.values())) if all(name in metrics for metrics in figures.values())]
+    means = {}
+    for name in shared:
+        if not name.endswith("_stderr"):
+            means[name] = sum(weights[task] * metrics[name] for task, metrics in figures.items())
+            if (error := f"{name}_stderr") in shared:
+                means[error] = sqrt(sum((weights[task] * metrics[error]) ** 2 for task, metrics in figures.items()))
+    return means

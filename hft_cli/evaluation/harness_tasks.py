@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,24 +26,44 @@ from hft_cli.evaluation.sandbox import CodeEval, run_program
 from hft_cli.launch.jobs import HarnessTask
 
 
-def build_tasks(
-    request: HarnessTask, data_dir: Path | None, run: Callable[[str, str], str] = run_program
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build the harness's tasks of a benchmark.
+@dataclass(frozen=True)
+class Sources:
+    """Where the tasks of a job come from.
 
-    Args:
-        request: the benchmark and its settings.
+    Attributes:
         data_dir: the folder of local files; None reads the rows from the hub.
+        include_path: a folder with further task files.
         run: runs a program of the model and its test, and returns the result, as `sandbox.run_program` does.
+    """
 
-    Returns:
-        Name -> lm_eval.api.task.Task; and what the file of scores says about the rows.
+    data_dir: Path | None = None
+    include_path: str | None = None
+    run: Callable[[str, str], str] = run_program
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The harness's tasks of a benchmark.
+
+    Attributes:
+        tasks: name -> lm_eval.api.task.Task.
+        group: the lm_eval.api.group.Group of these tasks, whose scores the harness computes; None without one.
+        notes: what the file of scores says about the rows.
+    """
+
+    tasks: dict[str, Any]
+    group: Any = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def build_tasks(request: HarnessTask, sources: Sources) -> Tasks:
+    """Build the harness's tasks of a benchmark and its settings.
 
     Raises:
         UserError: if the harness has no such task or metric, or the local files do not fit.
     """
     if request.settings is None:
-        return _tasks_of_harness(request.name), {}
+        return _tasks_of_harness(request.name, sources.include_path)
     from lm_eval.tasks import TaskManager
 
     name, settings = request.name, BenchmarkConfig(**request.settings)
@@ -58,30 +79,34 @@ def build_tasks(
     specs = [{"task": task, **_changes(files[task], settings)} for task in names]
     if benchmark.runs_code:
         for spec in specs:
-            spec["metric_list"] = [_pass_at_k(files[spec["task"]], settings, CodeEval(run))]
+            spec["metric_list"] = [_pass_at_k(files[spec["task"]], settings, CodeEval(sources.run))]
     notes: dict[str, Any] = {}
-    if data_dir is not None:
-        specs, notes["tasks_without_rows"] = _with_local_rows(name, pattern, specs, files, data_dir)
+    if sources.data_dir is not None:
+        specs, notes["tasks_without_rows"] = _with_local_rows(name, pattern, specs, files, sources.data_dir)
     with code_eval_replaced(CodeEval()) if benchmark.runs_code else nullcontext():
         tasks = load_tasks(manager, name, specs)
     _check_metric(name, settings.metric, next(iter(tasks.values())))
-    return tasks, notes
+    return Tasks(tasks, notes=notes)
 
 
-def _tasks_of_harness(name: str) -> dict[str, Any]:
-    """The tasks of a name that only the harness knows: a task, a group or a tag."""
+def _tasks_of_harness(name: str, include_path: str | None) -> Tasks:
+    """The tasks of a name that only the harness knows or a file in `include_path` has: a task, a group or a tag."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    # A single folder is read much faster than the thousands of the harness's own files.
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if name not in manager.all_tasks and include_path is not None:
+        manager = TaskManager(include_path=include_path)
     if name not in manager.all_tasks:
         near = get_close_matches(name, manager.all_tasks, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"lm-evaluation-harness has no task '{name}'.{hint} To list all tasks: lm_eval ls tasks")
     _refuse_programs(name, task_file_settings(manager, name))  # before its file is imported
-    tasks = dict(manager.load([name])["tasks"])
+    loaded = manager.load([name])
+    tasks = dict(loaded["tasks"])
     for task in tasks.values():
         _refuse_programs(name, task.config.to_dict())
-    return tasks
+    return Tasks(tasks, dict(loaded["groups"]).get(name))
 
 
 def _refuse_programs(name: str, settings: Mapping[str, Any]) -> None:
@@ -105,8 +130,10 @@ def _changes(file: Mapping[str, Any], settings: BenchmarkConfig) -> dict[str, An
         changes["repeats"] = settings.samples
     if settings.max_new_tokens is not None:
         generation["max_gen_toks"] = settings.max_new_tokens
+    if settings.until is not None:
+        generation["until"] = list(settings.until)
     if generation:
-        changes["generation_kwargs"] = {**file["generation_kwargs"], **generation}
+        changes["generation_kwargs"] = {**(file.get("generation_kwargs") or {}), **generation}
     return changes
 
 

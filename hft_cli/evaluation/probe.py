@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,12 +45,15 @@ class Query:
     Attributes:
         examples: the facts that precede it in the prompt.
         answers: the answers to rank, the correct one first.
+        commonest: how often the correct one is named by always naming that of the answers which is the object of most
+            facts of the relation: 1, 0, or the share of a tie.
     """
 
     fact: Fact
     pattern: str
     examples: tuple[Fact, ...]
     answers: tuple[str, ...]
+    commonest: float = 0.0
 
 
 def probe_settings(name: str, values: Mapping[str, Any], data_dir: Path | None) -> ProbeConfig | None:
@@ -145,6 +149,7 @@ def build_queries(config: ProbeConfig, seed: int, limit: int | None = None) -> l
     for relation, (facts, patterns) in read_relations(config).items():
         objects: dict[str, str] = {}  # case-folded -> as first spelled
         correct: dict[str, set[str]] = {}  # subject -> its case-folded objects
+        counts = Counter(fact.answer.casefold() for fact in facts)
         for fact in facts:
             objects.setdefault(fact.answer.casefold(), fact.answer)
             correct.setdefault(fact.subject, set()).add(fact.answer.casefold())
@@ -156,8 +161,38 @@ def build_queries(config: ProbeConfig, seed: int, limit: int | None = None) -> l
             answers = (fact.answer, *wrong)
             examples = tuple(_examples(fact, facts, answers, config.shots, f"{key} examples"))
             for pattern in _first(patterns, config.paraphrases, f"{seed} patterns {relation}", str):
-                queries.append(Query(fact, pattern, examples, answers))
+                queries.append(Query(fact, pattern, examples, answers, _commonest(answers, counts)))
     return queries
+
+
+def _commonest(answers: Sequence[str], counts: Mapping[str, int]) -> float:
+    numbers = [counts[answer.casefold()] for answer in answers]
+    return (numbers[0] == max(numbers)) / numbers.count(max(numbers))
+
+
+def with_other_subjects(queries: Sequence[Query], seed: int) -> dict[Fact, Query]:
+    """For each fact its first query, about another subject of its relation: what a model answers without the fact.
+
+    The other subject is not in the examples, and its own object is not among the answers if possible. Facts of a
+    relation without such a subject are left out.
+    """
+    first: dict[Fact, Query] = {}
+    for query in queries:
+        first.setdefault(query.fact, query)
+    by_relation: dict[str, list[Fact]] = {}
+    for fact in first:
+        by_relation.setdefault(fact.relation, []).append(fact)
+    others = {}
+    for fact, query in first.items():
+        ranked = {answer.casefold() for answer in query.answers}
+        used = {fact.subject, *(example.subject for example in query.examples)}
+        candidates = [other for other in by_relation[fact.relation] if other.subject not in used]
+        candidates = [other for other in candidates if other.answer.casefold() != fact.answer.casefold()]
+        unranked = [other for other in candidates if other.answer.casefold() not in ranked]
+        key = f"{seed} {fact.relation}\0{fact.subject}\0{fact.answer} other subject"
+        for other in _first(unranked or candidates, 1, key, _fact_name):
+            others[fact] = replace(query, fact=replace(fact, subject=other.subject))
+    return others
 
 
 def _first(values: Sequence[Any], number: int | None, key: str, name: Callable[[Any], str]) -> list[Any]:

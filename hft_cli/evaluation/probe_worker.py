@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.data.templates import apply_template
-from hft_cli.evaluation.probe import Fact, Query, build_queries, prompt_and_separator
+from hft_cli.evaluation.probe import Fact, Query, build_queries, prompt_and_separator, with_other_subjects
 from hft_cli.evaluation.score_files import write_scores
 from hft_cli.evaluation.workers import (
     LoadedModel,
@@ -43,10 +43,14 @@ def score_probes(job: ProbeJob, folder: RoundDir, progress: Progress) -> None:
         for name, config in job.probes.items():
             start = time.perf_counter()
             queries = build_queries(config, job.seed, job.limit)
-            results = share_items(ranks, partial(_score_queries, loaded, job, progress), queries)
+            others = with_other_subjects(queries, job.seed)
+            asked = [*queries, *others.values()]
+            results = share_items(ranks, partial(_score_queries, loaded, job, progress), asked)
             if not ranks.first:
                 continue
-            items = fact_records(queries, [values for values, _ in results])
+            values = [likelihoods for likelihoods, _ in results]
+            items = fact_records(queries, values[: len(queries)])
+            add_other_subjects(items, dict(zip(others, values[len(queries) :], strict=True)))
             scores = {
                 **summarize(items, job.seed),
                 "prompts_cut": sum(truncated for _, truncated in results),
@@ -182,10 +186,11 @@ def fact_records(queries: Sequence[Query], values: Sequence[Sequence[float]]) ->
         record = records.setdefault(
             fact,
             {
-                "row": f"{fact.relation}/{fact.subject}/{fact.answer}",
+                "row": _row(fact),
                 **asdict(fact),
                 "answers": query.answers,
                 "accuracy": 0.0,
+                "commonest": query.commonest,
                 "paraphrases": [],
             },
         )
@@ -202,8 +207,23 @@ def fact_records(queries: Sequence[Query], values: Sequence[Sequence[float]]) ->
     return list(records.values())
 
 
+def add_other_subjects(items: Sequence[Item], values: Mapping[Fact, Sequence[float]]) -> None:
+    """Note for each fact whether its answer ranks first for another subject: then it needs no knowledge of the fact.
+
+    Args:
+        values: the log-likelihoods of the answers for the other subject, that of the fact first.
+    """
+    by_row = {item["row"]: item for item in items}
+    for fact, likelihoods in values.items():
+        by_row[_row(fact)]["other_subject"] = float(likelihoods[0] > max(likelihoods[1:]))
+
+
+def _row(fact: Fact) -> str:
+    return f"{fact.relation}/{fact.subject}/{fact.answer}"
+
+
 def summarize(items: Sequence[Item], seed: int) -> dict[str, Any]:
-    """Accuracy of each relation with its 95% interval, and the mean over relations (`scores`).
+    """Accuracy of each relation with its 95% interval and LEVELS, and the means over relations (`scores`).
 
     The intervals are percentiles of a bootstrap over facts, not over paraphrases, because the paraphrases of one fact
     are not independent.
@@ -222,7 +242,7 @@ def summarize(items: Sequence[Item], seed: int) -> dict[str, Any]:
         relations[relation] = {
             "accuracy": float(accuracies.mean()),
             **_interval(means),
-            "chance": sum(1 / len(item["answers"]) for item in facts) / len(facts),
+            **_levels(facts),
             "facts": len(facts),
             "paraphrases": max(len(item["paraphrases"]) for item in facts),
         }
@@ -231,10 +251,29 @@ def summarize(items: Sequence[Item], seed: int) -> dict[str, Any]:
         "accuracy": sum(relation["accuracy"] for relation in relations.values()) / len(relations),
         "accuracy_stderr": float(means.std(ddof=1)),
         **_interval(means),
-        "chance": sum(relation["chance"] for relation in relations.values()) / len(relations),
+        **_mean_levels(list(relations.values())),
         "items": sum(relation["facts"] for relation in relations.values()),
     }
     return {"scores": scores, "relations": relations}
+
+
+LEVELS = ("chance", "commonest", "other_subject")  # of accuracy, without knowledge of the facts
+
+
+def _levels(facts: Sequence[Item]) -> dict[str, float]:
+    """The accuracy of facts by drawing an answer, by the relation's commonest object, and for other subjects."""
+    values = {
+        "chance": [1 / len(item["answers"]) for item in facts],
+        "commonest": [item["commonest"] for item in facts],
+        "other_subject": [item["other_subject"] for item in facts if "other_subject" in item],
+    }
+    return {name: sum(each) / len(each) for name, each in values.items() if each}
+
+
+def _mean_levels(relations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The means over the relations that have such a level."""
+    values = {name: [relation[name] for relation in relations if name in relation] for name in LEVELS}
+    return {name: sum(each) / len(each) for name, each in values.items() if each}
 
 
 def _interval(means: Any) -> dict[str, float]:

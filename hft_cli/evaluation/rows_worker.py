@@ -13,6 +13,7 @@ from typing import Any
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import Prompts, make_prompts
+from hft_cli.data.reasoning import decode_answer, split_reasoning
 from hft_cli.data.rows import read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
@@ -30,6 +31,8 @@ from hft_cli.evaluation.workers import (
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
+
+PROMPT_END = 16  # tokens, in which a chat template opens the reasoning
 
 Scores = dict[str, float]
 
@@ -125,20 +128,27 @@ def _score_answers(
     questions = make_prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
     settings = _generation_settings(job.generation, questions)
     use_generation_settings_only(loaded.model, settings)
-    answers: dict[int, str] = {}
+    answers: dict[int, tuple[str | None, str]] = {}
     for batch in batches_by_length([len(ids) for ids in questions.ids], job.generation.batch_size):
-        texts, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
-        answers |= zip(batch, texts, strict=True)
+        generated, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
+        answers |= zip(batch, generated, strict=True)
         progress.advance(len(batch), tokens)
-    predictions = [answers[index] for index in range(len(answers))]
-    values = score(task.metric, questions.texts, predictions, questions.answers)
+    predictions = [answers[index][1] for index in range(len(answers))]
+    expected = [split_reasoning(answer)[1] or answer for answer in questions.answers]
+    values = score(task.metric, questions.texts, predictions, expected)
     items = [
         {"row": index, "prompt": prompt, "prediction": prediction, "answer": answer, task.metric: value}
         for index, (prompt, prediction, answer, value) in enumerate(
-            zip(questions.texts, predictions, questions.answers, values, strict=True)
+            zip(questions.texts, predictions, expected, values, strict=True)
         )
     ]
-    return {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": questions.cut}, items
+    scores = {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": questions.cut}
+    reasoning = {index: text for index, (text, _) in answers.items() if text is not None}
+    if reasoning:
+        for index, text in reasoning.items():
+            items[index]["reasoning"] = text
+        scores["reasoning_unfinished"] = sum(not predictions[index] for index in reasoning)
+    return scores, items
 
 
 def _generation_settings(generation: GenerationConfig, questions: Prompts) -> Any:
@@ -158,8 +168,8 @@ def _generation_settings(generation: GenerationConfig, questions: Prompts) -> An
 
 def _generate(
     loaded: LoadedModel, rows: Sequence[Sequence[int]], questions: Prompts, settings: Any
-) -> tuple[list[str], int]:
-    """The answers to a batch of prompts, without what ends them; and the number of generated tokens."""
+) -> tuple[list[tuple[str | None, str]], int]:
+    """The reasoning and the answer to each prompt, without what ends them; and the number of generated tokens."""
     import torch
 
     input_ids = pad_rows(rows, settings.pad_token_id, loaded.device, side="left")
@@ -171,9 +181,10 @@ def _generate(
             tokenizer=loaded.tokenizer if questions.stop else None,
         )[:, input_ids.shape[1] :].tolist()
     texts, count = [], 0
-    for tokens in outputs:
+    for prompt, tokens in zip(rows, outputs, strict=True):
         end = next((position for position, token in enumerate(tokens) if token in questions.ends), len(tokens))
         count += end
-        text = loaded.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        texts.append(text.split(questions.stop)[0] if questions.stop else text)
+        prompt_end = loaded.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+        reasoning, text = decode_answer(tokens[:end], loaded.tokenizer, prompt_end)
+        texts.append((reasoning, text.split(questions.stop)[0] if questions.stop else text))
     return texts, count

@@ -16,6 +16,7 @@ from typing import Any
 
 from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.environment import environment
+from hft_cli.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,26 @@ def read_scores(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
     if "scores" not in values:
         return values, {}
     return values["scores"], {key: value for key, value in values.items() if key != "scores"}
+
+
+def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:
+    """What one must know to read a score: prompts that were cut, parts without rows, levels without knowledge."""
+    both, notes = {**scores, **details}, []
+    if cut := both.get("prompts_cut"):
+        notes.append(f"{name}: {plural(cut, 'prompt')} lost the start, because the model takes no more tokens.")
+    if unfinished := both.get("reasoning_unfinished"):
+        answers = plural(unfinished, "answer")
+        notes.append(f"{name}: {answers} ended within the reasoning and count as wrong (generation.max_new_tokens).")
+    if missing := details.get("tasks_without_rows"):
+        parts = max(len(details.get("tasks", ())), 1)
+        notes.append(f"{name}: {parts} of {parts + len(missing)} tasks have rows in suite.data_dir.")
+    if "commonest" in scores:
+        other = f", {scores['other_subject']:.1%} when asked about another subject" if "other_subject" in scores else ""
+        notes.append(
+            f"{name}: {scores['chance']:.1%} by drawing an answer, {scores['commonest']:.1%} by naming each relation's "
+            f"commonest object{other}."
+        )
+    return notes
 
 
 def cache_folder() -> Path:

@@ -186,7 +186,7 @@ def _probe_entry(suite: Suite, name: str, settings: ProbeConfig, chat: bool) -> 
 
 def model_identity(model: ScoredModel) -> dict[str, Any]:
     """What every score depends on: the weights, and the files and settings that say how they are used."""
-    template = model.config.chat_template
+    template, thinking = model.config.chat_template, model.config.thinking
     template_file = Path(template).expanduser() if template else None
     return {
         "weights": model.weights,
@@ -196,7 +196,7 @@ def model_identity(model: ScoredModel) -> dict[str, Any]:
             if path.is_file() and path.suffix in COMPANION_SUFFIXES
         },
         "template": template_file.read_text() if template_file and template_file.is_file() else template,
-        "model": [model.config.dtype, model.config.attention],
+        "model": [model.config.dtype, model.config.attention, *([] if thinking is None else [thinking])],
     }
 
 
@@ -228,8 +228,10 @@ def _worker_runs(
         yield WorkerRun(RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset), folder, label)
     if benchmarks:
         data_dir = None if config.data_dir is None else str(Path(config.data_dir).expanduser().resolve())
+        include = None if config.include_path is None else str(Path(config.include_path).expanduser().resolve())
         names = ", ".join(task.name for task in benchmarks)
-        harness_job = HarnessJob(**values, todo=tuple(benchmarks), data_dir=data_dir, seed=config.seed)
+        folders: dict[str, Any] = {"data_dir": data_dir, "include_path": include}
+        harness_job = HarnessJob(**values, **folders, todo=tuple(benchmarks), seed=config.seed)
         yield WorkerRun(harness_job, folder, f"{label}: {names}", several)
     if probes:
         chat = uses_chat_template(config, model.config, model.path)

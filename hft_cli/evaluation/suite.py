@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -73,11 +74,32 @@ def read_suite(config: SuiteConfig) -> Suite:
         hashes={
             **{name: rows_hash(task) for name, task in tasks.items()},
             **{name: "hub" if data_dir is None else local_files.files_hash(name, data_dir) for name in benchmarks},
-            **dict.fromkeys(harness, "hub"),
+            **dict.fromkeys(harness, _task_files_hash(config.include_path)),
             **{name: probe.files_hash(settings) for name, settings in probes.items()},
         },
         left_out=left_out,
     )
+
+
+def _task_files_hash(include_path: str | None) -> str:
+    """Hash of all files in suite.include_path, task files and rows; "hub" without one.
+
+    Raises:
+        UserError: if there is no such folder, or it has no task file.
+    """
+    if include_path is None:
+        return "hub"
+    folder = Path(include_path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"suite.include_path={include_path} is no folder.")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    if not any(path.suffix in (".yaml", ".yml") for path in files):
+        raise UserError(f"suite.include_path={include_path} has no task file (.yaml) of lm-evaluation-harness.")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _wanted(config: SuiteConfig, names: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.config.schema import ModelConfig
 from hft_cli.data import templates
+from hft_cli.data.reasoning import use_template
 from hft_cli.launch.ranks import Ranks
 
 T = TypeVar("T")
@@ -54,14 +55,14 @@ def load_weights(path: str, config: ModelConfig) -> Any:
 
 
 def load_tokenizer(path: str, config: ModelConfig) -> Any:
-    """Load a tokenizer; `model.chat_template` replaces its own chat template.
+    """Load a tokenizer; `model.chat_template` replaces its own chat template, `model.thinking` sets its switch.
 
     Raises:
         UserError: for an unknown chat template, or a tokenizer that cannot be read.
     """
     tokenizer = templates.load_tokenizer(path)
-    if config.chat_template is not None:
-        tokenizer.chat_template = templates.chat_template(config.chat_template, tokenizer)
+    if config.changes_template:
+        use_template(config, tokenizer)
     return tokenizer
 
 

@@ -113,6 +113,7 @@ class HarnessJob:
     data_dir: str | None
     batch_size: int
     seed: int
+    include_path: str | None = None
 
 
 Job = PhaseJob | RowsJob | HarnessJob | ProbeJob

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.files import read_record
 from hft_cli.report.items import score_changes
 from hft_cli.report.reading import read_run
-from hft_cli.report.tables import Column, estimate_cell, formatted, plain
+from hft_cli.report.tables import Column, Record, estimate_cell, formatted, plain
 from hft_cli.run_dir import ResultsRecord, RunDir
-from hft_cli.text import mebibytes, text_table
+from hft_cli.text import is_share, mebibytes, text_table
 
 Entry = Mapping[str, Any]  # one of the rounds in results.json
 
@@ -31,10 +32,26 @@ HALF_RESET_COLUMNS = ("round", "updated", "seconds")  # nothing was trained
 SCORE_COLUMNS: list[Column] = [
     ("score", plain("task")),
     ("metric", lambda record: str(record["metric"]).replace("_", " ")),
-    ("before", formatted("before", ".1%")),
-    ("after", formatted("after", ".1%")),
-    ("change in points [95%]", estimate_cell("change", signed=True, deviation=False)),
+    ("before", lambda record: _score(record, "before")),
+    ("after", lambda record: _score(record, "after")),
+    ("change in points [95%]", lambda record: _change(record)),
 ]
+
+
+def _is_share(record: Record) -> bool:
+    values = [value for key in ("before", "after") if isinstance(value := record.get(key), int | float)]
+    return all(is_share(str(record["metric"]), value) for value in values)
+
+
+def _score(record: Record, when: str) -> str:
+    """A share in percent; another metric, such as perplexity, in its own unit."""
+    return formatted(when, ".1%" if _is_share(record) else ".4g")(record)
+
+
+def _change(record: Record) -> str:
+    if _is_share(record):
+        return estimate_cell("change", signed=True, deviation=False)(record)
+    return formatted("change", "+.4g")(record)
 
 
 def summary(run: RunDir) -> str:
@@ -49,6 +66,8 @@ def summary(run: RunDir) -> str:
     if "R" in sequence:
         parts.append(_task_matrix(sequence))
     parts += _notes(rounds)
+    if notes := _score_notes(run):
+        parts.append("\n".join(notes))
     folder = run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder
     if run.model.exists():
         parts.append(f"Model: {folder / run.model.name}   everything else: {folder}   check: hft verify {folder}")
@@ -70,6 +89,14 @@ def _notes(rounds: Sequence[Entry]) -> list[str]:
     truncated, dropped = (sum(entry.get(key, 0) for entry in rounds) for key in ("rows_truncated", "rows_dropped"))
     if truncated or dropped:
         notes.append(f"Rows cut at train.max_length: {truncated}; left out (see results.json): {dropped}.")
+    return notes
+
+
+def _score_notes(run: RunDir) -> list[str]:
+    """Notes on the scores after the run, as `hft eval` gives them."""
+    notes = []
+    for file in sorted((run.folder / "eval" / "after").glob("*/*.json")):
+        notes += notes_on(f"{file.parent.name}/{file.stem}", *read_scores(file))
     return notes
 
 

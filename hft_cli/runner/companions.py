@@ -15,18 +15,18 @@ from hft_cli.files import read_json
 from hft_cli.run_dir import RoundDir
 
 
-def companions(folder: RoundDir, base: Path, configured: str | None) -> dict[str, str]:
+def companions(folder: RoundDir, base: Path, new_template: bool) -> dict[str, str]:
     """File name -> text of the files that differ from those of the model in `base`.
 
     Args:
         folder: of the phase that was trained last, or of a published delta.
         base: the model whose other files are copied.
-        configured: model.chat_template; None is the base's own.
+        new_template: whether the phase's template is another than the base's own.
     """
     original = _read(base / "tokenizer_config.json")
     settings = dict(original)
     files: dict[str, Any] = {}
-    if configured is not None and folder.template.exists():
+    if new_template and folder.template.exists():
         files[folder.template.name] = folder.template.read_text()
         # transformers prefers the file; other programs may read the old template in the settings.
         named = settings.pop("chat_template", None)

@@ -47,7 +47,7 @@ def materialize(run: RunDir, number: int | None, out: Path, base: str | Path | N
     folders = _finished_rounds(run, number)
     deltas = [folder.delta for folder in folders]
     folder = find_base(run, base)
-    apply_deltas(folder, deltas, out, companions(folders[-1], folder, read_config(run).model.chat_template))
+    apply_deltas(folder, deltas, out, companions(folders[-1], folder, read_config(run).model.changes_template))
 
 
 def publish(run: RunDir, number: int | None, out: Path) -> None:
@@ -64,7 +64,7 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     tensors = {name: tensor for folder in folders for name, tensor in read_header(folder.delta).items()}
     about = _about(run, len(folders))
     metadata = {"base_sha256": about["base_sha256"]}
-    template = folders[-1].template if read_config(run).model.chat_template is not None else None
+    template = folders[-1].template if read_config(run).model.changes_template else None
     with new_folder(out) as part:
         write_delta_file({name: [tensor] for name, tensor in tensors.items()}, part / DELTA, metadata)
         for file in (template, folders[-1].answer_end):
@@ -87,7 +87,7 @@ def apply(delta: Path, base: str, out: Path) -> None:
     sha256 = read_record(delta / ABOUT, DeltaRecord)["base_sha256"]
     if weights_hash(folder) != sha256:
         raise UserError(f"The weights in {folder} are not those that {delta} was made from (SHA-256 {sha256[:12]}…).")
-    apply_deltas(folder, [delta / DELTA], out, companions(RoundDir(delta), folder, "as published"))
+    apply_deltas(folder, [delta / DELTA], out, companions(RoundDir(delta), folder, True))
 
 
 def _require_new(out: Path) -> None:

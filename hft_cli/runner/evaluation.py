@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
 from hft_cli.config.validate import check_eval
+from hft_cli.data.reasoning import check_thinking
 from hft_cli.errors import UserError
-from hft_cli.evaluation.score_files import read_scores
+from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import read_json, read_record, write_json
@@ -101,6 +103,7 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     else:
         models = _models_of_run(config, config.run)
     for model in models.values():
+        check_thinking(model.config, model.path)
         uses_chat_template(config.suite, model.config, model.path)  # raises if the template is needed and missing
     return models
 
@@ -126,8 +129,18 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
     for name, file in files.items():
         scores[name], settings = read_scores(file)
         items = file.with_suffix(".jsonl")
-        details[name] = {**settings, "file": str(file.relative_to(folder)), "items": str(items.relative_to(folder))}
+        details[name] = {
+            **settings,
+            "model": _settings(model.config),
+            "file": str(file.relative_to(folder)),
+            "items": str(items.relative_to(folder)),
+        }
     return {"path": str(model.path), "weights_sha256": model.weights, "eval": {suite: scores}, "details": details}
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of a model that its scores depend on."""
+    return {key: getattr(config, key) for key in ("dtype", "attention", "chat_template", "thinking")}
 
 
 def _merge(old: Record, new: Record) -> Record:
@@ -136,6 +149,25 @@ def _merge(old: Record, new: Record) -> Record:
         return new
     scores = {suite: {**old["eval"][suite], **tasks} for suite, tasks in new["eval"].items()}
     return {**new, "eval": scores, "details": {**old["details"], **new["details"]}}
+
+
+def _differences(models: dict[str, Record]) -> list[str]:
+    """Lines on scores of one table that were computed in different ways, and cannot be compared."""
+    values: dict[tuple[str, str], dict[str, list[str]]] = {}  # (setting, benchmark or "") -> value -> rows
+    for model, record in models.items():
+        for name, details in record["details"].items():
+            row = f"{model} {name}"
+            of_model = {(key, ""): value for key, value in details.get("model", {}).items()}
+            of_benchmark = {(key, name): details[key] for key in ("chat", "limit", "settings") if key in details}
+            for key, value in {**of_model, **of_benchmark}.items():
+                values.setdefault(key, {}).setdefault(json.dumps(value, sort_keys=True), []).append(row)
+    lines = []
+    for (setting, name), rows in values.items():
+        if len(rows) > 1:
+            shown = "" if setting == "settings" else ": {}"  # of a benchmark they are long
+            ways = "; ".join(", ".join(each) + shown.format(value) for value, each in rows.items())
+            lines.append(f"not comparable, with different {f'{name} ' if name else ''}{setting}: {ways}")
+    return lines
 
 
 def table(path: Path) -> str:
@@ -153,4 +185,9 @@ def table(path: Path) -> str:
             ])  # fmt: skip
     heads = ["benchmark", "model", "metric", "score", "stderr", "items", "seconds"]
     notes = [f"not scored: {reason}" for reason in results["left_out"]]
+    notes += _differences(results["models"])
+    several = len(results["models"]) > 1
+    for model, record in results["models"].items():
+        for name, scores in record["eval"][results["suite"]].items():
+            notes += notes_on(f"{model} {name}" if several else name, scores, record["details"].get(name, {}))
     return "\n".join([text_table(heads, rows), *notes, f"results: {path}"])

@@ -118,7 +118,9 @@ def _write_model(session: Session, folder: RoundDir, start: Position) -> Path:
     out = run.model if run.model.exists() else folder.model
     if not out.exists():
         base = _trained_model(session, start)
-        apply_deltas(base, [folder.delta], out, companions(folder, base, session.prepared.config.model.chat_template))
+        apply_deltas(
+            base, [folder.delta], out, companions(folder, base, session.prepared.config.model.changes_template)
+        )
     if start.model.is_relative_to(run.folder) and start.model != out:
         shutil.rmtree(start.model, ignore_errors=True)  # the model after the previous phase
     return out

@@ -17,6 +17,7 @@ from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
 from hft_cli.data.mixing import read_mixed, validation_rows
+from hft_cli.data.reasoning import check_thinking
 from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.data.templates import template_file
 from hft_cli.errors import UserError
@@ -92,6 +93,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
             raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if config.model.chat_template is not None:
         template_file(config.model.chat_template)  # raises if there is none
+    check_thinking(config.model, base)
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config) for phase in plan]

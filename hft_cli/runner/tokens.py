@@ -17,11 +17,12 @@ from hft_cli.data.bad_rows import BadRow, reason_of, try_rows
 from hft_cli.data.encoding import BATCH
 from hft_cli.data.pairs import PairRow
 from hft_cli.data.phase_rows import phase_rows, tokenizing
+from hft_cli.data.reasoning import use_template
 from hft_cli.data.shown import ShownRow, show_chat, show_pair
 from hft_cli.data.sources import Part
 from hft_cli.data.store import Rows
 from hft_cli.data.summary import Summary
-from hft_cli.data.templates import load_tokenizer, use_template
+from hft_cli.data.templates import load_tokenizer
 from hft_cli.data.tokenization import TokenOptions, TokenRow
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, phase_config, phases, with_model_limits
@@ -80,7 +81,7 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     model = read_model_config(Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision))
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path, revision)
-    use_template(config.model.chat_template, tokenizer)
+    use_template(config.model, tokenizer)
     return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
 
 

@@ -17,6 +17,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data import templates
 from hft_cli.data.pairs import TokenizedPairs
 from hft_cli.data.phase_rows import PhaseRows, phase_rows, require_tokens_below, rows_to_validate
+from hft_cli.data.reasoning import use_template
 from hft_cli.data.tokenization import Tokenized
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, sync_tree, write_json, write_text
@@ -102,7 +103,7 @@ def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedT
             f"The tokenizer in {job.model} has neither a pad nor an end-of-sequence token, so rows cannot be filled up "
             "to one length. Set eos_token or pad_token in its tokenizer_config.json."
         )
-    template = templates.use_template(job.config.model.chat_template, tokenizer)
+    template = use_template(job.config.model, tokenizer)
     if ranks.first:
         write_text(folder.template, template)
     return tokenizer

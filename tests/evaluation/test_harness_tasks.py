@@ -14,7 +14,7 @@ from hft_cli.errors import UserError
 from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
 from hft_cli.evaluation.compat import code_eval_replaced, harness_task_folder
 from hft_cli.evaluation.harness_results import summarize
-from hft_cli.evaluation.harness_tasks import build_tasks
+from hft_cli.evaluation.harness_tasks import Sources, build_tasks
 from hft_cli.evaluation.sandbox import CodeEval
 from hft_cli.launch.jobs import HarnessTask
 
@@ -101,7 +101,8 @@ def evaluated(tasks, shots: int | None):
 
 def local_tasks(name: str, values: dict, data_dir: Path) -> dict[str, Any]:
     """The harness's tasks of a benchmark with these settings, from local files."""
-    return build_tasks(HarnessTask(name, asdict(benchmark_settings(name, values)), None, False, ""), data_dir)[0]
+    request = HarnessTask(name, asdict(benchmark_settings(name, values)), None, False, "")
+    return build_tasks(request, Sources(data_dir)).tasks
 
 
 @pytest.mark.parametrize("case", ON_THE_HUB)
@@ -137,9 +138,9 @@ def test_tasks_of_the_harness_that_run_programs_are_refused(monkeypatch):
     import lm_eval.tasks
 
     manager = lm_eval.tasks.TaskManager(include_path=harness_task_folder() / "mbpp", include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: manager)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: manager)
     with pytest.raises(UserError, match="mbpp runs programs that the model writes, without limits"):
-        build_tasks(HarnessTask("mbpp", None, None, False, ""), None)
+        build_tasks(HarnessTask("mbpp", None, None, False, ""), Sources())
 
 
 def test_some_answers_of_the_canned_model_are_correct(data_dir):
@@ -188,7 +189,7 @@ def test_programs_of_the_model_are_run_by_the_given_function(data_dir):
 
     for values in ({}, {"pass_at": [1]}):
         settings = asdict(benchmark_settings("humaneval", values))
-        tasks, _ = build_tasks(HarnessTask("humaneval", settings, None, False, ""), data_dir, run)
+        tasks = build_tasks(HarnessTask("humaneval", settings, None, False, ""), Sources(data_dir, run=run)).tasks
         programs.clear()
         assert evaluated(tasks.values(), None)["results"]["humaneval"]["pass@1,create_test"] == 1.0
         assert len(programs) == 1

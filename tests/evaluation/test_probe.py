@@ -8,7 +8,13 @@ import pytest
 
 from hft_cli.config.suites import ProbeConfig
 from hft_cli.errors import UserError
-from hft_cli.evaluation.probe import build_queries, probe_settings, prompt_and_separator, read_relations
+from hft_cli.evaluation.probe import (
+    build_queries,
+    probe_settings,
+    prompt_and_separator,
+    read_relations,
+    with_other_subjects,
+)
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi",
@@ -97,3 +103,27 @@ def test_a_missing_file_is_refused_and_without_data_dir_left_out(tmp_path):
     assert probe_settings("pararel", values, None) is None
     with pytest.raises(UserError, match="there is no file"):
         probe_settings("pararel", values, tmp_path)
+
+
+def test_the_commonest_object_of_a_relation_is_a_level(tmp_path):
+    facts = [("a", "Rome"), ("b", "Rome"), ("c", "Oslo"), ("d", "Bern"), ("e", "Bern"), ("f", "Kyiv")]
+    lines = (json.dumps({"relation": "r", "sub": subject, "obj": answer}) for subject, answer in facts)
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    queries = build_queries(ProbeConfig(facts=str(tmp_path / "facts.jsonl"), shots=0), seed=1)
+    assert {query.fact.subject: query.commonest for query in queries} == {
+        "a": 0.5, "b": 0.5, "c": 0, "d": 0.5, "e": 0.5, "f": 0,
+    }  # fmt: skip
+
+
+def test_another_subject_has_another_object_and_is_no_example(tmp_path):
+    lines = (json.dumps({"relation": "r", "sub": f"S{n}", "obj": f"O{n % 9}"}) for n in range(30))
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    queries = build_queries(ProbeConfig(facts=str(tmp_path / "facts.jsonl"), wrong=3, shots=2), seed=1)
+    objects = {query.fact.subject: query.fact.answer for query in queries}
+    others = with_other_subjects(queries, seed=1)
+    assert [*others] == list(dict.fromkeys(query.fact for query in queries))
+    for fact, query in others.items():
+        assert query.answers[0] == query.fact.answer == fact.answer
+        assert objects[query.fact.subject] not in query.answers
+        assert query.fact.subject not in {fact.subject, *(example.subject for example in query.examples)}
+    assert with_other_subjects(queries[:1], seed=1) == {}

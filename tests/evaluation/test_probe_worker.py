@@ -61,7 +61,14 @@ def test_a_record_of_a_fact_has_its_paraphrases_and_accuracy():
 
 def item(relation: str, subject: str, *right: bool) -> dict:
     accuracy = {"accuracy": sum(right) / len(right), "paraphrases": [{"right": one} for one in right]}
-    return {"relation": relation, "subject": subject, "answer": "x", "answers": ["x", "y"], **accuracy}
+    return {
+        "relation": relation,
+        "subject": subject,
+        "answer": "x",
+        "answers": ["x", "y"],
+        "commonest": 0.0,
+        **accuracy,
+    }
 
 
 def test_repeated_paraphrases_do_not_narrow_an_interval():
@@ -96,5 +103,7 @@ def test_a_probe_from_files_is_scored_by_relation(tmp_path):
     written = json.loads(out.read_text())
     assert written["scores"]["items"] == 5 + 3
     assert set(written["relations"]) == {"capital", "river"}
-    assert set(written["relations"]["capital"]) >= {"accuracy", "accuracy_low", "chance"}
+    levels = {"chance", "commonest", "other_subject"}
+    assert set(written["relations"]["capital"]) >= {"accuracy", "accuracy_low", *levels}
+    assert set(written["scores"]) >= levels
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 8

@@ -31,7 +31,7 @@ def phase(tmp_path: Path) -> RoundDir:
 def test_the_end_of_an_answer_is_named_where_generation_looks(phase: RoundDir, tmp_path: Path) -> None:
     settings = {"eos_token": {"content": "</s>"}, "model_max_length": 9}
     base = write(tmp_path / "base", generation_config={"eos_token_id": 2, "top_p": 0.9}, tokenizer_config=settings)
-    files = {name: json.loads(text) for name, text in companions(phase, base, None).items()}
+    files = {name: json.loads(text) for name, text in companions(phase, base, False).items()}
     assert files == {
         "generation_config.json": {"eos_token_id": [2, 7], "top_p": 0.9},
         "tokenizer_config.json": {"eos_token": "<|im_end|>", "model_max_length": 9},
@@ -42,12 +42,12 @@ def test_the_end_of_an_answer_is_named_where_generation_looks(phase: RoundDir, t
 def test_a_model_that_knows_its_end_keeps_its_files(known: Any, phase: RoundDir, tmp_path: Path) -> None:
     settings = {"eos_token": "<|im_end|>", "chat_template": "its own"}
     base = write(tmp_path / "base", generation_config={"eos_token_id": known}, tokenizer_config=settings)
-    assert companions(phase, base, None) == {}
+    assert companions(phase, base, False) == {}
 
 
 def test_the_ids_of_the_config_stay_if_generation_has_none(phase: RoundDir, tmp_path: Path) -> None:
     base = write(tmp_path / "base", config={"eos_token_id": 2}, special_tokens_map={"eos_token": "</s>"})
-    files = companions(phase, base, None)
+    files = companions(phase, base, False)
     assert json.loads(files["generation_config.json"]) == {"eos_token_id": [2, 7]}
     assert json.loads(files["special_tokens_map.json"]) == {"eos_token": "<|im_end|>"}
 
@@ -56,7 +56,7 @@ def test_a_new_template_leaves_no_old_one_and_named_ones_stay(phase: RoundDir, t
     named = [{"name": "default", "template": "old"}, {"name": "rag", "template": "for rag"}]
     settings = {"eos_token": "<|im_end|>", "chat_template": named}
     base = write(tmp_path / "base", generation_config={"eos_token_id": 7}, tokenizer_config=settings)
-    files = companions(phase, base, "tulu")
+    files = companions(phase, base, True)
     assert files == {
         "chat_template.jinja": "new",
         "additional_chat_templates/rag.jinja": "for rag",

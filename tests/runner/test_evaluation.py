@@ -52,3 +52,29 @@ def test_only_shares_are_printed_in_percent(tmp_path):
     assert words == {
         "mmlu": ["45.7", "±1.0"], "wikitext": ["12.35", "±0.5"], "bits": ["0.8123", "10"], "flores": ["0.5", "10"],
     }  # fmt: skip
+
+
+def test_a_table_says_what_its_scores_do_not_show(tmp_path):
+    details = {"chat": True, "limit": None, "model": {"dtype": "float32"}}
+    models = {
+        "before": {
+            "eval": {"s": {"mmlu": {"acc": 0.5, "items": 10}}},
+            "details": {"mmlu": {**details, "prompts_cut": 1, "tasks": {"a": {}}, "tasks_without_rows": ["b", "c"]}},
+        },
+        "after": {
+            "eval": {"s": {"mmlu": {"acc": 0.5, "items": 10}, "probe": {
+                "accuracy": 0.5, "chance": 0.1, "commonest": 0.4, "other_subject": 0.2, "items": 3,
+            }}},
+            "details": {"mmlu": {**details, "chat": False}, "probe": {"model": {"dtype": "bfloat16"}}},
+        },
+    }  # fmt: skip
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"suite": "s", "left_out": [], "models": models}))
+    assert table(file).splitlines()[4:-1] == [
+        'not comparable, with different dtype: before mmlu, after mmlu: "float32"; after probe: "bfloat16"',
+        "not comparable, with different mmlu chat: before mmlu: true; after mmlu: false",
+        "before mmlu: 1 prompt lost the start, because the model takes no more tokens.",
+        "before mmlu: 1 of 3 tasks have rows in suite.data_dir.",
+        "after probe: 10.0% by drawing an answer, 40.0% by naming each relation's commonest object, 20.0% when asked "
+        "about another subject.",
+    ]

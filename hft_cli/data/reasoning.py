@@ -1,0 +1,129 @@
+"""Reasoning before an answer: the switch of a chat template, and the answer without it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hft_cli.config.schema import ModelConfig
+from hft_cli.data.templates import MARKS, REASONING_TAG, chat_template, own_template, template_file
+from hft_cli.errors import UserError
+from hft_cli.files import read_json
+
+SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn reasoning on and off
+
+# OpenAI's harmony format (gpt-oss) names the channel of each message; the answer is in the channel "final".
+_CHANNEL, _FINAL = "<|channel|>", "<|channel|>final<|message|>"
+_NAMES = "think|thinking|thought|reasoning|reflection"
+_OPENING = re.compile(rf"\s*(?:<(?:{_NAMES})>|\[THINK\]|◁think▷)")
+_OPENED = re.compile(rf"{_OPENING.pattern}\s*$")
+_CLOSING = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷")
+
+
+def use_template(config: ModelConfig, tokenizer: Any) -> str:
+    """Give the tokenizer the chat template of `model.chat_template` and `model.thinking`, and return it.
+
+    With neither, a tokenizer keeps several named templates.
+
+    Raises:
+        UserError: if there is no such template, or it has no switch for `model.thinking`.
+    """
+    template = chat_template(config.chat_template, tokenizer)
+    if config.chat_template is not None:
+        tokenizer.chat_template = template
+    return template if config.thinking is None else _set_thinking(config.thinking, tokenizer)
+
+
+def _set_thinking(thinking: bool, tokenizer: Any) -> str:
+    """Make `thinking` the default of the switch of the tokenizer's chat template, and return the template.
+
+    Raises:
+        UserError: if the template has no switch.
+    """
+    template = own_template(tokenizer)
+    switch, value = switch_of(template, thinking), str(thinking).lower()
+    # `+%}` keeps a newline with which the template begins.
+    tokenizer.chat_template = (
+        f"{{%- if {switch} is not defined %}}{{%- set {switch} = {value} %}}{{%- endif +%}}{template}"
+    )
+    return str(tokenizer.chat_template)
+
+
+def switch_of(template: str, thinking: bool) -> str:
+    """The variable by which a chat template turns reasoning on and off.
+
+    Raises:
+        UserError: if it has none.
+    """
+    import jinja2
+    from jinja2 import meta
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        variables = meta.find_undeclared_variables(environment.parse(MARKS.sub("", template)))
+    except jinja2.TemplateError as error:
+        raise UserError(f"The chat template fails: {error}") from error
+    switch = next((name for name in SWITCHES if name in variables), None)
+    if switch is None:
+        raise UserError(
+            f"model.thinking={str(thinking).lower()}: the chat template has no switch for reasoning "
+            f"({' or '.join(SWITCHES)}). Leave model.thinking out: reasoning is no part of an answer that is scored."
+        )
+    return switch
+
+
+def check_thinking(config: ModelConfig, folder: Path) -> None:
+    """Raise UserError if `model.thinking` is set and the template has no switch. Does not load the tokenizer."""
+    if config.thinking is None:
+        return
+    files = [folder / "chat_template.jinja"]
+    if config.chat_template is not None:
+        files = [template_file(config.chat_template)]
+    template = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+    if template is None and (settings := folder / "tokenizer_config.json").is_file():
+        template = read_json(settings).get("chat_template")
+    if isinstance(template, str):  # of several named ones the worker takes the default
+        switch_of(template, config.thinking)
+
+
+def has_reasoning(tokenizer: Any) -> bool:
+    """Whether the chat template knows of reasoning before an answer."""
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any(REASONING_TAG.search(text) or _CHANNEL in text for text in texts)
+
+
+def split_reasoning(text: str, prompt: str = "") -> tuple[str | None, str]:
+    """The reasoning at the start of a generated text, and the answer after it.
+
+    Args:
+        text: with its special tokens.
+        prompt: the end of the prompt, which may have opened the reasoning already.
+
+    Returns:
+        The reasoning, None if there is none; and the answer, "" if the reasoning does not end.
+    """
+    before, final, answer = text.rpartition(_FINAL)
+    if final:
+        return before.rpartition("<|message|>")[2].split("<|")[0], answer
+    if text.lstrip().startswith(_CHANNEL):
+        return text, ""
+    opened = _OPENING.match(text)
+    if opened is None and not _OPENED.search(prompt):
+        closed = _CLOSING.search(text)  # of what the prompt has opened
+        return (None, text) if closed is None else (text[: closed.start()], text[closed.end() :].lstrip())
+    begin = opened.end() if opened else 0
+    closed = _CLOSING.search(text, begin)
+    return (text[begin:], "") if closed is None else (text[begin : closed.start()], text[closed.end() :].lstrip())
+
+
+def decode_answer(tokens: list[int], tokenizer: Any, prompt: str = "") -> tuple[str | None, str]:
+    """The reasoning and the answer in generated tokens, as text without special tokens."""
+    reasoning, answer = split_reasoning(tokenizer.decode(tokens, skip_special_tokens=False), prompt)
+    if reasoning is None:
+        return None, str(tokenizer.decode(tokens, skip_special_tokens=True))
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            answer = answer.replace(str(token), "")
+    return reasoning.strip(), answer
