@@ -28,7 +28,8 @@ from hft_cli.config import defaults
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import SCHEMAS, PlanConfig, RunConfig
 from hft_cli.files import from_dict
-from hft_cli.launch.jobs import PhaseJob
+from hft_cli.launch.jobs import PhaseJob, Progress
+from hft_cli.launch.worker import WorkerRun
 from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.paths import conf_dir, resolve_path
 
@@ -242,6 +243,13 @@ def phase_job(folder: Path, model: Path, *overrides: str) -> PhaseJob:
     own, log = phase_config(config, phase), str(folder / "metrics.jsonl")
     settings = deepspeed_settings(config)
     return PhaseJob(own, phase, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings)
+
+
+def in_this_process(run: WorkerRun, *_: Any) -> None:
+    """In the place of `run_worker`: the worker of a phase, without the seconds that a process of its own takes."""
+    from hft_cli.training.phase import train_phase
+
+    train_phase(run.job, run.folder, Progress(run.folder.progress))
 
 
 def as_plan(config: RunConfig) -> PlanConfig:

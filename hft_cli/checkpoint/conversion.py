@@ -13,14 +13,17 @@ from hft_cli.checkpoint.architectures import Shapes
 from hft_cli.checkpoint.compat import NameMapping, file_tensors
 from hft_cli.checkpoint.naming import Param, parameter_order
 from hft_cli.checkpoint.tensors import StoredTensor
+from hft_cli.checkpoint.text_part import text_config
 from hft_cli.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def meta_model(config_or_path: Any) -> Any:
+def meta_model(config_or_path: Any, part: str | None = None) -> Any:
     """Build a causal language model without weights from a transformers config, a config.json or a folder with one.
+
+    With part="text" it is the text model of a model for more than text.
 
     Raises:
         UserError: if transformers cannot build it.
@@ -33,7 +36,7 @@ def meta_model(config_or_path: Any) -> Any:
         if isinstance(config, (str, Path)):
             if not Path(config).exists():
                 raise UserError(f"There is no {config}.")
-            config = AutoConfig.from_pretrained(config, trust_remote_code=False)
+            config = text_config(config) if part else AutoConfig.from_pretrained(config, trust_remote_code=False)
         with torch.device("meta"):
             # A copy, because transformers writes its choice of attention kernel into the config.
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)

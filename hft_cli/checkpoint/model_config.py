@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.text_part import text_fields
 from hft_cli.errors import UserError, cut_off
 from hft_cli.files import read_json
 
@@ -41,6 +42,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
 }
 
+MORE_THAN_TEXT = "It is for more than text"
+
 # Why a model is no causal language model that can be trained -> its types.
 REFUSED = {
     "It reads a text in both directions, so that predicting its next token has no meaning": (
@@ -52,7 +55,7 @@ REFUSED = {
         "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody",
         "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper",
     ),
-    "It is for more than text": (
+    MORE_THAN_TEXT: (
         "emu3", "fuyu", "gemma4", "gemma4_unified", "git", "moshi", "phi4_multimodal",
     ),
     "It drafts tokens for another model": ("gemma4_assistant", "gemma4_unified_assistant"),
@@ -67,8 +70,11 @@ MAY_DECODE = REFUSED[next(iter(REFUSED))]
 OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def read_model_config(file: Path) -> dict[str, Any]:
+def read_model_config(file: Path, part: str | None = None) -> dict[str, Any]:
     """The content of a config.json.
+
+    Args:
+        part: model.part; with "text" the model may be for more than text.
 
     Raises:
         UserError: if it cannot be read, a field has a value that no model has, or it is no causal language model's.
@@ -83,7 +89,8 @@ def read_model_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.parent}{what}")
     config = read_json(file)
     check_model_config(config, str(file))
-    _require_language_model(config, file.parent if file.name == "config.json" else file)
+    where = file.parent if file.name == "config.json" else file
+    _require_language_model(text_fields(config, where) if part else config, where)
     return config
 
 
@@ -92,15 +99,18 @@ def _require_language_model(config: Mapping[str, Any], where: Path) -> None:
     kind = config.get("model_type")
     decodes = config.get("is_decoder") is True and kind in MAY_DECODE
     if not decodes and (reason := next((reason for reason, kinds in REFUSED.items() if kind in kinds), None)):
-        raise UserError(f"{where} is a {kind} model. {reason}. Give a causal language model, such as Llama.")
+        fix = "Give a causal language model, such as Llama."
+        if reason == MORE_THAN_TEXT and isinstance(config.get("text_config"), dict):
+            fix = "Set model.part=text to train its text model alone."
+        raise UserError(f"{where} is a {kind} model. {reason}. {fix}")
     if config.get("is_encoder_decoder") is True:
         raise UserError(
             f"{where} is a {kind} model with an encoder and a decoder. hft trains decoders only, such as Llama."
         )
     if other := next((key for key in ("vision_config", "audio_config") if isinstance(config.get(key), dict)), None):
         raise UserError(
-            f"{where} is a {kind} model with more than text ({other} of its config.json). hft trains language models: "
-            "save its text model alone to a folder, and give that."
+            f"{where} is a {kind} model with more than text ({other} of its config.json). Set model.part=text to train "
+            "its text model alone."
         )
 
 

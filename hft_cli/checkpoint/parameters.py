@@ -18,6 +18,7 @@ from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.naming import BUFFERS, Param, classify, make_params
 from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
+from hft_cli.checkpoint.text_part import text_fields, text_tensors
 from hft_cli.errors import UserError
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")  # dtypes of a file in which weights can be trained and written back
@@ -25,13 +26,15 @@ TRAINABLE = ("F64", "F32", "F16", "BF16")  # dtypes of a file in which weights c
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def parameters_from_config(config_or_path: Any, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
+def parameters_from_config(
+    config_or_path: Any, kinds: Mapping[str, str] = {}, part: str | None = None
+) -> tuple[Param, ...]:
     """The parameters of a model from a transformers config, a config.json or a folder with one; no file tensors.
 
     Raises:
         UserError: if transformers cannot build the model, or a parameter cannot be placed.
     """
-    shapes = shapes_of(meta_model(config_or_path))
+    shapes = shapes_of(meta_model(config_or_path, part))
     return make_params(shapes, {name: (name,) for name in shapes}, kinds)
 
 
@@ -53,8 +56,12 @@ def require_trainable(params: Iterable[Param], folder: Path) -> None:
                 )
 
 
-def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> tuple[Param, ...]:
+def parameters_from_folder(
+    path: str | Path, kinds: Mapping[str, str] = {}, part: str | None = None
+) -> tuple[Param, ...]:
     """The parameters of the checkpoint in a folder, in natural name order, with the file tensors that hold them.
+
+    With part="text" they are those of the text model of a model for more than text, under its own names.
 
     File tensors in no parameter's `stored` are buffers: constants that the module computes itself or ignores.
 
@@ -64,10 +71,16 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
     """
     folder = Path(path)
     tensors = stored_tensors(folder)
-    config = read_model_config(folder / "config.json")
+    config = read_model_config(folder / "config.json", part)
     if config.get("quantization_config"):
         raise UserError(f"{folder} holds quantized weights, which cannot be trained. Use the unquantized checkpoint.")
-    layout = _layout_from_names(config, tensors) or read_layout(meta_model(folder), tensors, folder)
+    names = dict(zip(tensors, tensors, strict=True))  # in the model -> in the files
+    if part:
+        config, names = text_fields(config, folder), text_tensors(tensors)
+        if not names:
+            raise UserError(f"model.part=text: no tensor in {folder} has a name that begins with language_model.")
+    known = {name: tensors[stored] for name, stored in names.items()}
+    layout = _layout_from_names(config, known) or read_layout(meta_model(folder, part), known, folder)
     expected = shapes_from_fields(config) or {}
     if wrong := [name for name, shape in layout.shapes.items() if expected.get(name, shape) != shape]:
         raise UserError(
@@ -75,12 +88,13 @@ def parameters_from_folder(path: str | Path, kinds: Mapping[str, str] = {}) -> t
             f"{list(layout.shapes[wrong[0]])} ({len(wrong)} parameters differ). Are they of one model?"
         )
     for first, second in layout.copies:
-        if not same_bytes(tensors[first], tensors[second]):
+        if not same_bytes(known[first], known[second]):
             raise UserError(
                 f"{folder}: the config ties '{second}' to '{first}', but the files hold different values. "
                 "Set tie_word_embeddings to false in its config.json to keep both."
             )
-    return make_params(layout.shapes, layout.stored, kinds)
+    stored = {name: [names[tensor] for tensor in parts] for name, parts in layout.stored.items()}
+    return make_params(layout.shapes, stored, kinds)
 
 
 def _layout_from_names(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Layout | None:

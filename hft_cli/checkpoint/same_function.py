@@ -26,14 +26,14 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def require_same_function(tuned: Path, base: Path) -> list[str]:
+def require_same_function(tuned: Path, base: Path, part: str | None = None) -> list[str]:
     """Compare the config.json in two folders. Returns the fields that differ without an effect.
 
     Raises:
         UserError: if a field differs that changes what the weights compute.
     """
     files = [folder / "config.json" for folder in (tuned, base)]
-    ours, theirs = (read_model_config(file) for file in files)
+    ours, theirs = (read_model_config(file, part) for file in files)
     if _differences(ours, theirs):
         ours_whole, theirs_whole = _with_defaults(tuned), _with_defaults(base)
         if ours_whole is not None and theirs_whole is not None:

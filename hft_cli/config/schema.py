@@ -33,6 +33,12 @@ class ModelConfig:
         "`hft plan` without the weights: a config.json, or the name of one that ships (llama2_70b, …). null: read it "
         "from model.path.",
     )
+    part: str | None = setting(
+        None,
+        "text: of a model for images or sound, the text model alone; the rest is neither loaded nor changed. null: the "
+        "whole model, which must be for text.",
+        choices=("text",),
+    )
     base: str | None = setting(
         None, "Half-Reset only: the model whose values are put back. model.path (or its alias model.tuned) is changed."
     )

@@ -33,7 +33,7 @@ from hft_cli.evaluation.harness_results import item_records, summarize, summariz
 from hft_cli.evaluation.harness_tasks import Sources, Tasks, build_tasks
 from hft_cli.evaluation.sandbox import isolation, run_program
 from hft_cli.evaluation.score_files import write_scores
-from hft_cli.evaluation.workers import current_ranks, device_of_rank, load_tokenizer, process_group
+from hft_cli.evaluation.workers import current_ranks, device_of_rank, load_tokenizer, load_weights, process_group
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, Progress
 from hft_cli.launch.ranks import Ranks
 from hft_cli.run_dir import RoundDir
@@ -126,7 +126,7 @@ def _load(job: HarnessJob) -> Any:
     hide_ranks()
     attention = {} if job.model.attention is None else {"attn_implementation": job.model.attention}
     return HFLM(
-        pretrained=job.path,
+        pretrained=load_weights(job.path, job.model).to(device) if job.model.part else job.path,
         tokenizer=load_tokenizer(job.path, job.model),
         dtype=job.model.dtype,
         batch_size=job.batch_size,

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
+from hft_cli.checkpoint.text_part import load_options
 from hft_cli.config.schema import ModelConfig
 from hft_cli.data import templates
 from hft_cli.data.reasoning import use_template
@@ -50,7 +51,10 @@ def load_weights(path: str, config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        **load_options(path, config.part),
     )
 
 

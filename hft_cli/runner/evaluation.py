@@ -44,8 +44,8 @@ def run_eval(config: EvalConfig) -> Path:
     suite = _read_suite(config)
     models = _models(config)
     for model in models.values():
-        elements = sum(param.elements for param in parameters_from_folder(model.path, config.model.kinds))
-        check_device(config.engine, gpus(), elements)
+        params = parameters_from_folder(model.path, model.config.kinds, model.config.part)
+        check_device(config.engine, gpus(), sum(param.elements for param in params))
     folder = Path(config.run or config.output_dir).expanduser() / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{config.suite.name}.json"
@@ -97,7 +97,7 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     """The models to score, by the name of their folder of results: those of a run, or one model."""
     if config.run is None:
         path = model_folder(resolve_path(config.model.path), revision=config.model.revision)
-        read_model_config(path / "config.json")
+        read_model_config(path / "config.json", config.model.part)
         check_companions(path)
         models = {"model": ScoredModel(path, config.model, weights_hash(path))}
     else:

@@ -70,7 +70,7 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     """
     path = config.model.path
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
-    return with_model_limits(config, read_model_config(base / "config.json"), base.name), base
+    return with_model_limits(config, read_model_config(base / "config.json", config.model.part), base.name), base
 
 
 def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
@@ -79,12 +79,12 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     Raises:
         UserError: for a mistake in the config or the data, or a machine that cannot do the run.
     """
-    params = parameters_from_folder(base, config.model.kinds)
+    params = parameters_from_folder(base, config.model.kinds, config.model.part)
     check_companions(base)
     plan, drawn = phases(config), draws(config, params)
     if plan[0].stage == "half_reset":
         half_reset_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
-        ignored = require_same_function(base, model_folder(resolve_path(plan[0].data), "model.base"))
+        ignored = require_same_function(base, model_folder(resolve_path(plan[0].data), "model.base"), config.model.part)
         if ignored:
             logger.info(f"config.json has other values than the base's, without an effect: {', '.join(ignored)}.")
     else:
@@ -100,6 +100,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     row_counts = {phase.number: row["rows"] for phase, row in zip(plan, rounds, strict=True) if "rows" in row}
     local = replace(config, model=replace(config.model, path=str(base)))  # not the hub's name: nothing to fetch
     costs = make_plan(PlanConfig(**vars(local)), row_counts)
+    if config.model.part:
+        logger.info(f"model.part={config.model.part}: {costs.model.source}")
     preflight(config, costs, new=not run.config.exists())
     record = {
         "suite_sha256": suite.hashes,
@@ -125,7 +127,8 @@ def node_facts(prepared: Prepared) -> dict[str, Any]:
 def half_reset_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig) -> dict[str, list[StoredTensor]]:
     """The tensors that a Half-Reset writes over those of the model in `tuned`; UserError if the models do not fit."""
     folders = (tuned, model_folder(resolve_path(phase.data), "model.base"))
-    tuned_params, base_params = (parameters_from_folder(folder, config.model.kinds) for folder in folders)
+    kinds, part = config.model.kinds, config.model.part
+    tuned_params, base_params = (parameters_from_folder(folder, kinds, part) for folder in folders)
     return reset_tensors(tuned_params, base_params, folders, draw.updated, config.method.shared_rows)
 
 

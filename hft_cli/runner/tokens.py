@@ -78,7 +78,8 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     path, revision = resolve_path(config.model.path), config.model.revision
     if Path(path).is_dir():
         path = str(model_folder(path, revision=revision))
-    model = read_model_config(Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision))
+    file = Path(path, "config.json") if Path(path).is_dir() else config_from_hub(path, revision)
+    model = read_model_config(file, config.model.part)
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path, revision)
     use_template(config.model, tokenizer)

@@ -75,7 +75,7 @@ def verify(
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
     folder = find_base(run, base)
-    params = parameters_from_folder(folder, config.model.kinds)
+    params = parameters_from_folder(folder, config.model.kinds, config.model.part)
     replay = _Replay(run, config, params, stored_tensors(folder), tick)
     plan = phases(config)
     ledger = _ledger(run, len(plan))
@@ -170,7 +170,8 @@ class _Replay:
         """Check that a Half-Reset's delta holds the tensors of model.base; rows that it does not have stay tuned."""
         folder = model_folder(resolve_path(str(self.config.model.base)))
         base = stored_tensors(folder)
-        base_names = {param.name: param.stored for param in parameters_from_folder(folder, self.config.model.kinds)}
+        model = self.config.model
+        base_names = {param.name: param.stored for param in parameters_from_folder(folder, model.kinds, model.part)}
         sources = {
             name: base[source]
             for param in self.params

@@ -49,7 +49,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     # Read before DeepSpeed's settings exist: with ZeRO-3 they would partition the model without weights that this may
     # build. The ranks join before the arguments are made, which would start a process group that waits for half an hour
     # only, and both come before the model is loaded.
-    params = {param.name: param for param in parameters_from_folder(job.model, config.model.kinds)}
+    params = {param.name: param for param in parameters_from_folder(job.model, config.model.kinds, config.model.part)}
     ranks = Ranks()
     if config.engine.zero_stage is not None:
         progress.activity("joining the ranks")
@@ -140,7 +140,7 @@ def _require_known_tokens(
     job: PhaseJob, tokenizer: PreTrainedTokenizerBase, *rows: PhaseRows | Tokenized | TokenizedPairs | None
 ) -> None:
     """Raise UserError if the model's embedding has no row for a token."""
-    config = read_model_config(Path(job.model) / "config.json")
+    config = read_model_config(Path(job.model) / "config.json", job.config.model.part)
     vocabulary = (config.get("text_config") or config).get("vocab_size")
     for part in rows:
         if part is not None and vocabulary is not None:

@@ -15,6 +15,7 @@ from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer
+from hft_cli.checkpoint.text_part import load_options
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
 from hft_cli.training.compat import fit_fused_head, local_part, master_value, unwrapped
@@ -35,6 +36,7 @@ def load_model(path: str, config: RunConfig) -> PreTrainedModel:
         path,
         dtype=torch.bfloat16 if low else torch.float32,
         attn_implementation=config.model.attention,
+        **load_options(path, config.model.part),
     )
     model.config.use_cache = False
     fit_fused_head(model)

@@ -9,11 +9,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import BASE, as_plan, changed, composed, hft, ledger, train
+from helpers import BASE, as_plan, changed, composed, hft, in_this_process, ledger, train
 from model_types import MODEL_TYPES, tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -22,22 +21,14 @@ from hft_cli.checkpoint.model_config import REFUSED, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_config
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
-from hft_cli.launch.jobs import Progress
-from hft_cli.launch.worker import WorkerRun
 from hft_cli.plan.planner import plan
 from hft_cli.runner import phase, training
 from hft_cli.runner.verify import verify
-from hft_cli.training.phase import train_phase
 
 README = Path(hft_cli.checkpoint.__file__).with_name("README.md").read_text()
-OUTCOMES = dict(re.findall(r"^\| (.+?) \| \d+ \| (.+?) \|$", README, re.MULTILINE))
+OUTCOMES = dict(re.findall(r"^\| (.+?)(?: \(.*\))? \| \d+ \| (.+?) \|$", README, re.MULTILINE))
 TRAINED = OUTCOMES["trained"].split(", ")
 CANNOT_BE_BUILT, NOT_PLACED = "transformers cannot build it", "Parameters without a category"
-
-
-def in_this_process(run: WorkerRun, *_: Any) -> None:
-    """The worker of a phase, without the seconds that a process of its own takes."""
-    train_phase(run.job, run.folder, Progress(run.folder.progress))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
