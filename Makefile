@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test test-slurm torture fuzz check lint types wheel-test versions clean
+.PHONY: help demo demo-continual test test-slurm torture bench fuzz check lint types wheel-test versions clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
@@ -37,6 +37,9 @@ test: .venv/installed
 
 torture: .venv/installed
 	$(BIN)/python scripts/torture.py --engine single --engine zero2
+
+bench: .venv/installed
+	$(BIN)/python scripts/benchmark_files.py
 
 fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3,<4"

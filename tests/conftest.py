@@ -22,6 +22,7 @@ from hft_cli.launch.nodes import is_free
 def cache_of_rows(tmp_path_factory) -> None:
     """No test reads what a user, or an earlier session, has in the cache."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("hashes"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, NAMED_TEMPLATES, stored_tensors
 from hft_cli.checkpoint.naming import Param
-from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes, read_header
+from hft_cli.checkpoint.tensors import THREADS, StoredTensor, Writer, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import new_folder
 from hft_cli.text import plural
@@ -24,7 +24,7 @@ def write_delta_file(pieces: Mapping[str, Sequence[StoredTensor]], out: Path, me
         header[name] = replace(parts[0], shape=shape, start=0, stop=sum(part.size for part in parts))
     with Writer(out, header, {"format": "pt", **metadata}) as writer:
         for name, parts in pieces.items():
-            writer.add(name, chain.from_iterable(read_bytes(part) for part in parts))
+            writer.copy(name, parts)
 
 
 def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -54,14 +54,21 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
         for name, text in (extra or {}).items():
             (part / name).parent.mkdir(exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")
-        for file in sorted({tensor.file for tensor in tensors.values()}):
-            content = {name: changes.get(name, tensor) for name, tensor in tensors.items() if tensor.file == file}
-            if not changes.keys() & content.keys():
-                shutil.copyfile(file, part / file.name)
-                continue
-            with Writer(part / file.name, content, {"format": "pt"}) as writer:
-                for name, tensor in content.items():
-                    writer.add(name, read_bytes(tensor))
+        contents: dict[Path, dict[str, StoredTensor]] = {}
+        for name, tensor in tensors.items():
+            contents.setdefault(tensor.file, {})[name] = changes.get(name, tensor)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda file: _write_shard(file, contents[file], part / file.name), sorted(contents)))
+
+
+def _write_shard(file: Path, content: Mapping[str, StoredTensor], out: Path) -> None:
+    """Write a weight file with the tensors of `content`, which come from `file` itself or from deltas."""
+    if all(tensor.file == file for tensor in content.values()):
+        shutil.copyfile(file, out)
+        return
+    with Writer(out, content, {"format": "pt"}) as writer:
+        for name, tensor in content.items():
+            writer.copy(name, [tensor])
 
 
 def reset_tensors(

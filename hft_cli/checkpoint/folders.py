@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.tensors import StoredTensor, read_header
+from hft_cli.checkpoint.tensors import THREADS, StoredTensor, read_header
 from hft_cli.errors import UserError, first_line
-from hft_cli.files import read_json
+from hft_cli.files import read_json, write_json
 from hft_cli.paths import ARCHITECTURES
 
 # Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
@@ -113,8 +118,53 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 over the weight files of a checkpoint folder, in the order of their names."""
+    return _combined(folder, _file_digest)
+
+
+def known_weights_hash(folder: Path) -> str:
+    """`weights_hash`, from the cache for files that have not changed since they were hashed.
+
+    A file counts as unchanged if its device, inode, size and times of change are the same. The time of change of the
+    inode cannot be set back, so this is safe but for those who can change the clock or write to the disk itself.
+    """
+    return _combined(folder, _known_digest)
+
+
+def _combined(folder: Path, digest_of: Callable[[Path], bytes]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(set(checkpoint_files(folder).values())):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for file_digest in pool.map(digest_of, sorted(set(checkpoint_files(folder).values()))):
+            digest.update(file_digest)
     return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+SETTLED = 2 * 10**9  # nanoseconds: a file that changed later may change again within the precision of its times
+
+
+def _known_digest(path: Path) -> bytes:
+    known = _hash_folder() / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    identity = _identity(path)
+    with suppress(OSError, UserError, KeyError, TypeError, ValueError):
+        entry = read_json(known)
+        if entry["identity"] == identity:
+            return bytes.fromhex(entry["sha256"])
+    digest = _file_digest(path)
+    if _identity(path) == identity and time.time_ns() - max(identity[3:]) > SETTLED:
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known, {"identity": identity, "sha256": digest.hex()})
+    return digest
+
+
+def _identity(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _hash_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "hashes"

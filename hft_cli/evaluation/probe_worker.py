@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hft_cli.evaluation.workers import (
     LoadedModel,
     current_ranks,
     device_of_rank,
+    last_logits,
     load_model,
     pad_rows,
     process_group,
@@ -153,15 +153,10 @@ def _log_probabilities(
     import torch
 
     lengths = [max(continuation.tokens for continuation in inputs[row]) for row in batch]
-    first = 0
-    options = {}
-    if "logits_to_keep" in signature(loaded.model.forward).parameters:
-        # Only the logits of continuations are needed; those of all tokens would take much memory.
-        first = min(len(row) - length for row, length in zip(batch, lengths, strict=True))
-        options = {"logits_to_keep": max(map(len, batch)) - first}
+    first = min(len(row) - length for row, length in zip(batch, lengths, strict=True))
     # Right padding needs no attention mask under causal attention: no real token sees a later one.
     with torch.inference_mode():
-        logits = loaded.model(pad_rows(batch, 0, loaded.device), **options).logits
+        logits = last_logits(loaded.model, pad_rows(batch, 0, loaded.device), max(map(len, batch)) - first)
     for row, length, row_logits in zip(batch, lengths, logits, strict=True):
         yield row_logits[len(row) - length - first : len(row) - first].float().log_softmax(-1)
 

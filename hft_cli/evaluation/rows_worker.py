@@ -24,6 +24,7 @@ from hft_cli.evaluation.workers import (
     LoadedModel,
     batches_by_length,
     device_of_rank,
+    last_logits,
     load_model,
     load_weights,
     pad_rows,
@@ -108,13 +109,17 @@ def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -
     # Right padding needs no attention mask under causal attention: no real token sees a later one.
     input_ids = pad_rows([row["input_ids"] for row in rows], 0, loaded.device)
     labels = pad_rows([row["labels"] for row in rows], -100, loaded.device)[:, 1:]
-    with torch.inference_mode():
-        logits = loaded.model(input_ids).logits[:, :-1].float()
+    first = int((labels != -100).any(dim=0).nonzero().min())
+    labels = labels[:, first:]
     in_answer = labels != -100
-    correct = ((logits.argmax(-1) == labels) | ~in_answer).all(dim=1).tolist()
+    with torch.inference_mode():
+        # In float32 only where the answers are: all positions of 64 rows would take gigabytes with a large vocabulary.
+        logits = last_logits(loaded.model, input_ids, labels.shape[1] + 1)[:, :-1][in_answer].float()
+    right = torch.ones_like(in_answer)
+    right[in_answer] = logits.argmax(-1) == labels[in_answer]
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=loaded.device)
-    nll[in_answer] = torch.nn.functional.cross_entropy(logits[in_answer], labels[in_answer], reduction="none").double()
-    values = zip(correct, nll.sum(dim=1).tolist(), in_answer.sum(dim=1).tolist(), strict=True)
+    nll[in_answer] = torch.nn.functional.cross_entropy(logits, labels[in_answer], reduction="none").double()
+    values = zip(right.all(dim=1).tolist(), nll.sum(dim=1).tolist(), in_answer.sum(dim=1).tolist(), strict=True)
     return [{"exact_match": float(exact), "nll": row_nll, "tokens": tokens} for exact, row_nll, tokens in values]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
@@ -84,6 +85,15 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str, side: str =
 
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)
+
+
+def last_logits(model: Any, input_ids: Any, count: int) -> Any:
+    """The logits of the last `count` positions of `input_ids` (rows, tokens): shape (rows, count, vocabulary).
+
+    Models that can leave out the others do so, which saves memory.
+    """
+    options = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+    return model(input_ids, **options).logits[:, -count:]
 
 
 def current_ranks() -> Ranks:

@@ -71,6 +71,33 @@ class Ranks:
             compat.exit_rank()
 
 
+class Flag:
+    """A value of each rank, of which all learn the largest one call later, without waiting for a device or a rank.
+
+    In a process without other ranks it is known at once. Each call is collective.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._before: tuple[Any, Any] | None = None  # the values of the last call, and what is done to them
+
+    def __call__(self, value: int) -> int:
+        """The largest value of the call before, 0 for the first one."""
+        if self._ranks.count == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        largest = 0
+        if self._before is not None:
+            before, work = self._before
+            work.wait()
+            largest = int(before)
+        values = torch.tensor(value)
+        self._before = values, dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._ranks.waiting, async_op=True)
+        return largest
+
+
 def join_ranks() -> Ranks:
     """Start DeepSpeed's process group and return this process's place in it.
 

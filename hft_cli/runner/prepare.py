@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.deltas import reset_tensors
-from hft_cli.checkpoint.folders import model_folder, weights_hash
+from hft_cli.checkpoint.folders import known_weights_hash, model_folder
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder, require_trainable
 from hft_cli.checkpoint.same_function import require_same_function
@@ -141,7 +141,8 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     if phase.stage == "half_reset":
-        record: dict[str, Any] = {"data_sha256": weights_hash(model_folder(resolve_path(phase.data), "model.base"))}
+        folder = model_folder(resolve_path(phase.data), "model.base")
+        record: dict[str, Any] = {"data_sha256": known_weights_hash(folder)}
     else:
         mixed = read_mixed(phase.stage, phase.sources, config, phase.validation)
         chats = mixed.rows

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import model_folder
+from hft_cli.checkpoint.folders import known_weights_hash, model_folder
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
@@ -238,7 +238,7 @@ def _finish(session: Session, before_after: dict[str, Scores], round_scores: Seq
     """Verify the files, write results.json, and last DONE."""
     run, prepared = session.run, session.prepared
     outcomes = [read_json(run.round(phase.number, phase.name).outcome) for phase in prepared.phases]
-    proofs = verify(run, base=prepared.base) if prepared.config.method.save_model else ()
+    proofs = verify(run, base=prepared.base, hash_of=known_weights_hash) if prepared.config.method.save_model else ()
     content = results(prepared, outcomes, proofs, before_after, round_scores)
     write_json(run.results, content)
     session.tracker.send_results(read_json(run.results), steps)

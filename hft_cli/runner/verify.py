@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.digests import tensor_sha256
-from hft_cli.checkpoint.folders import model_folder, stored_tensors
+from hft_cli.checkpoint.folders import model_folder, stored_tensors, weights_hash
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes
+from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes, same_each
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, read_record
@@ -60,6 +60,7 @@ def verify(
     model: Path | None = None,
     base: str | Path | None = None,
     tick: Callable[[str], None] = lambda name: None,
+    hash_of: Callable[[Path], str] = weights_hash,
 ) -> tuple[RoundProof, ...]:
     """Check every phase of a run.
 
@@ -67,6 +68,7 @@ def verify(
         model: folder of the final model; None takes RUN/model.
         base: where the model that the run started from is now; None takes what the run recorded.
         tick: called with the name of each tensor that is read.
+        hash_of: returns the hash of a folder's weights, by which the base is recognized.
 
     Raises:
         UserError: if the run wrote no model, or its base is missing.
@@ -74,7 +76,7 @@ def verify(
     config = read_config(run)
     if not config.method.save_model:
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
-    folder = find_base(run, base)
+    folder = find_base(run, base, hash_of)
     params = parameters_from_folder(folder, config.model.kinds, config.model.part)
     replay = _Replay(run, config, params, stored_tensors(folder), tick)
     plan = phases(config)
@@ -196,19 +198,24 @@ class _Replay:
     def _apply(self, phase: Phase, delta: Mapping[str, StoredTensor]) -> tuple[str, ...]:
         """Apply a delta; returns the tensors that it does not change."""
         unmoved = []
-        for name, tensor in delta.items():
+        pairs = {name: (self.tensors[name], tensor) for name, tensor in delta.items() if name in self.tensors}
+        for name, same in zip(pairs, same_each(pairs.values()), strict=True):
             self.tick(f"round {phase.number}: {name}")
-            if name in self.tensors and same_bytes(self.tensors[name], tensor):
+            if same:
                 unmoved.append(name)
-            self.tensors[name], self.writer[name] = tensor, phase.number
+        self.tensors |= delta
+        self.writer |= dict.fromkeys(delta, phase.number)
         return tuple(unmoved)
 
     def compare(self, model: Mapping[str, StoredTensor]) -> dict[int, set[str]]:
         """Tensors in which `model` differs, by the number of the last phase that wrote them (0: no phase did)."""
         differing: dict[int, set[str]] = {}
-        for name, tensor in model.items():
+        for name in model.keys() - self.tensors.keys():
+            differing.setdefault(self.writer.get(name, 0), set()).add(name)
+        pairs = {name: (self.tensors[name], tensor) for name, tensor in model.items() if name in self.tensors}
+        for name, same in zip(pairs, same_each(pairs.values()), strict=True):
             self.tick(f"model: {name}")
-            if name not in self.tensors or not same_bytes(self.tensors[name], tensor):
+            if not same:
                 differing.setdefault(self.writer.get(name, 0), set()).add(name)
         if missing := self.tensors.keys() - model.keys():
             differing.setdefault(0, set()).update(missing)

@@ -46,7 +46,6 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # otherwise a loss that is not finite is logged as a finite one
-        include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
         report_to=[],
         deepspeed=job.deepspeed or None,

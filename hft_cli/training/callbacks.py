@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from hft_cli.files import write_text
 from hft_cli.launch.jobs import Progress
+from hft_cli.launch.ranks import Flag
 from hft_cli.training import universal
-from hft_cli.training.compat import unwrapped
+from hft_cli.training.compat import count_tokens, unwrapped
 from hft_cli.training.procedures import Procedure
 from hft_cli.training.proof import prove_loaded, prove_loss
 from hft_cli.training.resume import complete, remove_older, stop_requested
@@ -67,21 +68,28 @@ class RestoreMasters(SessionCallback):
 
 
 class Meter(SessionCallback):
-    """Measure steps, tokens, time and memory."""
+    """Measure steps, tokens, time and memory. Tokens are added up over the ranks when something is logged.
+
+    Attributes:
+        trainer: TRL's, which must be set before it trains.
+    """
+
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.state.first_step, self.first_token = state.global_step, state.num_input_tokens_seen
+        self.state.first_step, self.tokens = state.global_step, count_tokens(self.trainer)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.state.start = self.state.start or time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.state.tokens = state.num_input_tokens_seen - self.first_token
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.tokens = self.tokens()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.state.end = time.perf_counter()
+        self.state.tokens = self.tokens()
 
 
 def peak_memory() -> int:
@@ -202,37 +210,45 @@ def drop_lines_after(file: Path, phase: str, last_step: int) -> None:
 
 
 class ProgressReport(SessionCallback):
-    """Report each step to the parent process, with the loss that was logged last."""
+    """Report each step to the parent process, with the loss and the tokens per second that were logged last."""
 
     def __init__(self, session: Session, progress: Progress) -> None:
         super().__init__(session)
         self.progress = progress
         self.loss: float | None = None
+        self.rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.activity(f"step {state.global_step + 1}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.count(state.global_step, state.max_steps, self.loss, self.state.tokens_per_second())
+        self.progress.count(state.global_step, state.max_steps, self.loss, self.rate)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.loss = logs.get("loss", self.loss)
+        self.loss, self.rate = logs.get("loss", self.loss), self.state.tokens_per_second()
 
 
 class Stop(SessionCallback):
-    """End the session after the step at which a stop was requested, with a checkpoint of that step."""
+    """End the session with a checkpoint after the step at which a stop was requested; several ranks one step later."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.requested = Flag(session.ranks)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps or control.should_training_stop:
             return  # the phase's end is better than a checkpoint
-        ranks = self.session.ranks
-        if ranks.maximum(stop_requested(self.session.folder, ranks)):
+        if self.requested(stop_requested(self.session.folder, self.session.ranks)):
             self.state.stopped = True
             control.should_save = control.should_training_stop = True
 
 
 class Checkpoints(SessionCallback):
     """Ask for checkpoints every train.save_minutes, mark each as complete, and then remove older ones."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.due, self.asked = Flag(session.ranks), False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last_save = time.perf_counter()
@@ -242,10 +258,12 @@ class Checkpoints(SessionCallback):
         if state.global_step == state.max_steps or (control.should_training_stop and not self.state.stopped):
             control.should_save = False  # the trainer would write one, and resuming from it train one step too many
             return
-        minutes, ranks = self.session.job.config.train.save_minutes, self.session.ranks
+        minutes = self.session.job.config.train.save_minutes
         if minutes is not None:
-            due = ranks.first and self.step_end - self.last_save >= 60 * minutes
-            control.should_save = bool(ranks.maximum(due)) or control.should_save
+            now = self.session.ranks.first and not self.asked and self.step_end - self.last_save >= 60 * minutes
+            self.asked = self.asked or now
+            if self.due(now):  # the ranks learn of it one step later
+                control.should_save, self.asked = True, False
         # Losses that were not logged would be missing in a resumed phase.
         control.should_log = control.should_log or control.should_save
 

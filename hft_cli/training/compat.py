@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from trl import DPOTrainer
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 # ----------------------------------------------------------------------------------- weights and gradients under ZeRO
 
@@ -136,6 +137,52 @@ def call_before_steps(trainer: Any, function: Callable[[], None]) -> None:
             del engine.step  # the method of the class is in force again
 
     trainer.training_step = call_within if trainer.is_deepspeed_enabled else call_after
+
+
+class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's SFTTrainer that computes the loss and nothing else in a step.
+
+    UPSTREAM: trl 1.16.0: `compute_loss` also computes entropy and accuracy, gathers both from all ranks and waits for
+    the device in each micro-batch (with four of them 16 all_gathers and 20 waits a step). There is no setting for it.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        add_fused_lm_head(model)  # log-probabilities alone, over the head that has more outputs
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -outputs.log_probs.sum() / tokens.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose mean over the ranks is the mean over all tokens
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        return (loss, outputs) if return_outputs else loss
+
+
+def count_tokens(trainer: Any) -> Callable[[], int]:
+    """Count the tokens of all batches, without padding. The function that is returned gives their number so far, over
+    all ranks; it is collective.
+
+    UPSTREAM: transformers 5.23.0: `_track_num_input_tokens` gathers the number from all ranks and waits for the device
+    in each micro-batch. It is called in each of them, whatever `include_num_input_tokens_seen` says.
+    """
+    seen = torch.zeros(1, dtype=torch.int64, device=trainer.args.device)
+
+    def track(inputs: Mapping[str, torch.Tensor]) -> None:
+        mask = inputs.get("attention_mask")
+        seen.add_(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+    trainer._track_num_input_tokens = track
+    return lambda: int(trainer.accelerator.gather(seen).sum())
 
 
 def fit_fused_head(model: Any) -> None:

@@ -12,6 +12,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.phase_rows import PhaseRows, phase_rows
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
+from hft_cli.training.compat import LossOnlyTrainer
 from hft_cli.training.session import Session, TrainerParts
 from hft_cli.training.validation import Objective
 
@@ -61,7 +62,7 @@ def _check_router(model: Any, weight: float | None) -> None:
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer for a phase."""
     _check_router(parts.model.config, session.job.config.train.router_aux_loss)
-    return trl.SFTTrainer(
+    return LossOnlyTrainer(
         model=parts.model,
         args=parts.arguments,
         train_dataset=parts.dataset,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from architectures import random_model
 
-from hft_cli.checkpoint.folders import model_folder
+from hft_cli.checkpoint import folders
+from hft_cli.checkpoint.folders import known_weights_hash, model_folder, weights_hash
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.errors import UserError
 
@@ -55,3 +57,48 @@ def test_an_incomplete_folder_is_refused_with_the_fix(fault: str, message: str, 
 def test_a_model_path_that_is_no_folder_is_refused(path):
     with pytest.raises(UserError, match=f"model.path={path} is not a folder"):
         model_folder(path)
+
+
+def aged(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let time pass: a file that has just changed is not kept in the cache of hashes."""
+    now = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) + 3 * 10**9
+    monkeypatch.setattr("hft_cli.checkpoint.folders.time.time_ns", lambda: now)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names of the files that are hashed, with a cache of the test's own."""
+    names: list[str] = []
+    digest = folders._file_digest
+    monkeypatch.setattr(folders, "_file_digest", lambda path: (names.append(path.name), digest(path))[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return names
+
+
+def test_a_file_is_hashed_once_until_it_changes(saved, hashed, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(saved("llama"), tmp_path / "model"))
+    file = folder / "model.safetensors"
+    assert known_weights_hash(folder) == weights_hash(folder)
+    assert known_weights_hash(folder) == weights_hash(folder)
+    assert len(hashed) == 4  # it has just changed
+    aged(file, monkeypatch)
+    hashed.clear()
+    known = [known_weights_hash(folder) for _ in range(3)]
+    assert hashed == ["model.safetensors"]
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the time of the inode's change stays
+    aged(file, monkeypatch)
+    assert known_weights_hash(folder) == weights_hash(folder) != known[0]
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"identity": 3}', '{"identity": null, "sha256": "x"}'])
+def test_a_broken_entry_of_the_cache_costs_time_only(broken, saved, hashed, tmp_path, monkeypatch):
+    folder = saved("llama")
+    aged(folder / "model.safetensors", monkeypatch)
+    expected = known_weights_hash(folder)
+    (entry,) = (tmp_path / "cache/hft/hashes").iterdir()
+    entry.write_text(broken)
+    assert known_weights_hash(folder) == expected
+    assert len(hashed) == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.tensors import Writer, read_bytes, read_header, same_bytes
+from hft_cli.checkpoint.tensors import CHUNK, StoredTensor, Writer, read_bytes, read_header, same_bytes, same_each
 from hft_cli.errors import UserError
 
 
@@ -123,3 +126,50 @@ def test_rows_of_a_tensor_are_a_tensor(tmp_path: Path) -> None:
     assert long.extends(short)
     assert not any(long.extends(other) for other in (long, tensors["wide"]))
     assert not short.extends(long)
+
+
+@pytest.fixture
+def large(tmp_path) -> StoredTensor:
+    """A tensor of two and a half chunks, after a smaller one."""
+    values = torch.arange(5 * CHUNK // 8, dtype=torch.float32)
+    save_file({"a": torch.zeros(3), "large": values}, tmp_path / "large.safetensors")
+    return read_header(tmp_path / "large.safetensors")["large"]
+
+
+@pytest.mark.parametrize("place", [0, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 5 * CHUNK // 2 - 1])
+def test_a_bit_that_differs_is_found_in_every_chunk(large, place, tmp_path):
+    content = bytearray(large.file.read_bytes())
+    content[large.start + place] ^= 1
+    (tmp_path / "other.safetensors").write_bytes(content)
+    other = read_header(tmp_path / "other.safetensors")["large"]
+    assert same_bytes(large, large)
+    assert not same_bytes(large, other)
+    assert list(same_each([(large, large), (large, other), (other, other)])) == [True, False, True]
+
+
+@pytest.mark.parametrize("bytes_in_kernel", [None, 0, 7, CHUNK + 1])
+def test_a_copy_is_the_same_if_the_system_copies_a_part_of_it(large, bytes_in_kernel, tmp_path, monkeypatch):
+    copy = os.copy_file_range
+
+    def partly(source: int, target: int, count: int, begin: int) -> int:
+        if not bytes_in_kernel or begin > large.start:
+            raise OSError(errno.EXDEV, "another file system")
+        return copy(source, target, min(bytes_in_kernel, count), begin)
+
+    if bytes_in_kernel is not None:
+        monkeypatch.setattr(os, "copy_file_range", partly)
+    rows = [large.rows(1000, large.shape[0]), large.rows(0, 1000)]
+    with Writer(tmp_path / "copy.safetensors", {"t": replace(large, start=0, stop=large.size)}, {}) as writer:
+        writer.copy("t", rows)
+    copied = read_header(tmp_path / "copy.safetensors")["t"]
+    assert b"".join(map(bytes, read_bytes(copied))) == b"".join(bytes(c) for row in rows for c in read_bytes(row))
+
+
+def test_a_file_that_becomes_shorter_is_no_model(large, tmp_path):
+    os.truncate(large.file, large.stop - 1)
+    with (
+        pytest.raises(UserError, match="ends early"),
+        Writer(tmp_path / "copy.safetensors", {"t": replace(large, start=0, stop=large.size)}, {}) as writer,
+    ):
+        writer.copy("t", [large])
+    assert not (tmp_path / "copy.safetensors").exists()

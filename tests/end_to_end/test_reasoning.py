@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import hft, results
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("reasoning")]  # one process makes the models
 
 COLORS = ["red", "blue", "green", "black", "white", "brown", "gold", "gray"]
 

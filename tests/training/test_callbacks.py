@@ -60,16 +60,22 @@ def test_callbacks_come_in_the_order_that_they_need(session, tmp_path):
 
 def test_the_clock_starts_after_the_proof_and_stops_before_it(session):
     meter, state = callbacks.Meter(session), session.state
+    meter.trainer = SimpleNamespace(
+        args=SimpleNamespace(device="cpu"), accelerator=SimpleNamespace(gather=lambda one: torch.cat([one, one]))
+    )
     state.start = 0.0
     meter.on_train_begin(ARGUMENTS, at(3), None)
     assert (state.start, state.first_step) == (0.0, 3)
     meter.on_epoch_begin(ARGUMENTS, at(3), None)
     start = state.start
     meter.on_epoch_begin(ARGUMENTS, at(5), None)
-    meter.on_step_end(ARGUMENTS, at(5), None)
+    for mask in ([1, 1, 0], [1, 0, 0]):
+        meter.trainer._track_num_input_tokens({"input_ids": torch.zeros(3), "attention_mask": torch.tensor(mask)})
+    meter.trainer._track_num_input_tokens({"input_ids": torch.zeros(2, 5)})  # packed without a mask
+    meter.on_log(ARGUMENTS, at(5), None)
+    assert state.tokens == 26  # of two ranks
     meter.on_train_end(ARGUMENTS, at(5), None)
     assert 0 < start == state.start <= state.end
-    assert state.tokens == 200
 
 
 def model() -> torch.nn.Module:

@@ -172,6 +172,56 @@ def test_the_fused_head_gives_the_log_probabilities_of_labels(tmp_path: Path) ->
     assert torch.allclose(found[0], expected, atol=1e-5)
 
 
+def trainers(tmp_path: Path, model_type: str, weight: float | None) -> list[Any]:
+    """TRL's SFTTrainer and ours on the same small random model."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    made = []
+    for kind in (SFTTrainer, compat.LossOnlyTrainer):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type))
+        arguments = SFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], router_aux_loss_coef=weight,
+            dataset_kwargs={"skip_prepare_dataset": True}, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        rows = Dataset.from_list([{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+        made.append(kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer))
+    return made
+
+
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize(("model_type", "weight"), [("llama", None), ("mixtral", 0.0), ("mixtral", 0.5)])
+def test_our_trainer_has_the_loss_of_trls(model_type, weight, items, tmp_path):
+    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 6, 5, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids < 6, -100)}
+    theirs, ours = trainers(tmp_path, model_type, weight)
+    losses = []
+    for trainer in (theirs, ours):
+        trainer.current_gradient_accumulation_steps = 2
+        count = None if items is None else torch.tensor(items)
+        loss = trainer.compute_loss(trainer.model.eval(), dict(batch), num_items_in_batch=count)
+        loss.backward()
+        gradient = trainer.model.get_output_embeddings().weight.grad
+        losses.append((loss.detach(), gradient))
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert torch.equal(losses[0][1], losses[1][1])
+    assert not ours._metrics["eval"]  # nothing was gathered
+    assert theirs._metrics["eval"]["entropy"]
+
+
+def test_the_trainer_counts_tokens_by_a_method_of_its_own(tmp_path):
+    """If this name changes, `count_tokens` counts nothing."""
+    import inspect as source
+
+    trainer = trainers(tmp_path, "llama", None)[1]
+    assert "self._track_num_input_tokens(inputs)" in source.getsource(transformers.Trainer)
+    total = compat.count_tokens(trainer)
+    trainer._track_num_input_tokens({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+    assert total() == IDS.numel()
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
-from helpers import BASE, QUICK, hft, metrics, train
+from helpers import BASE, QUICK, hft, metrics, phase_job
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
+from hft_cli.launch.jobs import Progress
+from hft_cli.run_dir import RoundDir
+from hft_cli.training.phase import train_phase
 from hft_cli.training.sft import _check_router, settings
 
 
@@ -31,8 +34,13 @@ def mixture(tmp_path_factory) -> Path:
 def test_the_router_is_balanced_only_if_it_is_asked_for(mixture, tmp_path):
     losses = {}
     for weight in ("0", "0.5", "null"):
-        out = train(tmp_path / weight, "+method=fft", f"model.path={mixture}", f"train.router_aux_loss={weight}")
-        losses[weight] = metrics(out)[0]["loss"]
+        job = phase_job(
+            tmp_path / weight, mixture, *QUICK, "method=fft", "train.log_every=1", f"train.router_aux_loss={weight}"
+        )
+        folder = RoundDir(tmp_path / weight)
+        folder.folder.mkdir()
+        train_phase(job, folder, Progress(folder.progress))
+        losses[weight] = metrics(folder.folder)[0]["loss"]
     assert losses["0"] < losses["0.5"] - 0.1
     assert losses["null"] == losses["0.5"]  # that of its config.json
     assert settings(RunConfig())[1]["router_aux_loss_coef"] == 0.0
