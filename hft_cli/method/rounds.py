@@ -22,8 +22,20 @@ from hft_cli.method.selection import Draw, draw, lora_draw
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
-# Model types whose attention was seen to keep packed rows apart: its masks follow the position ids of each row.
-PACKABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3")
+# Model types whose attention was seen to keep packed rows apart, with sdpa and eager: its masks follow the position ids
+# of each row. State spaces, ALiBi (BLOOM, MPT) and learned positions of some types (OPT) do not.
+PACKABLE = (
+    "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "codegen", "cohere", "cohere2", "cohere2_moe",
+    "cohere_compass_text", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "granite_swa", "granitemoe",
+    "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+    "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "mellum",
+    "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,8 +131,9 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
         )
     if train.packing and model_type not in PACKABLE:
         raise UserError(
-            f"train.packing=true is supported for the model types {', '.join(PACKABLE)}; {name} is of type "
-            f"{model_type!r}, whose packed rows might see each other. Set train.packing=false."
+            f"train.packing=true is supported for model types whose packed rows do not see each other (Llama, Qwen, "
+            f"Gemma, …: hft_cli/method/README.md); {name} is of type {model_type!r}, which is none of them. Set "
+            "train.packing=false."
         )
     if train.router_aux_loss and "router_aux_loss_coef" not in model:
         raise UserError(

@@ -21,6 +21,7 @@ from hft_cli.checkpoint.model_config import REFUSED, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_config
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
+from hft_cli.method.rounds import PACKABLE
 from hft_cli.plan.planner import plan
 from hft_cli.runner import phase, training
 from hft_cli.runner.verify import verify
@@ -65,6 +66,24 @@ def test_a_model_of_this_type_is_trained(model_type, rows, tmp_path, monkeypatch
     (draw,) = ledger(run.folder)
     assert 0.35 < draw["matrices_reached"] < 0.65
     assert len(proof.unmoved) < len(draw["updated"]) / 3  # some have no gradient in a step: experts, sparse attention
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_packed_rows_do_not_see_each_other(model_type):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    rows = torch.randint(5, 60, (1, 7)), torch.randint(5, 60, (1, 9))
+    packed, positions = torch.cat(rows, dim=1), torch.tensor([[*range(7), *range(9)]])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # logits far from zero
+                parameter.mul_(4)
+        alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
+        together = model(input_ids=packed, position_ids=positions, use_cache=False).logits
+        one_text = model(input_ids=packed, use_cache=False).logits
+    scale = alone.abs().max()
+    assert (together - alone).abs().max() < 1e-3 * scale
+    assert (one_text - alone).abs().max() > 1e-2 * scale  # otherwise the test could not fail
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - set(TRAINED)))
