@@ -135,12 +135,14 @@ def _items(key: str, value: Any, type_name: str) -> Iterator[tuple[str, Any]]:
 def _check_value(key: str, value: Any, about: Setting) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value} is not a finite number.")
-    if about.range is not None:
+    if about.range is not None and not (about.choices and isinstance(value, str)):  # a number, or one of some words
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{key}={'null' if value is None else value} is not a number. It must be {about.range}.")
         if value not in about.range:
             raise UserError(f"{key}={value} must be {about.range}.")
-    if about.choices:
+    elif about.range is not None and value not in about.names:
+        raise UserError(f"{key}={value} must be {about.range}, or {' or '.join(about.names)}.")
+    elif about.choices:
         # OmegaConf turns the YAML words true and false of a text field into True and False.
         text = value.lower() if value in ("True", "False") else value
         choose(key, text, about.names)

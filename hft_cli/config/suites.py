@@ -16,7 +16,13 @@ class SuiteConfig:
     tasks: dict[str, str] = setting(
         {}, "Map from task to rows (as in data.path). A row counts if greedy decoding gives exactly its answer."
     )
-    batch_size: int = setting(64, "Rows scored or prompts answered at once.", unit="rows", range="[1, inf)")
+    batch_size: int | str = setting(
+        64,
+        "Rows scored or prompts answered at once. auto: as many as the memory of the GPU takes, up to 64.",
+        unit="rows",
+        range="[1, inf)",
+        choices=("auto",),
+    )
     seed: int = setting(
         42,
         "Seed of sampled answers and of a probe's examples. It is the same for all runs, so that all get the same "

@@ -29,6 +29,7 @@ class Chat:
         tools: JSON schemas of the functions that the assistant may call.
         options: further variables of the chat template (the row's `chat_template_kwargs`).
         text: a row of raw text, which no template renders. It has no turns.
+        aliases: further answers that are as right as the last one, in scoring.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -38,6 +39,7 @@ class Chat:
     tools: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def answers(self) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ class Chat:
     def from_json(cls, line: str) -> Chat:
         """Read what `to_json` has written."""
         fields = json.loads(line)
-        lists = {name: tuple(fields[name]) for name in ("turns", "masked", "tools") if name in fields}
+        lists = {name: tuple(fields[name]) for name in ("turns", "masked", "tools", "aliases") if name in fields}
         return cls(**{**fields, **lists})
 
 

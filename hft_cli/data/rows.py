@@ -187,7 +187,10 @@ def with_row_fields(chat: Chat, row: Row) -> Chat:
         raise UserError(f"'system' is {json_type(system)}, not a string.")
     if system.strip() and chat.turns:
         chat = _with_system(chat, system)
-    return replace(chat, options=options) if options else chat
+    aliases = row.pop("aliases", None) or []
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+        raise UserError("'aliases' is no list of texts, which are further right answers.")
+    return replace(chat, options=options or chat.options, aliases=tuple(aliases))
 
 
 def _with_system(chat: Chat, system: str) -> Chat:

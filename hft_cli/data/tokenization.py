@@ -109,10 +109,12 @@ class Tokenized:
         dataset: a `datasets.Dataset` with `input_ids` and `labels` (the same ids; -100 where there is no loss), int32.
             Rows of which truncation would have removed everything that is trained on are left out.
         summary: of the rows.
+        kept: the numbers of the rows in `dataset` among those that were given.
     """
 
     dataset: Any
     summary: Summary
+    kept: tuple[int, ...]
 
 
 def tokenize(
@@ -165,7 +167,7 @@ def tokenize(
         **facts_of_rows([*facts, {"notices": nonzero({SPLIT: int(columns.column("split").to_numpy().sum())})}]),
     )
     dataset = dataset.select_columns(["input_ids", "labels"])
-    return Tokenized(dataset if len(kept) == len(start) else dataset.select(kept), summary)
+    return Tokenized(dataset if len(kept) == len(start) else dataset.select(kept), summary, tuple(kept.tolist()))
 
 
 def _features() -> Any:

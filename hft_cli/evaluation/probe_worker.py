@@ -19,6 +19,7 @@ from hft_cli.evaluation.workers import (
     LoadedModel,
     current_ranks,
     device_of_rank,
+    in_batches,
     last_logits,
     load_model,
     pad_rows,
@@ -89,7 +90,10 @@ class _Continuation:
 
 
 def log_likelihoods(
-    loaded: LoadedModel, pairs: Sequence[tuple[str, Sequence[str]]], batch_size: int, progress: Progress | None = None
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[str, Sequence[str]]],
+    batch_size: int | str,
+    progress: Progress | None = None,
 ) -> list[tuple[list[float], int]]:
     """The log-likelihood of each continuation after its prompt.
 
@@ -108,14 +112,16 @@ def log_likelihoods(
     order = sorted(inputs, key=len, reverse=True)
     if progress is not None:
         progress.begin(len(order))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        for row, log_probabilities in zip(batch, _log_probabilities(loaded, batch, inputs), strict=True):
+
+    def compute(batch: Sequence[tuple[int, ...]]) -> None:
+        for row, log_probabilities in zip(batch, list(_log_probabilities(loaded, batch, inputs)), strict=True):
             for continuation in inputs[row]:
                 labels = [*row[len(row) - continuation.tokens + 1 :], continuation.last_token]
                 values[continuation.pair][continuation.position] = _sum_at(log_probabilities, labels)
         if progress is not None:
             progress.advance(len(batch), sum(map(len, batch)))
+
+    in_batches(order, batch_size, compute)
     return list(zip(values, truncated, strict=True))
 
 

@@ -8,6 +8,7 @@ after the correct tokens before it. So a row needs one forward pass. All other m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hft_cli.config.training import GenerationConfig
@@ -22,8 +23,9 @@ from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.evaluation.score_files import write_scores
 from hft_cli.evaluation.workers import (
     LoadedModel,
-    batches_by_length,
+    by_length,
     device_of_rank,
+    in_batches,
     last_logits,
     load_model,
     load_weights,
@@ -86,20 +88,42 @@ def _score_exact_match(
 ) -> tuple[Scores, list[Item]]:
     tokenized = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=task.path)
     rows = list(tokenized.dataset)
-    items: dict[int, Item] = {}
-    nll, tokens = 0.0, 0
-    for batch in batches_by_length([len(row["input_ids"]) for row in rows], job.batch_size):
-        batch_items = _teacher_forced(loaded, [rows[index] for index in batch])
-        items |= zip(batch, batch_items, strict=True)
-        nll += sum(item["nll"] for item in batch_items)
-        batch_tokens = sum(item["tokens"] for item in batch_items)
-        tokens += batch_tokens
-        progress.advance(len(batch), batch_tokens)
+    items = dict(zip(tokenized.kept, _forced_items(loaded, rows, job, progress), strict=True))
+    # An answer that has other spellings is right if greedy decoding gives any of them.
+    if any(chat.aliases for chat in chats):
+        others = [(index, spelling) for index in items for spelling in spellings(chats[index])]
+        more = tokenize([chat for _, chat in others], loaded.tokenizer, max_length=loaded.max_length, where=task.path)
+        for number, item in zip(more.kept, _forced_items(loaded, list(more.dataset), job), strict=True):
+            own = items[others[number][0]]
+            own["exact_match"] = max(own["exact_match"], item["exact_match"])
+    nll, tokens = (sum(item[key] for item in items.values()) for key in ("nll", "tokens"))
     dropped = sum(tokenized.summary.dropped.values())
     progress.advance(dropped, 0)
-    ordered = [{"row": index, **items[index]} for index in sorted(items)]
+    ordered = [{"row": number, **item} for number, item in enumerate(items.values())]
     scores = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
     return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": dropped}, ordered
+
+
+def spellings(chat: Chat) -> list[Chat]:
+    """The chat with each of the other spellings of its last answer."""
+    last = chat.turns[-1]
+    return [replace(chat, turns=(*chat.turns[:-1], {**last, "content": alias}), aliases=()) for alias in chat.aliases]
+
+
+def _forced_items(
+    loaded: LoadedModel, rows: Sequence[dict[str, list[int]]], job: RowsJob, progress: Progress | None = None
+) -> list[Item]:
+    """The items of rows of tokens, in order."""
+    items: dict[int, Item] = {}
+
+    def compute(batch: Sequence[int]) -> None:
+        batch_items = _teacher_forced(loaded, [rows[index] for index in batch])
+        items.update(zip(batch, batch_items, strict=True))
+        if progress is not None:
+            progress.advance(len(batch), sum(item["tokens"] for item in batch_items))
+
+    in_batches(by_length(len(row["input_ids"]) for row in rows), job.batch_size, compute)
+    return [items[index] for index in range(len(rows))]
 
 
 def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -> list[Item]:
@@ -134,13 +158,21 @@ def _score_answers(
     settings = _generation_settings(job.generation, questions)
     use_generation_settings_only(loaded.model, settings)
     answers: dict[int, tuple[str | None, str]] = {}
-    for batch in batches_by_length([len(ids) for ids in questions.ids], job.generation.batch_size):
+
+    def compute(batch: Sequence[int]) -> None:
         generated, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
-        answers |= zip(batch, generated, strict=True)
+        answers.update(zip(batch, generated, strict=True))
         progress.advance(len(batch), tokens)
+
+    in_batches(by_length(map(len, questions.ids)), job.generation.batch_size, compute, "generation.batch_size")
     predictions = [answers[index][1] for index in range(len(answers))]
     expected = [split_reasoning(answer)[1] or answer for answer in questions.answers]
     values = score(task.metric, questions.texts, predictions, expected)
+    others = [(index, alias) for index, chat in enumerate(chats) for alias in chat.aliases]
+    if others:
+        texts, given, wanted = zip(*((questions.texts[i], predictions[i], alias) for i, alias in others), strict=True)
+        for (index, _), value in zip(others, score(task.metric, texts, given, wanted), strict=True):
+            values[index] = max(values[index], value)
     items = [
         {"row": index, "prompt": prompt, "prediction": prediction, "answer": answer, task.metric: value}
         for index, (prompt, prediction, answer, value) in enumerate(

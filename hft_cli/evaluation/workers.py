@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,9 @@ from hft_cli.checkpoint.text_part import load_options
 from hft_cli.config.schema import ModelConfig
 from hft_cli.data import templates
 from hft_cli.data.reasoning import use_template
+from hft_cli.errors import UserError
 from hft_cli.launch.ranks import Ranks
+from hft_cli.text import plural
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,11 +73,39 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar lengths, the longest first, so that a batch that is too large fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def by_length(lengths: Iterable[int]) -> list[int]:
+    """Indices by length, the longest first: a batch has rows of similar lengths, and one that is too large is first."""
+    return [index for index, _ in sorted(enumerate(lengths), key=lambda pair: -pair[1])]
+
+
+AUTO = 64  # items at once with suite.batch_size=auto, as long as the memory suffices
+
+
+def in_batches(
+    items: Sequence[T], size: int | str, compute: Callable[[Sequence[T]], None], key: str = "suite.batch_size"
+) -> None:
+    """Call `compute` for one batch of items after the other.
+
+    With size "auto" a batch that does not fit into the memory of the GPU is halved, and so are those after it, so
+    `compute` must change nothing before it has computed all. `key` is the config key of the size.
+
+    Raises:
+        UserError: if a batch of a given size, or a single item, does not fit.
+    """
+    import torch
+
+    count, start = AUTO if size == "auto" else int(size), 0
+    while start < len(items):
+        try:
+            compute(items[start : start + count])
+        except torch.OutOfMemoryError:
+            if size != "auto" or count == 1:
+                fix = f"Lower {key}." if size != "auto" else "Take a GPU with more memory, or shorter rows."
+                raise UserError(f"The memory of the GPU does not suffice for {plural(count, 'row')}. {fix}") from None
+            count //= 2
+            torch.cuda.empty_cache()
+        else:
+            start += count
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str, side: str = "right") -> Any:

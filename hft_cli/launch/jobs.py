@@ -65,7 +65,7 @@ class RowsJob:
     model: ModelConfig
     path: str
     tasks: dict[str, dict[str, RowsTask]]
-    batch_size: int
+    batch_size: int | str
     generation: GenerationConfig
     seed: int
     base: str | None = None
@@ -85,7 +85,7 @@ class ProbeJob:
     outs: dict[str, str]
     limit: int | None
     chat: bool
-    batch_size: int
+    batch_size: int | str
     seed: int
 
 
@@ -111,7 +111,7 @@ class HarnessJob:
     path: str
     todo: tuple[HarnessTask, ...]
     data_dir: str | None
-    batch_size: int
+    batch_size: int | str
     seed: int
     include_path: str | None = None
 

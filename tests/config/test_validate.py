@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers import composed
+from helpers import composed, composed_by
 
 from hft_cli.config.schema import EngineConfig, EvalConfig, ModelConfig
+from hft_cli.config.settings import check_settings
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.validate import RULES, check, check_eval
 from hft_cli.errors import UserError
@@ -163,3 +164,11 @@ def test_an_evaluation_uses_one_node_and_known_models():
         check_eval(evaluation(models=["x"]))
     with pytest.raises(UserError, match=r"No model: give model=NAME\. Available: llama2_13b"):
         check_eval(evaluation(model=ModelConfig()))
+
+
+@pytest.mark.parametrize("size", ["0", "foo", "-3"])
+def test_a_size_of_batches_is_a_number_or_auto(size):
+    assert composed_by("eval", "suite=pocket", "suite.batch_size=auto").suite.batch_size == "auto"
+    assert composed_by("eval", "suite=pocket", "suite.batch_size=3").suite.batch_size == 3
+    with pytest.raises(UserError, match=r"suite\.batch_size"):
+        check_settings(composed_by("eval", "suite=pocket", f"suite.batch_size={size}"))

@@ -81,3 +81,31 @@ def test_a_finished_task_is_skipped(rows, tmp_path):
     (tmp_path / "s" / "t.json").write_text('{"exact_match": 0.25}')
     (tmp_path / "s" / "t.jsonl").touch()
     assert score(tmp_path, RowsTask(str(rows))) == ({"exact_match": 0.25}, [])
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "accuracy"])
+def test_another_spelling_of_an_answer_is_as_right(metric, rows, tmp_path):
+    """Rows with the answers of other facts, which are wrong, and the right ones as aliases of every second row."""
+    lines = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    known, wrong = lines[:10], lines[10:]
+    file = tmp_path / "aliases.jsonl"
+    with file.open("w") as out:
+        for number, (right, row) in enumerate(zip(known, wrong, strict=True)):
+            aliases = ["no answer", right[-1]["content"]] if number % 2 else ["no answer"]
+            out.write(json.dumps({"messages": row, "aliases": aliases}) + "\n")
+    scores, items = score(tmp_path / metric, RowsTask(str(file), metric=metric))
+    assert [item[metric] for item in items] == [0, 1] * 5
+    assert scores[metric] == 0.5
+    assert scores["items"] == 10
+
+
+def test_scores_do_not_depend_on_the_size_of_batches(rows, tmp_path):
+    sizes = {}
+    for size in (1, 7, "auto"):
+        job = RowsJob(ModelConfig(), MODEL, {"s": {"t": RowsTask(str(rows))}}, size, GenerationConfig(), seed=1)
+        out = tmp_path / str(size)
+        out.mkdir()
+        score_rows(job, RoundDir(out), Progress(out / "progress.json"))
+        sizes[size] = json.loads((out / "s/t.json").read_text())
+    assert sizes[1]["exact_match"] == sizes[7]["exact_match"] == sizes["auto"]["exact_match"] == 0.5
+    assert sizes[1]["nll"] == pytest.approx(sizes["auto"]["nll"], rel=1e-5)
