@@ -113,9 +113,17 @@ def split_reasoning(text: str, prompt: str = "") -> tuple[str | None, str]:
     if opened is None and not _OPENED.search(prompt):
         closed = _CLOSING.search(text)  # of what the prompt has opened
         return (None, text) if closed is None else (text[: closed.start()], text[closed.end() :].lstrip())
-    begin = opened.end() if opened else 0
-    closed = _CLOSING.search(text, begin)
-    return (text[begin:], "") if closed is None else (text[begin : closed.start()], text[closed.end() :].lstrip())
+    reasoning, answer = _first_block(text[opened.end() :] if opened else text)
+    while opened := _OPENING.match(answer):  # some models write several, often empty ones
+        more, answer = _first_block(answer[opened.end() :])
+        reasoning += more
+    return reasoning, answer
+
+
+def _first_block(text: str) -> tuple[str, str]:
+    """The text up to the first closing tag, and the text after it, "" without one."""
+    closed = _CLOSING.search(text)
+    return (text, "") if closed is None else (text[: closed.start()], text[closed.end() :].lstrip())
 
 
 def decode_answer(tokens: list[int], tokenizer: Any, prompt: str = "") -> tuple[str | None, str]:

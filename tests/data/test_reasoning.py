@@ -40,6 +40,8 @@ def tokenizer(template: str):
         ("<think>six\nby seven</think>42", "six\nby seven", "42"),
         ("\n<thinking>a</thinking> 42 </thinking>", "a", "42 </thinking>"),
         ("[THINK]a[/THINK]42", "a", "42"),
+        ("<think>\n\n</think>\n\n<think>\n</think>\n\n42", "\n\n\n", "42"),
+        ("<think>a</think><think>too long", "atoo long", ""),
         ("◁think▷a◁/think▷42", "a", "42"),
         ("a</think>\n42", "a", "42"),  # the prompt has opened it
         ("<think>too long", "too long", ""),
