@@ -12,10 +12,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, environment, start, train, wait_for, wait_until_gone
 
 from hft_cli.launch import preload
 from hft_cli.launch.nodes import is_free
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Several threads for tiny models only fight with those of the other process of pytest-xdist."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,3 +67,10 @@ def test_every_declared_package_is_imported_or_started():
         if not re.search(rf"(import|from) {modules.get(name, name.replace('-', '_'))}\b", source)
     ]
     assert unused == ["ninja"]  # torch starts it to build DeepSpeed's extensions
+
+
+@pytest.mark.xdist_group("a_group")
+def test_groups_of_tests_stay_on_one_worker(request):
+    """Tests of a group share runs of a minute. `--dist loadgroup` knows a group by the end of the id of its tests."""
+    if request.config.getoption("loadgroup", None):
+        assert request.node.nodeid.endswith("@a_group")
