@@ -63,7 +63,10 @@ def _unknown_key(text: str, argv: Sequence[str], name: str) -> str | None:
     key = next((word.lstrip("+~") for word in typed if word.endswith(match[1])), match[1])  # Hydra may cut it
     if key.startswith("hydra."):
         return None
-    return f"Unknown key '{key}'.{nearest_hint(key, keys, cutoff=0.5)} All keys: hft {name} --help"
+    # The right name in the wrong group is likelier than another name.
+    elsewhere = [f"'{known}'" for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest_hint(key, keys, cutoff=0.5)
+    return f"Unknown key '{key}'.{hint} All keys: hft {name} --help"
 
 
 def _no_option(text: str, name: str) -> str | None:

@@ -12,6 +12,10 @@ MISTAKES = {
     "no method": ((), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo\. For instance: hft train \+method=hft"),
     "sweep without -m": (("experiment=level_ablation",), r"experiment=level_ablation is a sweep: hft train -m experiment=level_ablation"),
     "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
+    "key of another group": (("+method=hft", "generation.thinking=false"), r"Did you mean 'model\.thinking'\?"),
+    "key of several groups": (
+        ("+method=hft", "model.learning_rate=1"), r"Did you mean 'train\.learning_rate' or 'dpo\.learning_rate'\?"
+    ),
     "added key": (("+method=hft", "+train.bogus=1"), r"Unknown key 'train\.bogus'"),
     "wrong type": (("+method=hft", "train.max_steps=ten"), r"train\.max_steps: Value 'ten' .* Integer"),
     "quoted number": (("+method=hft", "train.learning_rate='1e-5x'"), r"train\.learning_rate: .* Float"),
