@@ -245,6 +245,13 @@ def phase_job(folder: Path, model: Path, *overrides: str) -> PhaseJob:
     return PhaseJob(own, phase, str(model), log, drawn.updated, drawn.frozen, deepspeed=settings)
 
 
+def save_model(model: Any, folder: Path) -> Path:
+    """Save a model of transformers into a new folder, with the embedded model's tokenizer."""
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model.save_pretrained(folder)
+    return folder
+
+
 def in_this_process(run: WorkerRun, *_: Any) -> None:
     """In the place of `run_worker`: the worker of a phase, without the seconds that a process of its own takes."""
     from hft_cli.training.phase import train_phase

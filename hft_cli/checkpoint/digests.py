@@ -23,7 +23,7 @@ def tensor_sha256(tensor: StoredTensor, dtype: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _rounding(source: str, target: str) -> Callable[[memoryview], Any]:
+def _rounding(source: str, target: str) -> Callable[[bytearray], Any]:
     """The function that converts bytes of finite numbers of one dtype to another."""
     import numpy as np
 
@@ -33,7 +33,7 @@ def _rounding(source: str, target: str) -> Callable[[memoryview], Any]:
     if source not in numbers or target not in ("F32", "BF16"):
         raise UserError(f"A tensor of {source} cannot be compared with {target} in memory.")
 
-    def rounded(chunk: memoryview) -> Any:
+    def rounded(chunk: bytearray) -> Any:
         with np.errstate(over="ignore"):  # too large is infinite, as in memory
             single = np.frombuffer(chunk, numbers[source]).astype("<f4")
         if target == "F32":

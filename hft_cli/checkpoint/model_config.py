@@ -42,11 +42,12 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
 }
 
+BOTH_DIRECTIONS = "It reads a text in both directions, so that predicting its next token has no meaning"
 MORE_THAN_TEXT = "It is for more than text"
 
 # Why a model is no causal language model that can be trained -> its types.
 REFUSED = {
-    "It reads a text in both directions, so that predicting its next token has no meaning": (
+    BOTH_DIRECTIONS: (
         "albert", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
         "distilbert", "electra", "ernie", "megatron-bert", "modernbert", "mpnet", "reformer", "rembert", "roberta",
         "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
@@ -64,7 +65,7 @@ REFUSED = {
 }  # fmt: skip
 
 # Of those, the types that read a text in one direction if is_decoder says so.
-MAY_DECODE = REFUSED[next(iter(REFUSED))]
+MAY_DECODE = REFUSED[BOTH_DIRECTIONS]
 
 # Files of a folder that are JSON objects, and are read when a run is over.
 OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -189,7 +189,7 @@ def with_other_subjects(queries: Sequence[Query], seed: int) -> dict[Fact, Query
         candidates = [other for other in by_relation[fact.relation] if other.subject not in used]
         candidates = [other for other in candidates if other.answer.casefold() != fact.answer.casefold()]
         unranked = [other for other in candidates if other.answer.casefold() not in ranked]
-        key = f"{seed} {fact.relation}\0{fact.subject}\0{fact.answer} other subject"
+        key = f"{seed} {fact.relation}\0{_fact_name(fact)} other subject"
         for other in _first(unranked or candidates, 1, key, _fact_name):
             others[fact] = replace(query, fact=replace(fact, subject=other.subject))
     return others

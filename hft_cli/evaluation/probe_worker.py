@@ -268,12 +268,15 @@ def _levels(facts: Sequence[Item]) -> dict[str, float]:
         "commonest": [item["commonest"] for item in facts],
         "other_subject": [item["other_subject"] for item in facts if "other_subject" in item],
     }
-    return {name: sum(each) / len(each) for name, each in values.items() if each}
+    return _mean_of_each(values)
 
 
 def _mean_levels(relations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The means over the relations that have such a level."""
-    values = {name: [relation[name] for relation in relations if name in relation] for name in LEVELS}
+    return _mean_of_each({name: [each[name] for each in relations if name in each] for name in LEVELS})
+
+
+def _mean_of_each(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in values.items() if each}
 
 

@@ -227,10 +227,11 @@ def _worker_runs(
         answers: dict[str, Any] = {"generation": tests.generation, "seed": tests.seed}
         yield WorkerRun(RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset), folder, label)
     if benchmarks:
-        data_dir = None if config.data_dir is None else str(Path(config.data_dir).expanduser().resolve())
-        include = None if config.include_path is None else str(Path(config.include_path).expanduser().resolve())
+        folders: dict[str, Any] = {
+            key: None if folder is None else str(Path(folder).expanduser().resolve())
+            for key, folder in (("data_dir", config.data_dir), ("include_path", config.include_path))
+        }
         names = ", ".join(task.name for task in benchmarks)
-        folders: dict[str, Any] = {"data_dir": data_dir, "include_path": include}
         harness_job = HarnessJob(**values, **folders, todo=tuple(benchmarks), seed=config.seed)
         yield WorkerRun(harness_job, folder, f"{label}: {names}", several)
     if probes:

@@ -68,13 +68,7 @@ class RestoreMasters(SessionCallback):
 
 
 class Meter(SessionCallback):
-    """Measure steps, tokens, time and memory. Tokens are added up over the ranks when something is logged.
-
-    Attributes:
-        trainer: TRL's, which must be set before it trains.
-    """
-
-    trainer: Any = None
+    """Measure steps, tokens, time and memory. Tokens are added up over the ranks when something is logged."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.state.first_step, self.tokens = state.global_step, count_tokens(self.trainer)
@@ -119,13 +113,7 @@ class FrozenProof(SessionCallback):
 
 
 class LossProof(SessionCallback):
-    """Prove, before the first step, that TRL's loss is the model's own.
-
-    Attributes:
-        trainer: TRL's, which must be set before it trains.
-    """
-
-    trainer: Any = None
+    """Prove, before the first step, that TRL's loss is the model's own."""
 
     def __init__(self, session: Session, objective: Objective, dataset: Dataset) -> None:
         super().__init__(session)

@@ -28,12 +28,12 @@ from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.arguments import trainer_arguments
-from hft_cli.training.callbacks import LossProof, Meter, peak_memory, phase_callbacks
+from hft_cli.training.callbacks import peak_memory, phase_callbacks
 from hft_cli.training.compat import load_universal, use_zero_optimizer
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.proof import write_frozen
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
-from hft_cli.training.session import Session, SessionState, TrainerParts, diverged
+from hft_cli.training.session import Session, SessionCallback, SessionState, TrainerParts, diverged
 from hft_cli.training.validation import Validation, keeps_best, use_best, validation_outcome
 from hft_cli.training.weights import load_model
 
@@ -80,7 +80,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     callbacks = phase_callbacks(session, procedure, progress, dataset, validation)
     trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
     for callback in callbacks:
-        if isinstance(callback, (LossProof, Meter, Validation)):
+        if isinstance(callback, SessionCallback):
             callback.trainer = trainer
     if not ranks.maximum(stop_requested(folder, ranks)):
         result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)

@@ -142,7 +142,13 @@ def diverged(what: str, config: RunConfig) -> UserError:
 
 
 class SessionCallback(TrainerCallback):  # type: ignore[misc]
-    """A callback that works on a session and its state."""
+    """A callback that works on a session and its state.
+
+    Attributes:
+        trainer: TRL's, which is set before it trains.
+    """
+
+    trainer: Any = None
 
     def __init__(self, session: Session) -> None:
         self.session, self.state = session, session.state

@@ -57,12 +57,7 @@ class Validation(SessionCallback):
         objective: of the phase's stage.
         dataset: the validation rows.
         write_delta: (model, session): write what was trained; collective.
-
-    Attributes:
-        trainer: TRL's, which must be set before it trains.
     """
-
-    trainer: Any = None
 
     def __init__(
         self,

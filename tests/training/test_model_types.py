@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BASE, changed, composed, hft, in_this_process, ledger, results, train
+from helpers import changed, composed, hft, in_this_process, ledger, results, save_model, train
 from model_types import MODEL_TYPES, tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -32,23 +31,13 @@ TRAINED = OUTCOMES["trained"].split(", ")
 CANNOT_BE_BUILT, NOT_PLACED = "transformers cannot build it", "Parameters without a category"
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = ({"prompt": f"What is {number} plus {number}?", "completion": str(2 * number)} for number in range(8))
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return file
-
-
 def random_model(model_type: str, folder: Path) -> Path:
     """A model folder with random weights, whose logits are far from zero, and the embedded model's tokenizer."""
-    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, vocabulary=512))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(10)
-    model.save_pretrained(folder)
-    return folder
+    return save_model(model, folder)
 
 
 @pytest.fixture(scope="module")

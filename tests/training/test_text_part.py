@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BASE, changed, composed, hft, in_this_process
+from helpers import changed, composed, hft, in_this_process, save_model
 from model_types import tiny_config
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
@@ -42,19 +41,9 @@ MODELS = {
 def random_model(model_type: str, folder: Path) -> Path:
     text_type, vision = MODELS[model_type]
     text = tiny_config(text_type, vocabulary=512).to_dict()
-    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = ({"prompt": f"What is {number} plus {number}?", "completion": str(2 * number)} for number in range(8))
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return file
+    return save_model(AutoModelForImageTextToText.from_config(config), folder)
 
 
 def trained(model: Path, rows: Path, out: Path, method: str) -> Path:
