@@ -39,7 +39,7 @@ torture: .venv/installed
 	$(BIN)/python scripts/torture.py --engine single --engine zero2
 
 bench: .venv/installed
-	$(BIN)/python scripts/benchmark_files.py
+	$(BIN)/python scripts/bench/files.py
 
 fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3,<4"

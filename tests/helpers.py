@@ -32,6 +32,7 @@ from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.worker import WorkerRun
 from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.paths import conf_dir, resolve_path
+from hft_cli.plan.automatic import Machine, with_dtype
 
 # Few steps of few rows: enough to move every matrix.
 QUICK = (
@@ -233,7 +234,9 @@ def composed_by(command: str, *overrides: str) -> Any:
     ConfigStore.instance().store(name="schema", node=SCHEMAS[command])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("eval" if command == "eval" else "train", [text for text in arguments if text[0] != "-"])
-    return from_dict(SCHEMAS[command], OmegaConf.to_container(config, resolve=True))
+    values = from_dict(SCHEMAS[command], OmegaConf.to_container(config, resolve=True))
+    values.model = with_dtype(values.model, Machine(gpus=0, memory=None, bfloat16=False))
+    return values
 
 
 def phase_job(folder: Path, model: Path, *overrides: str) -> PhaseJob:

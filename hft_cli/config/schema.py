@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hft_cli.config.settings import REQUIRED, setting
+from hft_cli.config.settings import AUTO, REQUIRED, setting
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
 from hft_cli.errors import UserError
@@ -44,8 +44,9 @@ class ModelConfig:
     )
     dtype: str = setting(
         "float32",
-        "Precision of computation. bfloat16 keeps float32 master weights. The model's files keep their own dtypes.",
-        choices=("float32", "bfloat16"),
+        "Precision of computation. bfloat16 keeps float32 master weights; auto: bfloat16 if the GPUs have it, else "
+        "float32. The model's files keep their own dtypes.",
+        choices=("float32", "bfloat16", AUTO),
     )
     attention: str | None = setting(
         None,
@@ -241,9 +242,10 @@ class EngineConfig:
     zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage; null: one process without DeepSpeed.", range="[1, 3]")
     num_processes: int = setting(
         1,
-        "Ranks on each node, one for each GPU (or CPU process). More than one needs a ZeRO stage.",
+        "Ranks on each node, one for each GPU (or CPU process). More than one needs a ZeRO stage. 0: as many as there "
+        "are GPUs (engine=auto).",
         unit="processes",
-        range="[1, inf)",
+        range="[0, inf)",
     )
     num_nodes: int = setting(
         1,

@@ -14,6 +14,7 @@ from typing import Any
 from hft_cli.errors import UserError, choose
 
 REQUIRED = "???"  # Hydra's spelling of a value that must be given
+AUTO = "auto"  # a value that depends on the machine, and is replaced before anything else
 
 
 @dataclass(frozen=True)

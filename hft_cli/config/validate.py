@@ -13,7 +13,7 @@ from typing import Any
 
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
 from hft_cli.config.schema import EvalConfig, RunConfig
-from hft_cli.config.settings import REQUIRED, check_settings, leaves
+from hft_cli.config.settings import AUTO, REQUIRED, check_settings, leaves
 from hft_cli.errors import UserError
 from hft_cli.paths import group_options
 
@@ -217,8 +217,16 @@ def _benchmarks_need_a_model_on_disk(config: RunConfig) -> str | None:
     )
 
 
+def _ranks_are_counted(config: RunConfig | EvalConfig) -> str | None:
+    if config.engine.num_processes or config.engine.name == AUTO:
+        return None
+    return "engine.num_processes=0 is for engine=auto. Give the number of GPUs of a node."
+
+
 def _ranks_need_a_zero_stage(config: RunConfig) -> str | None:
     engine = config.engine
+    if engine.name == AUTO:
+        return None
     for key in ("num_processes", "num_nodes"):
         if engine.zero_stage is None and getattr(engine, key) > 1:
             return (
@@ -324,7 +332,7 @@ def _dpo_can_be_done(config: RunConfig) -> str | None:
 
 
 def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:
-    if config.model.attention != "flash_attention_2" or config.model.dtype == "bfloat16":
+    if config.model.attention != "flash_attention_2" or config.model.dtype in ("bfloat16", AUTO):
         return None
     return (
         "model.attention=flash_attention_2 computes in bfloat16 only: set model.dtype=bfloat16, or "
@@ -335,7 +343,7 @@ def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:
 def _batch_is_whole(config: RunConfig) -> str | None:
     train, engine = config.train, config.engine
     rows = train.micro_batch_size * engine.ranks
-    if train.batch_size % rows == 0:
+    if engine.name == AUTO or not rows or train.batch_size % rows == 0:
         return None
     nodes = f" x engine.num_nodes={engine.num_nodes}" if engine.num_nodes > 1 else ""
     return (
@@ -355,6 +363,7 @@ RULES: tuple[Rule, ...] = (
     _benchmarks_need_a_model_on_disk,
     _half_reset_runs_without_ranks,
     _full_methods_freeze_nothing,
+    _ranks_are_counted,
     _ranks_need_a_zero_stage,
     _offload_needs_its_zero_stage,
     _deepspeed_file_needs_deepspeed,
@@ -382,4 +391,4 @@ def _eval_has_models(config: EvalConfig) -> str | None:
     return None if config.models else "models is empty: give after, before or both."
 
 
-EVAL_RULES: tuple[Rule, ...] = (_eval_uses_one_node, _eval_has_models)
+EVAL_RULES: tuple[Rule, ...] = (_ranks_are_counted, _eval_uses_one_node, _eval_has_models)

@@ -58,6 +58,12 @@ def gpus() -> list[float | None]:
     return visible_sizes
 
 
+def compute_in_bfloat16() -> bool:
+    """Whether all GPUs of this machine compute in bfloat16 (NVIDIA: compute capability 8.0, Ampere, or newer)."""
+    lines = _output_lines(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return bool(lines) and all(re.fullmatch(r"\d+\.\d+", line.strip()) and float(line) >= 8 for line in lines)
+
+
 def cuda_build() -> bool:
     """Whether torch was built for GPUs, read from its version file."""
     spec = find_spec("torch")

@@ -11,7 +11,7 @@ from typing import Any
 from hft_cli.config.conf import options_of
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import EngineConfig, PlanConfig
-from hft_cli.config.settings import REQUIRED
+from hft_cli.config.settings import AUTO, REQUIRED
 from hft_cli.config.validate import check
 from hft_cli.data.mixing import read_mixed, read_source
 from hft_cli.data.sources import row_counts
@@ -23,6 +23,7 @@ from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 from hft_cli.plan.flops import Flops, flops, hours
 from hft_cli.plan.memory import Memory, activations, host_memory, memory
 from hft_cli.plan.model import Model, read_model
+from hft_cli.plan.speed import step_seconds
 from hft_cli.plan.traffic import Disk, Network, checkpoint_bytes, network
 from hft_cli.plan.workload import Setup, Workload, lora_adapters
 
@@ -63,11 +64,15 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class Fit:
-    """The peak memory of a GPU with an engine, under the worst draw, in bytes; None if the engine is refused."""
+    """The peak memory of a GPU with an engine, under the worst draw, in bytes; None if the engine is refused.
+
+    `seconds` puts engines in order (see `step_seconds`): of a step of the phase that takes longest.
+    """
 
     engine: str
     checkpointing: bool
     bytes: float | None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
     Raises:
         UserError: for a mistake that `hft train` would refuse too, or a model of unknown architecture.
     """
-    config = _with_data(config)
+    config = with_data(config)
     check(config)
     model = read_model(config.model)
     config = with_model_limits(config, dict(model.config), config.model.name)
@@ -145,7 +150,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
     )
 
 
-def _with_data(config: PlanConfig) -> PlanConfig:
+def with_data(config: PlanConfig) -> PlanConfig:
     """The config with stand-ins for training sets that are not named: a plan needs only their number of rows."""
     data = config.data
     if config.method.name == "half_reset" or data.path not in (REQUIRED, []):
@@ -285,10 +290,31 @@ def _count_steps(config: PlanConfig, rows: int | None) -> int | None:
     return ceil(float(train.epochs) * steps_of_an_epoch)
 
 
+def engine_fits(config: PlanConfig) -> tuple[Fit, ...]:
+    """The engines that engine=auto can take on config.engine.num_processes x num_nodes ranks.
+
+    Raises:
+        UserError: as for `plan`.
+    """
+    config = with_data(config)
+    check(config)
+    model = read_model(config.model)
+    config = with_model_limits(config, dict(model.config), config.model.name)
+    fits = _fits(config, model, phases(config), draws(config, model.params))
+    return tuple(
+        fit
+        for fit in fits
+        if (fit.engine != "single" or config.engine.ranks == 1)
+        and (fit.checkpointing or not config.train.gradient_checkpointing)
+    )
+
+
 def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequence[Draw]) -> Iterable[Fit]:
     """The memory with each engine, with and without checkpointing, of the heaviest phase under the worst draw."""
     machines = {key: getattr(config.engine, key) for key in ("num_processes", "num_nodes", "node_rank")}
     for name, values in options_of("engine").items():
+        if name == AUTO:
+            continue
         engine = EngineConfig(**values)
         engine = engine if engine.zero_stage is None else replace(engine, **machines)
         for checkpointing in (False, True):
@@ -300,7 +326,7 @@ def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequenc
                 yield Fit(name, checkpointing, None)
                 continue
             setups = [make_setup(phase_config(variant, phase), phase, model.shape.hidden) for phase in run]
-            peaks = [
-                _worst_memory(variant, model, draw, setup).total for draw, setup in zip(drawn, setups, strict=True)
-            ]
-            yield Fit(name, checkpointing, max(peaks))
+            drawn_setups = list(zip(drawn, setups, strict=True))
+            peaks = [_worst_memory(variant, model, draw, setup).total for draw, setup in drawn_setups]
+            works = [workload(variant, model, draw.updated, setup) for draw, setup in drawn_setups]
+            yield Fit(name, checkpointing, max(peaks), max(step_seconds(work, train.batch_size) for work in works))

@@ -111,12 +111,12 @@ def check_memory(config: RunConfig, plan: Plan, gpu_memories: list[float | None]
 
 
 def _ways_to_fit(config: RunConfig, plan: Plan, limit: float) -> str:
-    """The two engines that fit and need most memory: they are the fastest."""
+    """The two fastest engines that fit."""
     fits = [fit for fit in plan.fits if fit.bytes is not None and fit.bytes <= limit]
     fits = [fit for fit in fits if fit.engine != "single" or config.engine.ranks == 1]
     ways = ", ".join(
         f"engine={fit.engine}{' train.gradient_checkpointing=true' * fit.checkpointing}"
-        for fit in sorted(fits, key=lambda fit: -(fit.bytes or 0))[:2]
+        for fit in sorted(fits, key=lambda fit: fit.seconds)[:2]
     )
     return f"What fits: {ways}." if ways else "More GPUs or shorter rows need less."
 

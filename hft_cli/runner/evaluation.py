@@ -21,6 +21,7 @@ from hft_cli.files import read_json, read_record, write_json
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.lifetime import hold_lock
 from hft_cli.paths import resolve_path
+from hft_cli.plan.automatic import this_machine, with_dtype
 from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import PlanRecord, RoundDir, finished
 from hft_cli.runner.base import find_base
@@ -41,15 +42,18 @@ def run_eval(config: EvalConfig) -> Path:
     """
     check_eval(config)
     require_tracker(config.tracking)
+    machine = this_machine()
+    config = replace(config, model=with_dtype(config.model, machine))
+    ranks = config.engine.num_processes or machine.gpus or 1
     suite = _read_suite(config)
     models = _models(config)
     for model in models.values():
         params = parameters_from_folder(model.path, model.config.kinds, model.config.part)
-        check_device(config.engine, gpus(), sum(param.elements for param in params))
+        check_device(replace(config.engine, num_processes=ranks), gpus(), sum(param.elements for param in params))
     folder = Path(config.run or config.output_dir).expanduser() / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{config.suite.name}.json"
-    workers = WorkerOptions(config.engine.num_processes)
+    workers = WorkerOptions(ranks)
     with hold_lock(folder / ".lock"):
         records: dict[str, Record] = read_json(file)["models"] if file.exists() else {}
         _refuse_another_model(config, records, models)

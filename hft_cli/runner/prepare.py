@@ -27,6 +27,7 @@ from hft_cli.launch.environment import environment
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
 from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
+from hft_cli.plan.automatic import automatic, machine_of
 from hft_cli.plan.planner import plan as make_plan
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir
@@ -63,13 +64,14 @@ class Prepared:
 
 
 def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
-    """The config with the model's limits, and the folder of the model to start from, downloaded if it is a hub's.
+    """The config with automatic values and the model's limits, and the folder of the model to start from.
 
-    If `run` is an unfinished run of a hub's model, the commit that it started from is taken. Raises UserError if there
-    is no such model, or it cannot do what the config asks for.
+    The model is downloaded if it is a hub's. If `run` is an unfinished run of a hub's model, the commit that it started
+    from is taken. Raises UserError if there is no such model, or it cannot do what the config asks for.
     """
     path = config.model.path
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
+    config = automatic(config, machine_of(config), base)
     return with_model_limits(config, read_model_config(base / "config.json", config.model.part), base.name), base
 
 

@@ -14,7 +14,7 @@ from hft_cli.training.procedures import Procedure
 
 def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> Any:
     """The arguments of the phase's trainer, of the procedure's class. The ranks must have joined."""
-    config, train, engine = job.config, job.config.train, job.config.engine
+    config, train = job.config, job.config.train
     gpu = torch.cuda.is_available()
     arguments, settings = procedure.settings(config)
     if job.phase.replays and not config.continual.replay_shuffle:
@@ -31,8 +31,7 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         max_length=train.max_length,
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
-        # The fused AdamW passes over the moments once, which makes steps on the CPU bearable.
-        optim="adamw_torch_fused" if gpu or engine.offload_optimizer else "adamw_torch",
+        optim="adamw_torch_fused",  # passes over the moments once
         weight_decay=train.weight_decay,
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,

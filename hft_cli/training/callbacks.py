@@ -170,6 +170,7 @@ class Metrics(SessionCallback):
         self._write(
             {
                 "step": state.global_step,
+                "seconds": round(self.state.seconds(), 4),
                 "tokens_per_second": self.state.tokens_per_second(),
                 **({"validation_loss": validated} if step == state.global_step else {}),
                 **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "epoch") if name in logs},

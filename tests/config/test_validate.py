@@ -33,6 +33,7 @@ BROKEN = {
     ),
     "_half_reset_runs_without_ranks": ((*RESET, "engine=zero2"), r"needs no ranks: leave out engine=zero2"),
     "_full_methods_freeze_nothing": (("+method=fft", "selection=layer"), r"method=fft updates .* Use method=hft"),
+    "_ranks_are_counted": ((HFT, "engine.num_processes=0"), r"num_processes=0 is for engine=auto"),
     "_ranks_need_a_zero_stage": ((HFT, "engine.num_processes=2"), r"engine=single is one process.*zero1, zero2 or"),
     "_offload_needs_its_zero_stage": ((HFT, "engine=zero1", "engine.offload_optimizer=true"), r"for ZeRO-2 and 3"),
     "_deepspeed_file_needs_deepspeed": ((HFT, "engine.deepspeed=x.json"), r"runs without it\. Use engine=zero1"),

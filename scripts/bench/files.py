@@ -1,6 +1,6 @@
 """Time Half-Reset and `hft verify` on two random models beside `cp` and hashing of the same files.
 
-    python scripts/benchmark_files.py --gigabytes 2 --repeats 3 --folder /tmp/bench
+    python scripts/bench/files.py --gigabytes 2 --repeats 3 --folder /tmp/bench
 
 The models are Llamas in bfloat16, in shards, and in the page cache. Each repeat runs all commands one after the other;
 the table has the medians. The start-up of a command is that of a Half-Reset of the embedded model, and is taken off.

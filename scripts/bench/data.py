@@ -1,6 +1,6 @@
 """Time the preparation of rows: read, check, render and tokenize N chats, and again from the cache, with peak memory.
 
-    python scripts/benchmark_data.py ROWS.jsonl --model MODEL --rows 300000
+    python scripts/bench/data.py ROWS.jsonl --model MODEL --rows 300000
 
 The rows of the file are repeated, each time with another number in its first turn, until there are N. Each measurement
 is a process of its own. Memory is what the process and its helpers hold themselves (Pss_Anon of /proc, the largest sum
