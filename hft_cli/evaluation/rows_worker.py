@@ -3,13 +3,15 @@
 The metric `exact_match` counts a row if greedy decoding would give its answer token for token, including the end of the
 turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely one
 after the correct tokens before it. So a row needs one forward pass. All other metrics compare a generated answer.
+With several ranks, each rank computes a share of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.chats import Chat
@@ -24,12 +26,15 @@ from hft_cli.evaluation.score_files import write_scores
 from hft_cli.evaluation.workers import (
     LoadedModel,
     by_length,
+    current_ranks,
     device_of_rank,
-    in_batches,
     last_logits,
     load_model,
     load_weights,
+    map_batches,
     pad_rows,
+    process_group,
+    share_items,
 )
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
@@ -40,6 +45,8 @@ PROMPT_END = 16  # tokens, in which a chat template opens the reasoning
 Scores = dict[str, float]
 
 Item = dict[str, Any]
+
+R = TypeVar("R")
 
 
 def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
@@ -59,14 +66,17 @@ def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
     }
     if not tasks:
         return
-    progress.activity("loading the model")
-    loaded = _load(job)
-    progress.begin(sum(len(chats) for _, chats in tasks.values()))
-    for file, (task, chats) in tasks.items():
-        score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
-        scores, items = score_task(loaded, chats, task, job, progress)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_scores(file, scores, items)
+    ranks = current_ranks()
+    with process_group(ranks):  # all ranks have listed the tasks before one is finished
+        progress.activity("loading the model")
+        loaded = _load(job)
+        progress.begin(-(-sum(len(chats) for _, chats in tasks.values()) // ranks.count))
+        for file, (task, chats) in tasks.items():
+            score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
+            scores, items = score_task(loaded, chats, task, job, progress)
+            if ranks.first:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_scores(file, scores, items)
 
 
 def _load(job: RowsJob) -> LoadedModel:
@@ -114,16 +124,21 @@ def _forced_items(
     loaded: LoadedModel, rows: Sequence[dict[str, list[int]]], job: RowsJob, progress: Progress | None = None
 ) -> list[Item]:
     """The items of rows of tokens, in order."""
-    items: dict[int, Item] = {}
 
-    def compute(batch: Sequence[int]) -> None:
+    def compute(batch: Sequence[int]) -> list[Item]:
         batch_items = _teacher_forced(loaded, [rows[index] for index in batch])
-        items.update(zip(batch, batch_items, strict=True))
         if progress is not None:
             progress.advance(len(batch), sum(item["tokens"] for item in batch_items))
+        return batch_items
 
-    in_batches(by_length(len(row["input_ids"]) for row in rows), job.batch_size, compute)
-    return [items[index] for index in range(len(rows))]
+    return _shared_by_length([len(row["input_ids"]) for row in rows], partial(map_batches, job.batch_size, compute))
+
+
+def _shared_by_length(lengths: Sequence[int], function: Callable[[Sequence[int]], Sequence[R]]) -> list[R]:
+    """The results of `function` for the indices of rows, in order. Each rank has rows of all lengths, longest first."""
+    order = by_length(lengths)
+    results = dict(zip(order, share_items(current_ranks(), function, order), strict=True))
+    return [results[index] for index in range(len(lengths))]
 
 
 def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -> list[Item]:
@@ -157,15 +172,17 @@ def _score_answers(
     questions = make_prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
     settings = _generation_settings(job.generation, questions)
     use_generation_settings_only(loaded.model, settings)
-    answers: dict[int, tuple[str | None, str]] = {}
 
-    def compute(batch: Sequence[int]) -> None:
+    def compute(batch: Sequence[int]) -> list[tuple[str | None, str]]:
         generated, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
-        answers.update(zip(batch, generated, strict=True))
         progress.advance(len(batch), tokens)
+        return generated
 
-    in_batches(by_length(map(len, questions.ids)), job.generation.batch_size, compute, "generation.batch_size")
-    predictions = [answers[index][1] for index in range(len(answers))]
+    size = job.generation.batch_size
+    answers = _shared_by_length(
+        [len(ids) for ids in questions.ids], partial(map_batches, size, compute, key="generation.batch_size")
+    )
+    predictions = [answer for _, answer in answers]
     expected = [split_reasoning(answer)[1] or answer for answer in questions.answers]
     values = score(task.metric, questions.texts, predictions, expected)
     others = [(index, alias) for index, chat in enumerate(chats) for alias in chat.aliases]
@@ -180,7 +197,7 @@ def _score_answers(
         )
     ]
     scores = {**mean_and_error(task.metric, values), "items": len(items), "prompts_cut": questions.cut}
-    reasoning = {index: text for index, (text, _) in answers.items() if text is not None}
+    reasoning = {index: text for index, (text, _) in enumerate(answers) if text is not None}
     if reasoning:
         for index, text in reasoning.items():
             items[index]["reasoning"] = text

@@ -31,6 +31,7 @@ from hft_cli.evaluation.score_files import (
     read_scores,
 )
 from hft_cli.evaluation.suite import Suite, rows_hash, uses_chat_template
+from hft_cli.launch.environment import gpus
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import WorkerRun, run_worker
 from hft_cli.run_dir import RoundDir
@@ -69,7 +70,7 @@ class HeldOutSets:
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How workers are run: the ranks of benchmarks and probes, and a function that is called while a worker runs."""
+    """How workers are run: their ranks (one for sets of rows without GPUs), and a function that is called meanwhile."""
 
     ranks: int = 1
     poll: Callable[[], None] = lambda: None
@@ -225,7 +226,8 @@ def _worker_runs(
     several = ranks if ranks > 1 else None  # None: one process without torchrun
     if rows:
         answers: dict[str, Any] = {"generation": tests.generation, "seed": tests.seed}
-        yield WorkerRun(RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset), folder, label)
+        rows_job = RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset)
+        yield WorkerRun(rows_job, folder, label, several if gpus() else None)  # a CPU is busy with one process
     if benchmarks:
         folders: dict[str, Any] = {
             key: None if folder is None else str(Path(folder).expanduser().resolve())

@@ -108,6 +108,15 @@ def in_batches(
             start += count
 
 
+def map_batches(
+    size: int | str, compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], key: str = "suite.batch_size"
+) -> list[R]:
+    """The results of `compute` for all items, in their order; otherwise as `in_batches`."""
+    results: list[R] = []
+    in_batches(items, size, lambda batch: results.extend(compute(batch)), key)
+    return results
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str, side: str = "right") -> Any:
     """Rows of tokens as an int64 tensor of shape (rows, longest row) on `device`, padded with `value`."""
     import torch

@@ -24,7 +24,8 @@ class Memory:
     """Bytes on one GPU.
 
     Attributes:
-        weights: the model, in the dtype that it computes with (float32 in a single process).
+        weights: the model, in the dtype that it computes with (in a single process float32, except for frozen matrices
+            that the files hold in bfloat16).
         gradients: of the trained parameters, at their peak between the first backward pass and the optimizer.
         optimizer: the two moments of AdamW, float32.
         masters: float32 copies of the trained weights, as DeepSpeed keeps them.
@@ -68,6 +69,7 @@ def memory(work: Workload) -> Memory:
     stage, updated = setup.zero_stage, work.updated_elements
     shard = _trained_shard(work)
     weights = float(size * (sum(_zero3_elements(p, work) for p in work.params) if stage == 3 else work.total_elements))
+    weights -= 2 * sum(p.elements for p in work.params if p.name in work.low)
     reference = 0.0
     if setup.stage == "dpo" and setup.reference != "precomputed":
         reference = float(size * updated) if setup.reference == "shared" else weights
@@ -254,7 +256,7 @@ def _buffers(work: Workload) -> float:
     if setup.autocast:
         # Copies in bfloat16: of trained matrices over the forward pass; without checkpointing of every matrix, for the
         # gradient of its input.
-        matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding"]
+        matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding" and p.name not in work.low]
         total += 2 * sum(p.elements for p in matrices if p.name in work.trained or not setup.checkpointing)
     if setup.zero_stage is not None:
         # The bucket that is filled, and the one being sent. Stage 1 fills it from the float32 sums.

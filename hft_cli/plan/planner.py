@@ -170,9 +170,9 @@ def _disk(config: PlanConfig, model: Model, planned: Sequence[PlannedPhase], tra
     return Disk(deltas * saved, models * saved, checkpoint * (config.train.save_limit + 1))
 
 
-def make_setup(config: PlanConfig, phase: Phase, hidden: int) -> Setup:
-    """How a phase trains. `config` is that of the phase, `hidden` the model's hidden size."""
-    train, engine = config.train, config.engine
+def make_setup(config: PlanConfig, phase: Phase, model: Model) -> Setup:
+    """How a phase trains. `config` is that of the phase."""
+    train, engine, hidden = config.train, config.engine, model.shape.hidden
     zero = deepspeed_settings(config).get("zero_optimization", {})
 
     def elements(key: str, default: int, auto: int) -> int:
@@ -194,6 +194,7 @@ def make_setup(config: PlanConfig, phase: Phase, hidden: int) -> Setup:
         memory_rows=config.continual.gem_memory,
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
+        low_files=model.dtype in ("bfloat16", "BF16"),
         bucket=elements("reduce_bucket_size", REDUCE_BUCKET, hidden**2),
         live=elements("stage3_max_live_parameters", MAX_LIVE, MAX_LIVE),
         sub_group=elements("sub_group_size", SUB_GROUP, SUB_GROUP),
@@ -231,7 +232,7 @@ def _full(model: Model, setup: Setup) -> Workload:
 
 def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows: int | None) -> PlannedPhase:
     phase_settings: PlanConfig = phase_config(config, phase)
-    setup = make_setup(phase_settings, phase, model.shape.hidden)
+    setup = make_setup(phase_settings, phase, model)
     if phase.stage == "half_reset":
         return PlannedPhase(phase, draw, setup, rows)
     train, work, full = phase_settings.train, workload(config, model, draw.updated, setup), _full(model, setup)
@@ -325,7 +326,7 @@ def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequenc
             except UserError:
                 yield Fit(name, checkpointing, None)
                 continue
-            setups = [make_setup(phase_config(variant, phase), phase, model.shape.hidden) for phase in run]
+            setups = [make_setup(phase_config(variant, phase), phase, model) for phase in run]
             drawn_setups = list(zip(drawn, setups, strict=True))
             peaks = [_worst_memory(variant, model, draw, setup).total for draw, setup in drawn_setups]
             works = [workload(variant, model, draw.updated, setup) for draw, setup in drawn_setups]

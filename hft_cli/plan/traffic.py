@@ -57,13 +57,9 @@ class Disk:
 
 
 def checkpoint_bytes(work: Workload) -> float:
-    """Bytes of one checkpoint within a round: weights to load, and float32 weights and moments to continue with.
+    """Bytes of one checkpoint within a round: of what is trained, the float32 weights and two moments.
 
-    A checkpoint of DeepSpeed has the weights twice (stage 3: only the frozen ones); stage 2 has the frozen ones once
-    more.
+    DeepSpeed's stages 1 and 2 add those weights in the dtype in which they compute.
     """
-    total, updated, size = work.total_elements, work.updated_elements, work.setup.weight_bytes
-    if work.setup.zero_stage is None:
-        return float(4 * total + 8 * updated)
-    more = {1: total, 2: 2 * total - updated, 3: total - updated}[work.setup.zero_stage]
-    return float(size * (total + more) + 12 * updated)
+    stage, size = work.setup.zero_stage, work.setup.weight_bytes
+    return float((12 + (size if stage in (1, 2) else 0)) * work.updated_elements)

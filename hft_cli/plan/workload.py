@@ -78,6 +78,7 @@ class Setup:
         memory_rows: rows of each of these tasks.
         offload_optimizer: whether master weights and moments are in host memory.
         offload_parameters: whether weights are in host memory as well.
+        low_files: whether the model's files are in bfloat16.
         bucket, live, sub_group, persistent: settings of DeepSpeed, in elements; see compat.py.
     """
 
@@ -95,6 +96,7 @@ class Setup:
     memory_rows: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    low_files: bool = False
     bucket: int = REDUCE_BUCKET
     live: int = MAX_LIVE
     sub_group: int = SUB_GROUP
@@ -163,6 +165,17 @@ class Workload:
     @cached_property
     def updated_elements(self) -> int:
         return sum(p.elements for p in self.updated)
+
+    @cached_property
+    def low(self) -> frozenset[str]:
+        """Names of the frozen matrices that a single process holds in bfloat16 (see `store_frozen_in_bfloat16`)."""
+        if not (self.setup.autocast and self.setup.low_files):
+            return frozenset()
+        return frozenset(
+            p.name
+            for p in self.params
+            if p.layer is not None and len(p.shape) == 2 and p.name not in self.trained and not p.is_experts
+        )
 
     def place(self, param: Param) -> Place:
         """Where the forward pass uses a parameter. An unknown name counts as early, which needs more, not less."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_tf32_available
 
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.ranks import RANKS_TIMEOUT
@@ -36,6 +37,7 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
         max_grad_norm=train.max_grad_norm,
+        tf32=is_torch_tf32_available() or None,  # matrix products of float32, on Ampere or newer
         bf16=config.model.dtype == "bfloat16",
         use_cpu=not gpu,
         activation_checkpointing=train.gradient_checkpointing,

@@ -100,7 +100,8 @@ class FrozenProof(SessionCallback):
         session, checkpoint = self.session, self.session.checkpoint
         self.state.frozen = session.ranks.gather(frozen_checksum(model))
         # Of a converted checkpoint other ranks hold other parts, so that checksums say nothing.
-        if checkpoint and not checkpoint.converted and self.state.frozen != checkpoint.marker["frozen"]:
+        known = checkpoint.marker.get("frozen_sums") if checkpoint else None  # earlier versions had other checksums
+        if checkpoint and known and not checkpoint.converted and self.state.frozen != known:
             raise RuntimeError("The checkpoint restored other frozen weights than the model's files hold.")
         prove_loaded(unwrapped(model), session, resumed=checkpoint is not None)
         if checkpoint and checkpoint.converted:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -24,12 +25,17 @@ def unwrapped(model: Any) -> Any:
 
 
 def local_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The values of a parameter that this rank holds: all of them, or its shard under ZeRO-3.
+    """The values of a parameter that this rank holds: all of them, or its shard under ZeRO-3, without padding.
 
-    UPSTREAM: deepspeed 0.19.8: a shard is in the undocumented `ds_tensor`.
+    UPSTREAM: deepspeed 0.19.8: a shard is in the undocumented `ds_tensor`. All ranks have shards of one size; what the
+    last ones have too many is memory that nothing was written to.
     """
-    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
-    return part.detach()
+    sharded: Any = parameter
+    if not hasattr(sharded, "ds_tensor"):
+        return parameter.detach()
+    shard: torch.Tensor = sharded.ds_tensor.detach()
+    start = torch.distributed.get_rank(sharded.ds_process_group) * shard.numel()
+    return shard.reshape(-1)[: max(0, sharded.ds_numel - start)]
 
 
 def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
@@ -106,6 +112,44 @@ def use_zero_optimizer() -> None:
         return engine.ZERO_OPTIMIZATION if found == engine.BFLOAT16 and self.zero_optimization() else found
 
     engine.DeepSpeedEngine._do_optimizer_sanity_check = wrapper
+
+
+def leave_frozen_out_of_checkpoints(trainer: Any) -> None:
+    """Have checkpoints hold what is trained, once. Frozen weights are in the model's files. Before train().
+
+    UPSTREAM: transformers 5.23.0: a checkpoint of DeepSpeed also gets all weights as model.safetensors, gathered
+    through the first rank, which nothing reads. That of a single process is written under the names of the model's
+    files, and read back by those in memory: merged experts would not be found, and keep the values that they had.
+    UPSTREAM: deepspeed 0.19.8: `exclude_frozen_parameters` is an argument only, which transformers sets for PEFT alone.
+    """
+    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+    def save(folder: str, _internal_call: bool = True) -> None:
+        if not trainer.is_deepspeed_enabled:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file({name: value.detach().contiguous() for name, value in trained.items()}, f"{folder}/{WEIGHTS}")
+
+    def load(folder: str, model: Any = None) -> None:
+        saved = load_file(f"{folder}/{WEIGHTS}")
+        if missing := sorted(trained.keys() - saved.keys()):
+            raise RuntimeError(f"The checkpoint {folder} has no weights of {missing[0]}.")
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(saved[name])
+
+    trainer.save_model, trainer._load_from_checkpoint = save, load
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        def fixed(name: str, **option: bool) -> Callable[..., Any]:
+            method = getattr(DeepSpeedEngine, name)
+            return wraps(method)(lambda *arguments, **options: method(*arguments, **{**options, **option}))
+
+        DeepSpeedEngine.save_checkpoint = fixed("save_checkpoint", exclude_frozen_parameters=True)
+        DeepSpeedEngine.load_checkpoint = fixed("load_checkpoint", load_module_strict=False)
+
+
+WEIGHTS = "model.safetensors"  # of a checkpoint of a single process
 
 
 def call_before_steps(trainer: Any, function: Callable[[], None]) -> None:

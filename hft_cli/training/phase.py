@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hft_cli.checkpoint.model_config import read_model_config
+from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
 from hft_cli.data import templates
@@ -29,13 +31,13 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.arguments import trainer_arguments
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
-from hft_cli.training.compat import load_universal, use_zero_optimizer
+from hft_cli.training.compat import leave_frozen_out_of_checkpoints, load_universal, use_zero_optimizer
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.proof import write_frozen
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
 from hft_cli.training.session import Session, SessionCallback, SessionState, TrainerParts, diverged
 from hft_cli.training.validation import Validation, keeps_best, use_best, validation_outcome
-from hft_cli.training.weights import load_model
+from hft_cli.training.weights import load_model, store_frozen_in_bfloat16
 
 
 def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
@@ -61,8 +63,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     tokenizer = load_tokenizer(job, folder, ranks)
     dataset, counts = load_rows(job, folder, tokenizer, ranks, procedure)
     progress.activity("loading the model")
-    set_seed(config.seed)
-    model = procedure.prepare_model(load_model(job.model, config), job)
+    model = model_to_train(job, params, procedure)
 
     zero_optimization = job.deepspeed.get("zero_optimization")
     identity = Identity(
@@ -79,6 +80,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     validation = make_validation(session, procedure, progress)
     callbacks = phase_callbacks(session, procedure, progress, dataset, validation)
     trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
+    leave_frozen_out_of_checkpoints(trainer)
     for callback in callbacks:
         if isinstance(callback, SessionCallback):
             callback.trainer = trainer
@@ -93,6 +95,16 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
             if ranks.first:
                 write_outcome(session, trainer.state.global_step, result.training_loss, procedure, frozen)
     ranks.leave()
+
+
+def model_to_train(job: PhaseJob, params: Mapping[str, Param], procedure: Procedure) -> Any:
+    """The model with `requires_grad` set, as it is held in memory while it is trained."""
+    config = job.config
+    set_seed(config.seed)
+    model = procedure.prepare_model(load_model(job.model, config), job)
+    if config.model.dtype == "bfloat16" and config.engine.zero_stage is None:
+        store_frozen_in_bfloat16(model, params, job.model)
+    return model
 
 
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:

@@ -87,7 +87,7 @@ class SessionState:
         return {
             **asdict(identity),
             "seconds": self.seconds(),
-            "frozen": self.frozen,
+            "frozen_sums": self.frozen,
             "losses": astuple(self.losses),
             "engines": self.engines,
             **({"validations": self.validations} if self.validations else {}),

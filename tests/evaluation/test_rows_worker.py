@@ -1,13 +1,19 @@
-"""The worker of sets of rows: exact match without decoding, generated answers, and parameters set back in memory."""
+"""The worker of sets of rows: exact match without decoding, generated answers, and parameters set back in memory.
+
+Run as a program, this file is one of the ranks: `torchrun … test_rows_worker.py ROWS OUT`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import torchrun
 from safetensors.torch import load_file, save_file
 
 from hft_cli.config.schema import ModelConfig
@@ -49,6 +55,35 @@ def test_exact_match_is_what_greedy_decoding_gives(rows, tmp_path):
     assert scores["items"] == generated["items"] == 20
     assert answers[0]["prediction"] == answers[0]["answer"]
     assert json.loads((tmp_path / "forced" / "progress.json").read_text())["step"] == 20
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("kept", [20, 1])  # with one row, the other rank has none
+def test_two_ranks_give_the_items_of_one(kept, rows, tmp_path):
+    some = tmp_path / "rows.jsonl"
+    some.write_text("".join(rows.read_text().splitlines(keepends=True)[:kept]))
+    torchrun(2, __file__, some, tmp_path / "two")
+    for name, task in tasks(some).items():
+        scores, items = score(tmp_path / name, task)
+        shared = [json.loads(line) for line in (tmp_path / "two/s" / f"{name}.jsonl").read_text().splitlines()]
+        for item, other in zip(items, shared, strict=True):
+            assert item == pytest.approx(other, abs=1e-4) if "nll" in item else item == other
+        of_ranks = json.loads((tmp_path / "two/s" / f"{name}.json").read_text())
+        assert {key: of_ranks[key] for key in scores} == pytest.approx(scores, abs=1e-4)
+
+
+def tasks(rows: Path) -> dict[str, RowsTask]:
+    return {"forced": RowsTask(str(rows)), "generated": RowsTask(str(rows), metric="accuracy")}
+
+
+def rank(rows: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    generation = GenerationConfig(max_new_tokens=24, batch_size=6)
+    score_rows(
+        RowsJob(ModelConfig(), MODEL, {"s": tasks(rows)}, 7, generation, seed=1),
+        RoundDir(out),
+        Progress(out / "p", rank=int(os.environ["RANK"])),
+    )
 
 
 def test_nll_is_the_mean_over_the_tokens_of_all_answers(rows, tmp_path):
@@ -109,3 +144,7 @@ def test_scores_do_not_depend_on_the_size_of_batches(rows, tmp_path):
         sizes[size] = json.loads((out / "s/t.json").read_text())
     assert sizes[1]["exact_match"] == sizes[7]["exact_match"] == sizes["auto"]["exact_match"] == 0.5
     assert sizes[1]["nll"] == pytest.approx(sizes["auto"]["nll"], rel=1e-5)
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]), Path(sys.argv[2]))

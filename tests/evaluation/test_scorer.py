@@ -20,7 +20,7 @@ from hft_cli.evaluation import scorer
 from hft_cli.evaluation.scorer import HeldOutSets, ScoredModel, score, scores_of
 from hft_cli.evaluation.suite import read_suite
 from hft_cli.launch import work
-from hft_cli.launch.jobs import write_job
+from hft_cli.launch.jobs import RowsTask, write_job
 from hft_cli.launch.worker import WorkerRun
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -146,3 +146,14 @@ def test_training_refuses_a_bad_suite_before_it_writes_anything(tmp_path, data_d
     unsaved.method.name, unsaved.method.save_model, unsaved.model.base = "half_reset", False, "pocket:model"
     with pytest.raises(UserError, match=r"method\.save_model=false leaves no model"):
         run(unsaved, [])
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [([], None), ([80e9] * 8, 8)])
+def test_sets_of_rows_are_shared_among_gpus(gpus, ranks, monkeypatch, tmp_path):
+    monkeypatch.setattr(scorer, "gpus", lambda: gpus)
+    runs = []
+    monkeypatch.setattr(scorer, "run_worker", lambda run, poll: runs.append(run))
+    model = ScoredModel(model_folder(resolve_path("pocket:model")), ModelConfig(name="a"), "hash")
+    tests = HeldOutSets({"a": RowsTask(resolve_path("pocket:skills/order/test.jsonl"))})
+    score(read_suite(SuiteConfig()), model, RoundDir(tmp_path), tests, workers=scorer.WorkerOptions(8))
+    assert [run.ranks for run in runs] == [ranks]

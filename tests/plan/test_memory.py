@@ -203,6 +203,4 @@ def test_ranks_of_deepspeed_hold_what_is_planned(stage: int, dtype: str, measure
     # Only files of tensors: names and settings are large beside so small a model.
     files = [path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors") and "checkpoint" in str(path)]
     size = sum(path.stat().st_size for path in files)
-    # On a CPU stage 2 does not write frozen weights a third time: they share memory with those of the module.
-    third = setup.weight_bytes * sum(p.elements for p in params if p.name in job.frozen) if stage == 2 else 0
-    assert checkpoint_bytes(work) - third == pytest.approx(size, rel=0.05)
+    assert checkpoint_bytes(work) == pytest.approx(size, rel=0.05)

@@ -98,7 +98,7 @@ def test_a_frozen_weight_that_changes_stops_the_run(session):
 def test_a_checkpoint_with_other_frozen_weights_stops_the_run(session):
     trained = model()
     callbacks.FrozenProof(session).on_train_begin(ARGUMENTS, at(0), None, model=trained)
-    resumed = replace(session, checkpoint=Checkpoint(Path("checkpoint-1"), {"frozen": session.state.frozen}))
+    resumed = replace(session, checkpoint=Checkpoint(Path("checkpoint-1"), {"frozen_sums": session.state.frozen}))
     callbacks.FrozenProof(resumed).on_train_begin(ARGUMENTS, at(1), None, model=trained)
     trained[0].bias.data[1] += 1e-7
     with pytest.raises(RuntimeError, match="The checkpoint restored other frozen weights"):

@@ -101,6 +101,14 @@ def test_weights_are_found_under_zero(stage: str, engines: dict[str, Any]) -> No
     assert seen["torch's optimizer"] == "AdamW"
 
 
+@pytest.mark.parametrize(("rank", "elements"), [(0, 3), (1, 2), (2, 0)])
+def test_the_padding_of_a_shard_is_no_part_of_it(rank: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    parameter: Any = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = torch.zeros(3), 5, None
+    assert compat.local_part(parameter).shape == (elements,)
+
+
 def test_a_gradient_put_under_zero_is_that_of_the_step(engines: dict[str, Any]) -> None:
     seen = engines["zero2"]
     assert seen["gradients"]

@@ -124,18 +124,25 @@ def test_a_loss_that_is_not_the_models_own_is_refused(dtype, stage, tmp_path):
     assert not RoundDir(tmp_path).outcome.exists()
 
 
-def test_a_checkpoint_with_another_frozen_weight_is_refused(tmp_path):
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
     job = four_steps(tmp_path, "single")
     made = train(job, tmp_path)
     hashes = json.loads(made.frozen.read_text())["tensors"]
     assert set(hashes) == set(job.frozen)
     checkpoint = made.checkpoints / "checkpoint-2"
     tensors = load_file(checkpoint / "model.safetensors")
-    tensors[job.frozen[0]].view(-1)[0] += 1e-3
-    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    assert set(tensors) == set(job.updated)  # frozen weights are in the model's files
+
+    def rewrite(marker: dict[str, Any]) -> None:
+        complete(checkpoint, {key: value for key, value in marker.items() if key != "files"})  # as if written so
+
     marker = json.loads((checkpoint / "hft.json").read_text())
-    complete(checkpoint, {key: value for key, value in marker.items() if key != "files"})  # as if it was written so
+    rewrite(marker | {"frozen_sums": [marker["frozen_sums"][0] ^ 1]})
     with pytest.raises(RuntimeError, match="The checkpoint restored other frozen weights"):
+        train(job, tmp_path)
+    save_file({job.updated[0]: tensors[job.updated[0]]}, checkpoint / "model.safetensors", {"format": "pt"})
+    rewrite(marker)
+    with pytest.raises(RuntimeError, match=r"checkpoint-2 has no weights of "):
         train(job, tmp_path)
 
 
