@@ -44,6 +44,11 @@ class TrainConfig:
     packing: bool = setting(
         False, "Pack short rows into sequences of max_length, without padding. Rows do not attend to each other."
     )
+    group_by_length: bool = setting(
+        False,
+        "Put rows of similar lengths into a batch: less padding, and faster steps. Groups of 50 batches are drawn at "
+        "random, and sorted by length.",
+    )
     schedule: str = setting(
         "linear",
         "Learning-rate schedule.",

@@ -331,6 +331,18 @@ def _dpo_can_be_done(config: RunConfig) -> str | None:
     return None
 
 
+def _rows_have_one_order(config: RunConfig) -> str | None:
+    if not config.train.group_by_length:
+        return None
+    if config.train.packing:
+        return (
+            "train.group_by_length=true has no effect on packed rows: they are all full. Set one of the two to false."
+        )
+    if config.continual.name == "replay" and not config.continual.replay_shuffle:
+        return "train.group_by_length=true changes the order of rows: set continual.replay_shuffle=true."
+    return None
+
+
 def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:
     if config.model.attention != "flash_attention_2" or config.model.dtype in ("bfloat16", AUTO):
         return None
@@ -373,6 +385,7 @@ RULES: tuple[Rule, ...] = (
     _continual_suits_the_method,
     _continual_suits_the_engine,
     _dpo_can_be_done,
+    _rows_have_one_order,
     _flash_attention_is_in_bfloat16,
     _batch_is_whole,
     _shares_leave_room,

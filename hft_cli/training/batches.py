@@ -1,11 +1,14 @@
-"""Rows of tokens as padded batches, for what computes losses beside the trainer."""
+"""Rows of tokens as padded batches, for what computes losses beside the trainer; batches of rows of similar lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 TokensAndLabels = tuple[torch.Tensor, torch.Tensor]  # token ids and labels (-100: no loss), each of shape (tokens,)
 
@@ -18,3 +21,38 @@ def padded(rows: Sequence[TokensAndLabels]) -> dict[str, torch.Tensor]:
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
+
+
+class ByLength(Sampler[int]):
+    """The order of rows by `get_length_grouped_indices`, which depends on seed and epoch alone.
+
+    Args:
+        lengths: of the rows, in tokens.
+        batch: rows of an optimizer step, over all ranks.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """The tokens of each row of a data set, of all its columns of token ids."""
+    import pyarrow.compute as pc
+
+    names = [name for name in dataset.column_names if name.endswith("_ids")]
+    lengths: list[int] = []
+    for batch in dataset.select_columns(names).with_format("arrow").iter(10_000):
+        columns = [pc.list_value_length(batch[name]).to_pylist() for name in names]
+        lengths += map(sum, zip(*columns, strict=True))
+    return lengths

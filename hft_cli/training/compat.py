@@ -212,6 +212,15 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
+def use_sampler(trainer: Any, sampler: Any) -> None:
+    """Have the trainer take its rows in the order of a sampler. Before train().
+
+    UPSTREAM: transformers 5.23.0: that of `train_sampling_strategy="group_by_length"` draws from torch's global
+    generator, so that a resumed phase would see rows in another order. There is no other way to give one of our own.
+    """
+    trainer._get_train_sampler = lambda *_: sampler
+
+
 def count_tokens(trainer: Any) -> Callable[[], int]:
     """Count the tokens of all batches, without padding. The function that is returned gives their number so far, over
     all ranks; it is collective.

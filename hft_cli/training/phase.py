@@ -30,8 +30,14 @@ from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.arguments import trainer_arguments
+from hft_cli.training.batches import ByLength, row_lengths
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
-from hft_cli.training.compat import leave_frozen_out_of_checkpoints, load_universal, use_zero_optimizer
+from hft_cli.training.compat import (
+    leave_frozen_out_of_checkpoints,
+    load_universal,
+    use_sampler,
+    use_zero_optimizer,
+)
 from hft_cli.training.procedures import Procedure, procedure_of
 from hft_cli.training.proof import write_frozen
 from hft_cli.training.resume import Identity, newest_checkpoint, stop_requested
@@ -79,11 +85,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
 
     validation = make_validation(session, procedure, progress)
     callbacks = phase_callbacks(session, procedure, progress, dataset, validation)
-    trainer = procedure.build_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session)
-    leave_frozen_out_of_checkpoints(trainer)
-    for callback in callbacks:
-        if isinstance(callback, SessionCallback):
-            callback.trainer = trainer
+    trainer = make_trainer(TrainerParts(model, arguments, dataset, tokenizer, callbacks), session, procedure)
     if not ranks.maximum(stop_requested(folder, ranks)):
         result = trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         if not math.isfinite(result.training_loss):  # of steps that were not logged, too
@@ -105,6 +107,18 @@ def model_to_train(job: PhaseJob, params: Mapping[str, Param], procedure: Proced
     if config.model.dtype == "bfloat16" and config.engine.zero_stage is None:
         store_frozen_in_bfloat16(model, params, job.model)
     return model
+
+
+def make_trainer(parts: TrainerParts, session: Session, procedure: Procedure) -> Any:
+    """The trainer of the phase, known to its callbacks."""
+    config, trainer = session.job.config, procedure.build_trainer(parts, session)
+    leave_frozen_out_of_checkpoints(trainer)
+    if config.train.group_by_length:
+        use_sampler(trainer, ByLength(row_lengths(parts.dataset), config.train.batch_size, config.seed))
+    for callback in parts.callbacks:
+        if isinstance(callback, SessionCallback):
+            callback.trainer = trainer
+    return trainer
 
 
 def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedTokenizerBase:

@@ -46,6 +46,10 @@ BROKEN = {
         ("+method=hft_dpo", "engine=zero3", "dpo.reference=shared"),
         r"dpo\.reference=shared does not work on engine=zero3",
     ),
+    "_rows_have_one_order": (
+        (HFT, "train.packing=true", "train.group_by_length=true"),
+        r"no effect on packed rows",
+    ),
     "_flash_attention_is_in_bfloat16": ((HFT, "model.attention=flash_attention_2"), r"computes in bfloat16 only"),
     "_batch_is_whole": ((HFT, "train.batch_size=10", "train.micro_batch_size=4"), r"not a multiple .* that is: 8"),
     "_shares_leave_room": (

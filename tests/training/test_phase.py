@@ -1,4 +1,4 @@
-"""What a phase holds in memory and writes into checkpoints, and that neither changes what is trained."""
+"""What a phase holds in memory, writes into checkpoints, and in which order it takes rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import BASE, phase_job, save_model
+from hypothesis import given
+from hypothesis import strategies as st
 from model_types import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from hft_cli.launch.jobs import Progress
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
+from hft_cli.training.batches import ByLength, row_lengths
 from hft_cli.training.resume import MARKER
 
 QUICK = (
@@ -65,14 +69,47 @@ def test_frozen_matrices_of_float32_files_stay_float32(tmp_path, monkeypatch):
     assert {value.dtype for value in models[0].parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_a_checkpoint_resumes_merged_experts_too(model_type, tmp_path):
+@pytest.mark.parametrize(("model_type", "more"), [("mixtral", ()), ("llama", ("train.group_by_length=true",))])
+def test_a_phase_resumes_with_merged_experts_and_its_order(model_type, more, tmp_path):
     torch.manual_seed(0)
     model = save_model(AutoModelForCausalLM.from_config(tiny_config(model_type, vocabulary=512)), tmp_path / "model")
-    whole = train(tmp_path / "whole", model, "train.save_every=2", "train.save_limit=9")
+    settings = ("train.save_every=3", "train.save_limit=9", "train.max_steps=8", "data.max_rows=10", *more)  # 3 epochs
+    whole = train(tmp_path / "whole", model, *settings)
     resumed = RoundDir(Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed")))
-    assert (resumed.checkpoints / "checkpoint-2" / MARKER).exists()
+    shutil.rmtree(resumed.checkpoints / "checkpoint-6")
+    assert (resumed.checkpoints / "checkpoint-3" / MARKER).exists()
     for file in (resumed.delta, resumed.outcome):
         file.unlink()
-    train(tmp_path / "resumed", model, "train.save_every=2", "train.save_limit=9")
+    train(tmp_path / "resumed", model, *settings)
     assert resumed.delta.read_bytes() == whole.delta.read_bytes()
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 8))
+def test_rows_by_length_are_a_permutation_of_each_epoch(lengths, batch):
+    sampler = ByLength(lengths, batch, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(len(lengths)))
+    assert list(ByLength(lengths, batch, seed=3)) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(len(lengths)))
+
+
+def test_batches_by_length_have_less_padding():
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (4000,), generator=random).tolist()
+    sampler = ByLength(lengths, 16, seed=1)
+
+    def padded(order: list[int]) -> float:
+        batches = [[lengths[index] for index in order[start : start + 16]] for start in range(0, len(order), 16)]
+        return sum(max(batch) * len(batch) for batch in batches) / sum(lengths)
+
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert padded(list(range(4000))) > 1.8
+    assert padded(first) < 1.05
+
+
+def test_the_length_of_a_pair_is_that_of_all_its_tokens():
+    rows = {"prompt_ids": [[1, 2], [3]], "chosen_ids": [[4], [5, 6]], "rejected_ids": [[7], []], "other": [1, 2]}
+    assert row_lengths(Dataset.from_dict(rows)) == [4, 3]
