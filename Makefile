@@ -39,7 +39,8 @@ torture: .venv/installed
 	$(BIN)/python scripts/torture.py --engine single --engine zero2
 
 bench: .venv/installed
-	$(BIN)/python scripts/bench/files.py
+	mkdir -p runs
+	$(BIN)/python scripts/bench/run.py --out runs/bench.json
 
 fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3,<4"

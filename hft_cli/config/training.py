@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hft_cli.config.optimizers import DEFAULT as OPTIMIZER
 from hft_cli.config.settings import setting
 
 
@@ -12,7 +13,13 @@ from hft_cli.config.settings import setting
 class TrainConfig:
     """Keys `train`: how a round is optimised. The defaults are Tulu 2's for SFT; group `recipe` has others."""
 
-    learning_rate: float = setting(2e-5, "Peak learning rate of AdamW.", range="(0, inf)")
+    optimizer: str = setting(
+        OPTIMIZER,
+        "The optimizer, by its name in transformers. Those other than AdamW are for engine=single. Adafactor needs the "
+        "least memory of those that adapt their steps; sgd has no momentum.",
+        choices=("hft_cli.config.optimizers:OPTIMIZERS",),
+    )
+    learning_rate: float = setting(2e-5, "Peak learning rate.", range="(0, inf)")
     epochs: Any = setting(
         2.0,
         "Passes over each training set. One number, or a map from task to number. train.max_steps takes precedence.",
@@ -55,9 +62,7 @@ class TrainConfig:
         choices=("linear", "cosine", "constant", "constant_with_warmup"),
     )
     warmup: float = setting(0.03, "Share of the steps in which the learning rate rises.", range="[0, 1)")
-    weight_decay: float = setting(
-        0.0, "AdamW's decoupled weight decay; it applies to updated matrices only.", range="[0, inf)"
-    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay; it applies to updated matrices only.", range="[0, inf)")
     beta1: float = setting(0.9, "AdamW's decay rate of the first moment.", range="[0, 1)")
     beta2: float = setting(0.999, "AdamW's decay rate of the second moment.", range="[0, 1)")
     max_grad_norm: float = setting(

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
+from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
 from hft_cli.config.schema import EvalConfig, RunConfig
 from hft_cli.config.settings import AUTO, REQUIRED, check_settings, leaves
+from hft_cli.config.training import TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.paths import group_options
+
+BETA1, BETA2 = (TrainConfig.beta1, TrainConfig.beta2)
 
 OUTSIDE = ("embeddings", "head", "final_norm")  # fields of SelectionConfig for parameters outside the layers
 
@@ -331,6 +335,19 @@ def _dpo_can_be_done(config: RunConfig) -> str | None:
     return None
 
 
+def _optimizer_suits_the_engine(config: RunConfig) -> str | None:
+    train = config.train
+    if train.optimizer != DEFAULT and config.engine.zero_stage is not None:
+        return (
+            f"train.optimizer={train.optimizer} is for engine=single: DeepSpeed divides the state of AdamW among the "
+            f"ranks, and only that was tried. Set train.optimizer={DEFAULT}."
+        )
+    optimizer = OPTIMIZERS.get(train.optimizer)
+    if optimizer is not None and not optimizer.has_betas and (train.beta1, train.beta2) != (BETA1, BETA2):
+        return f"train.beta1 and beta2 have no effect on train.optimizer={train.optimizer}: leave them out."
+    return None
+
+
 def _rows_have_one_order(config: RunConfig) -> str | None:
     if not config.train.group_by_length:
         return None
@@ -385,6 +402,7 @@ RULES: tuple[Rule, ...] = (
     _continual_suits_the_method,
     _continual_suits_the_engine,
     _dpo_can_be_done,
+    _optimizer_suits_the_engine,
     _rows_have_one_order,
     _flash_attention_is_in_bfloat16,
     _batch_is_whole,

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
+from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
 
@@ -27,7 +28,7 @@ class Memory:
         weights: the model, in the dtype that it computes with (in a single process float32, except for frozen matrices
             that the files hold in bfloat16).
         gradients: of the trained parameters, at their peak between the first backward pass and the optimizer.
-        optimizer: the two moments of AdamW, float32.
+        optimizer: its state; of AdamW two moments in float32.
         masters: float32 copies of the trained weights, as DeepSpeed keeps them.
         reference: the second model of DPO.
         activations: what autograd saves of one micro-batch.
@@ -79,13 +80,20 @@ def memory(work: Workload) -> Memory:
     return Memory(
         weights=weights,
         gradients=_gradients(work) * on_gpu,
-        optimizer=8.0 * shard * on_gpu,
+        optimizer=_optimizer_state(work) * on_gpu,
         masters=0.0 if stage is None else 4.0 * shard * on_gpu,  # DeepSpeed copies float32 weights as well
         reference=reference,
         activations=activations(work),
         buffers=_buffers(work),
         step=0.0 if stage is None or summed_in_place else float(4 * step_elements * on_gpu),
     )
+
+
+def _optimizer_state(work: Workload) -> float:
+    """Bytes of the state of the optimizer; under DeepSpeed two moments in float32 of the rank's shard."""
+    if work.setup.zero_stage is not None:
+        return 8.0 * _trained_shard(work)
+    return sum(OPTIMIZERS[work.setup.optimizer].state_bytes(p.shape) for p in work.updated)
 
 
 def _gradients(work: Workload) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hft_cli.config.conf import options_of
 from hft_cli.config.deepspeed import deepspeed_settings
-from hft_cli.config.schema import EngineConfig, PlanConfig
+from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig
 from hft_cli.config.settings import AUTO, REQUIRED
 from hft_cli.config.validate import check
 from hft_cli.data.mixing import read_mixed, read_source
@@ -194,6 +194,7 @@ def make_setup(config: PlanConfig, phase: Phase, model: Model) -> Setup:
         memory_rows=config.continual.gem_memory,
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
+        optimizer=train.optimizer,
         low_files=model.dtype in ("bfloat16", "BF16"),
         bucket=elements("reduce_bucket_size", REDUCE_BUCKET, hidden**2),
         live=elements("stage3_max_live_parameters", MAX_LIVE, MAX_LIVE),
@@ -259,6 +260,16 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
         full_flops=flops(full, train.batch_size, tokens),
         network=network(work),
         hours=duration,
+    )
+
+
+def slow_packing(config: RunConfig) -> str | None:
+    """What to do where packed rows are slow; None if they are not packed, or the attention knows their bounds."""
+    if not config.train.packing or config.model.attention == "flash_attention_2":
+        return None
+    return (
+        "train.packing=true without flash attention computes attention between all rows of a sequence, and masks it. "
+        "model.attention=flash_attention_2 does not; train.group_by_length=true avoids most padding with any attention."
     )
 
 

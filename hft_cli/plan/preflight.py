@@ -7,6 +7,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
 from hft_cli.config.schema import EngineConfig, RunConfig
 from hft_cli.errors import UserError
 from hft_cli.launch.environment import cuda_build, gpus, host_memory, torch_sees_gpu
@@ -26,6 +27,7 @@ def preflight(config: RunConfig, plan: Plan, new: bool) -> None:
     check_packages(config)
     if plan.rounds[0].phase.stage != "half_reset":
         gpu_memories = gpus()
+        check_optimizer(config.train.optimizer, bool(gpu_memories))
         check_device(config.engine, gpu_memories, sum(p.elements for p in plan.model.params))
         if config.engine.check_memory:
             check_memory(config, plan, gpu_memories, host_memory())
@@ -56,6 +58,18 @@ def check_packages(config: RunConfig) -> None:
             "model.attention=flash_attention_2 needs the package flash-attn, which is not installed. Install it, or "
             "set model.attention=sdpa."
         )
+
+
+def check_optimizer(name: str, has_gpu: bool) -> None:
+    """Check that the optimizer is installed, and that there is a GPU if it needs one."""
+    optimizer = OPTIMIZERS[name]
+    if optimizer.package and find_spec(optimizer.package) is None:
+        raise UserError(
+            f"train.optimizer={name} needs the package {optimizer.package}, which is not installed. Install it, or set "
+            f"train.optimizer={DEFAULT}."
+        )
+    if optimizer.needs_gpu and not has_gpu:
+        raise UserError(f"train.optimizer={name} needs a GPU, and there is none here. Set train.optimizer={DEFAULT}.")
 
 
 def check_device(engine: EngineConfig, gpu_memories: list[float | None], elements: int) -> None:

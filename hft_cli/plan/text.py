@@ -8,11 +8,11 @@ from dataclasses import replace
 from hft_cli.checkpoint.naming import KINDS
 from hft_cli.method.units import Unit, count_elements, group_units
 from hft_cli.plan.memory import PARTS, activations
-from hft_cli.plan.planner import Plan, workload
+from hft_cli.plan.planner import Plan, slow_packing, workload
 from hft_cli.text import format_bytes, format_count, format_ranges, markdown_table, plural
 
 LABELS = {
-    "optimizer": "AdamW's moments",
+    "optimizer": "optimizer state",
     "masters": "master weights",
     "reference": "DPO's reference",
     "step": "optimizer step *",
@@ -67,6 +67,8 @@ def _head(plan: Plan) -> str:
             f"step    {config.train.batch_size:,} rows = {gpus} x {plural(setup.rows, 'row')} x "
             f"{plural(setup.accumulation, 'micro batch', 'es')}; a row has {setup.length:,} tokens{mean}",
         ]
+        if hint := slow_packing(config):
+            lines.append(f"note    {hint}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.plan.workload import Workload
 
 
@@ -57,9 +58,12 @@ class Disk:
 
 
 def checkpoint_bytes(work: Workload) -> float:
-    """Bytes of one checkpoint within a round: of what is trained, the float32 weights and two moments.
+    """Bytes of one checkpoint within a round: of what is trained, the float32 weights and the optimizer's state.
 
     DeepSpeed's stages 1 and 2 add those weights in the dtype in which they compute.
     """
     stage, size = work.setup.zero_stage, work.setup.weight_bytes
+    if stage is None:
+        state = OPTIMIZERS[work.setup.optimizer].state_bytes
+        return sum(4.0 * p.elements + state(p.shape) for p in work.updated)
     return float((12 + (size if stage in (1, 2) else 0)) * work.updated_elements)

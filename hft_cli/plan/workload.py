@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hft_cli.checkpoint.naming import Param
+from hft_cli.config.optimizers import DEFAULT
 from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 
 
@@ -78,6 +79,7 @@ class Setup:
         memory_rows: rows of each of these tasks.
         offload_optimizer: whether master weights and moments are in host memory.
         offload_parameters: whether weights are in host memory as well.
+        optimizer: train.optimizer.
         low_files: whether the model's files are in bfloat16.
         bucket, live, sub_group, persistent: settings of DeepSpeed, in elements; see compat.py.
     """
@@ -96,6 +98,7 @@ class Setup:
     memory_rows: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    optimizer: str = DEFAULT
     low_files: bool = False
     bucket: int = REDUCE_BUCKET
     live: int = MAX_LIVE

@@ -29,6 +29,7 @@ from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
 from hft_cli.plan.automatic import automatic, machine_of
 from hft_cli.plan.planner import plan as make_plan
+from hft_cli.plan.planner import slow_packing
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.base import base_record, recorded_revision
@@ -104,6 +105,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     costs = make_plan(PlanConfig(**vars(local)), row_counts)
     if config.model.part:
         logger.info(f"model.part={config.model.part}: {costs.model.source}")
+    if hint := slow_packing(config):
+        logger.warning(hint)
     preflight(config, costs, new=not run.config.exists())
     record = {
         "suite_sha256": suite.hashes,

@@ -32,7 +32,7 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         max_length=train.max_length,
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
-        optim="adamw_torch_fused",  # passes over the moments once
+        optim=train.optimizer,
         weight_decay=train.weight_decay,
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,

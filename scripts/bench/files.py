@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -22,6 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from table import Row, markdown
 
 from hft_cli.checkpoint.architectures import shapes_from_fields
 from hft_cli.checkpoint.tensors import StoredTensor, Writer
@@ -87,8 +88,8 @@ def hft(cache: Path, *arguments: object) -> None:
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "XDG_CACHE_HOME": str(cache)})
 
 
-def measure(work: Path, gigabytes: float, repeats: int) -> dict[str, float]:
-    """Name -> median of the seconds."""
+def measure(work: Path, gigabytes: float, repeats: int) -> dict[str, list[float]]:
+    """Name -> seconds of each repeat."""
     base, tuned, out = work / "base", work / "tuned", work / "out"
     write_model(base, gigabytes, seed=1)
     write_model(tuned, gigabytes, seed=2)
@@ -116,7 +117,25 @@ def measure(work: Path, gigabytes: float, repeats: int) -> dict[str, float]:
         take("Half-Reset, hashes known", hft, *reset, f"output_dir={again}")
         shutil.rmtree(again)
         take("hft verify", hft, cache, "verify", run)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def rows(work: Path, gigabytes: float, repeats: int) -> list[Row]:
+    """The measurements with their bars, those of `hft` without its start-up."""
+    times = measure(work, gigabytes, repeats)
+    copy, hashing, start = (
+        statistics.median(times[name]) for name in ("cp -r of the model", "hashing both models", "start-up")
+    )
+    bars = {
+        "Half-Reset": 1.25 * (copy + hashing),
+        "Half-Reset, hashes known": 1.25 * copy,
+        "hft verify": 1.25 * 2 * hashing,
+    }
+    label = f"{gigabytes:g} GB, "
+    return [
+        Row(label + name, tuple(value - start * (name in bars) for value in values), bar=bars.get(name))
+        for name, values in times.items()
+    ]
 
 
 def main() -> None:
@@ -126,20 +145,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the models are written; a temporary folder if left out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        times = measure(Path(work), arguments.gigabytes, arguments.repeats)
-    copy, hashing, start = times["cp -r of the model"], times["hashing both models"], times["start-up"]
-    limits = {
-        "Half-Reset": 1.25 * (copy + hashing),
-        "Half-Reset, hashes known": 1.25 * copy,
-        "hft verify": 1.25 * 2 * hashing,
-    }
-    print(f"{arguments.gigabytes:g} GB in {SHARDS} files, {os.cpu_count()} cores, medians of {arguments.repeats}\n")
-    print("| what | seconds | without start-up | bar | met |\n| --- | --- | --- | --- | --- |")
-    for name, value in times.items():
-        own = value - start if name in limits else value
-        bar = f"{limits[name]:.2f} | {'yes' if own <= limits[name] else 'no'}" if name in limits else " | "
-        print(f"| {name} | {value:.2f} | {own:.2f} | {bar} |")
-    print(f"\n{json.dumps(times)}")
+        print(markdown(rows(Path(work), arguments.gigabytes, arguments.repeats)))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,16 @@ def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
     preflight.check_device(composed("+method=hft").engine, [], 7_000_000_000)
 
 
+def test_an_optimizer_that_cannot_be_used_here_is_refused(monkeypatch):
+    preflight.check_optimizer("adafactor", has_gpu=False)
+    with pytest.raises(UserError, match=r"adamw_bnb_8bit needs the package bitsandbytes, which is not installed"):
+        preflight.check_optimizer("adamw_bnb_8bit", has_gpu=True)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    preflight.check_optimizer("adamw_bnb_8bit", has_gpu=True)
+    with pytest.raises(UserError, match=r"adamw_bnb_8bit needs a GPU, and there is none here"):
+        preflight.check_optimizer("adamw_bnb_8bit", has_gpu=False)
+
+
 @pytest.mark.parametrize(
     ("gpus", "cuda", "overrides", "words"),
     [

@@ -49,7 +49,7 @@ def test_the_memory_table_adds_up():
     body = table(plan_text(planned()), "part")
     assert body[0] == ["part", "this draw", "worst draw", "FFT"]
     assert [row[0] for row in body[1:]] == [
-        "weights", "gradients", "AdamW's moments", "activations", "buffers", "total",
+        "weights", "gradients", "optimizer state", "activations", "buffers", "total",
     ]  # fmt: skip
 
 

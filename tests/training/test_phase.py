@@ -16,6 +16,7 @@ from model_types import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.launch.jobs import Progress
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
@@ -81,6 +82,27 @@ def test_a_phase_resumes_with_merged_experts_and_its_order(model_type, more, tmp
     for file in (resumed.delta, resumed.outcome):
         file.unlink()
     train(tmp_path / "resumed", model, *settings)
+    assert resumed.delta.read_bytes() == whole.delta.read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+def test_an_optimizer_holds_what_is_planned_and_resumes(optimizer, tmp_path):
+    settings = (f"train.optimizer={optimizer}", "train.save_every=2", "train.weight_decay=0.1")
+    whole = train(tmp_path / "whole", BASE, *settings)
+    checkpoint = torch.load(whole.checkpoints / "checkpoint-2/optimizer.pt")["state"]
+    held = sum(
+        value.numel() * value.element_size()
+        for state in checkpoint.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim()
+    )
+    updated = set(phase_job(tmp_path / "job", BASE, *QUICK).updated)
+    shapes = [value.shape for name, value in load_file(BASE / "model.safetensors").items() if name in updated]
+    assert held == sum(OPTIMIZERS[optimizer].state_bytes(tuple(shape)) for shape in shapes)
+    resumed = RoundDir(Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed")))
+    for file in (resumed.delta, resumed.outcome):
+        file.unlink()
+    train(tmp_path / "resumed", BASE, *settings)
     assert resumed.delta.read_bytes() == whole.delta.read_bytes()
 
 
