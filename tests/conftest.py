@@ -11,9 +11,20 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import preloaded as forking
 import pytest
 import torch
-from helpers import DECAYED, SCORED, TWO_RANKS, TWO_ROUNDS, environment, start, train, wait_for, wait_until_gone
+from helpers import (
+    DECAYED,
+    SCORED,
+    TWO_RANKS,
+    TWO_ROUNDS,
+    environment_of_workers,
+    start,
+    train,
+    wait_for,
+    wait_until_gone,
+)
 
 from hft_cli.launch import preload
 from hft_cli.launch.nodes import is_free
@@ -35,10 +46,9 @@ def cache_of_rows(tmp_path_factory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def preloaded(cache_of_rows, tmp_path_factory) -> Iterator[None]:
     """Workers of commands with the usual environment are forked from one process: libraries are loaded once."""
-    folder = tmp_path_factory.mktemp("preloaded")
-    variables = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    process = preload.start_process(str(folder / "socket"), variables, folder / "log", "deepspeed")
-    os.environ[preload.SHARED] = str(folder / "socket")
+    place = tmp_path_factory.mktemp("preloaded") / "socket"
+    process = forking.start(place, environment_of_workers())
+    os.environ[preload.SHARED] = str(place)
     yield
     process.kill()
     process.wait()

@@ -20,6 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from preloaded import fork_ranks
 from safetensors.torch import load_file
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
@@ -101,8 +102,20 @@ def environment() -> dict[str, str]:
     }
 
 
+def environment_of_workers() -> dict[str, str]:
+    """What commands with `environment()` give their workers."""
+    return {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 def torchrun(ranks: int, script: str | Path, *arguments: object) -> None:
-    """Run a test file as the ranks of torchrun, or fail with what they printed."""
+    """Run a test file as the ranks of torchrun, or fail with what they printed. In forks if they can be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        words = [str(word) for word in arguments]
+        status = fork_ranks(ranks, str(script), words, environment_of_workers(), log)
+        assert not status, log.read_text()[-3000:]
+    if status == 0:
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, script]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     ended = subprocess.run(

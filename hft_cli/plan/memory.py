@@ -274,7 +274,8 @@ def _buffers(work: Workload) -> float:
     if setup.zero_stage == 3:
         total += size * _gathered_elements(work)
     if setup.tasks:
-        total += 4 * updated * setup.tasks + size * updated  # GEM's gradients of past tasks, and the current one
+        # GEM's gradients of past tasks, divided among the ranks, the whole one in work, and that of a batch.
+        total += 4 * updated * (setup.tasks / setup.shards + (setup.shards > 1)) + size * updated
     return float(total)
 
 

@@ -10,8 +10,8 @@ The projection takes place after the last micro batch of a step and before the g
 it came after clipping, a step in a single process would be shorter than under DeepSpeed, which clips in its own step,
 and with a margin it could be longer than train.max_grad_norm.
 
-Cost: each step reads every memory once, forward and backward. Each rank holds all g_k as float32, whatever the ZeRO
-stage (4 bytes x past tasks x trainable parameters), and while it computes them one more gradient of the model.
+Cost: each step reads every memory once, forward and backward. The ranks divide the g_k, which are float32 (4 bytes x
+past tasks x trainable parameters, over all ranks). While one is computed, a rank holds all of it and one more gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,13 +176,36 @@ class _Projector:
             v = inner.new_tensor([1.0, *multipliers([row[1:] for row in others], products, self.margin)])
             for parameter, *parts in zip(parameters, *memories, strict=True):
                 # g is read a second time, because under ZeRO each rank holds only its part of it.
-                projected = torch.empty(parameter.numel(), dtype=torch.float32, device=device)
-                for place, rows in _chunks([gradient(parameter), *parts]):
+                own = self._own(gradient(parameter))
+                projected = torch.empty(len(own), dtype=torch.float32, device=device)
+                for place, rows in _chunks([own, *parts]):
                     projected[place] = (v @ rows).float()  # float64 until here: near opposites have large multipliers
-                put_gradient(parameter, projected.view_as(parameter))
+                put_gradient(parameter, self._whole(projected, parameter.numel()).view_as(parameter))
+
+    @property
+    def _ranks(self) -> int:
+        return int(self.trainer.accelerator.num_processes)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that belongs to this rank, flat. The last ranks may have less than the others."""
+        size, rank = ceil(tensor.numel() / self._ranks), self.trainer.accelerator.process_index
+        return tensor.reshape(-1)[rank * size : (rank + 1) * size]
+
+    def _whole(self, own: torch.Tensor, elements: int) -> torch.Tensor:
+        """The flat tensor with that number of elements whose parts the ranks hold. Collective."""
+        if self._ranks == 1:
+            return own
+        size = ceil(elements / self._ranks)
+        whole = own.new_empty(size * self._ranks)
+        torch.distributed.all_gather_into_tensor(whole, torch.nn.functional.pad(own, (0, size - len(own))))
+        return whole[:elements]
 
     def _gradient(self, memory: Memory, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-        """g_k, of the mean loss over the trained tokens of all ranks: a float32 tensor for each of `parameters`."""
+        """This rank's part of g_k, of the mean loss over the trained tokens of all ranks.
+
+        Returns:
+            A flat float32 tensor for each of `parameters`.
+        """
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for batch in memory.batches:
             loss = -trained_log_probs(self.trainer, batch).sum() / memory.tokens
@@ -189,10 +213,11 @@ class _Projector:
             for total, part in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if part is not None:
                     total.add_(part)
-        if self.trainer.accelerator.num_processes > 1:
-            for total in sums:
-                torch.distributed.all_reduce(total)
-        return sums
+        if self._ranks == 1:
+            return [total.reshape(-1) for total in sums]
+        for total in sums:
+            torch.distributed.all_reduce(total)
+        return [self._own(total).clone() for total in sums]
 
     def _inner_products(
         self, parameters: Sequence[torch.nn.Parameter], memories: Sequence[list[torch.Tensor]]
@@ -205,9 +230,10 @@ class _Projector:
         size = len(memories) + 1
         inner = torch.zeros(size, size, dtype=torch.float64, device=self.trainer.args.device)
         for parameter, *parts in zip(parameters, *memories, strict=True):
-            for _, rows in _chunks([gradient(parameter), *parts]):
+            for _, rows in _chunks([self._own(gradient(parameter)), *parts]):
                 inner += rows @ rows.T
-        if self.trainer.accelerator.num_processes > 1:
+        if self._ranks > 1:
+            torch.distributed.all_reduce(inner)
             torch.distributed.broadcast(inner, 0)  # each rank writes its part of g̃, by the same multipliers
         if not all(map(math.isfinite, inner[:, 1:].flatten().tolist())):
             raise UserError(

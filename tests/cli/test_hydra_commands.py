@@ -33,7 +33,7 @@ MISTAKES = {
     "accents": (("+method=hft", "data.path=données.jsonl"), r"No such file or folder: 'données\.jsonl'"),
     "spaces": (("+method=hft", "data.path=a (1) = b's.jsonl"), r"No such file or folder: 'a \(1\) = b's\.jsonl'"),
     "positions": (("+method=hft", "train.max_length=4096"), r"more than the 512 positions of model\. Set train\.max_length=512"),
-    "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'\? Available: single, zero1"),
+    "unknown engine": (("+method=hft", "engine=zero4"), r"Unknown engine 'zero4'\. Did you mean 'zero3'\? Available: auto, single"),
     "unknown launcher": (("+method=hft", "hydra/launcher=jobli"), r"Unknown hydra/launcher 'jobli'\. Did you mean 'joblib'"),
     "unknown flag": (("+method=hft", "--nope"), r"Unknown option '--nope'\."),
     "value of a flag": (("+method=hft", "--cfg", "jop"), r"invalid choice: 'jop' .*More: hft train --hydra-help"),

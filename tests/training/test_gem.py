@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -412,6 +413,18 @@ def test_two_ranks_of_zero_end_as_one_process(stage: int, two_ranks: Path, one_p
     for mine, theirs in zip(found["logs"], one_process.logs, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
     assert_same_weights(two_ranks / f"zero{stage}.pt", one_process)
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_the_ranks_divide_the_gradients_of_memories(elements: int, ranks: int) -> None:
+    tensor = torch.arange(elements)
+    parts = []
+    for rank in range(ranks):
+        accelerator = SimpleNamespace(num_processes=ranks, process_index=rank)
+        projector = gem._Projector(SimpleNamespace(accelerator=accelerator), [], 0.0, Projections())
+        parts.append(projector._own(tensor))
+    assert torch.equal(torch.cat(parts), tensor)
+    assert max(map(len, parts)) == -(-elements // ranks)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -15,7 +15,7 @@ def test_a_marker_carries_the_counts_to_the_next_session():
     state.projections, state.frozen = Projections(projected=3), [1, 2]
     state.start, state.end = 100.0, 102.5
     marker = state.marker(IDENTITY)
-    assert marker | {"draw": "draw", "zero_stage": 3, "frozen": [1, 2], "projected": 3, "seconds": 12.5} == marker
+    assert marker | {"draw": "draw", "zero_stage": 3, "frozen_sums": [1, 2], "projected": 3, "seconds": 12.5} == marker
     resumed = SessionState.resumed(marker)
     assert resumed == SessionState(12.5, Losses(8.0, 4), Losses(8.0, 4), [{"name": "zero3"}])
 
