@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from hft_cli.launch.nodes import is_free
 def one_thread() -> None:
     """Several threads for tiny models only fight with those of the other process of pytest-xdist."""
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage: what is loaded by now is none
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ that, the keeper ends the worker.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -194,6 +195,7 @@ def main(place: str, modules: Sequence[str]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # there is no GPU; read when DeepSpeed is imported
     for name in modules:
         import_module(name)
+    gc.freeze()  # what is loaded stays: garbage collections of workers skip it, and leave its pages shared
     with listener:
         listener.listen(128)
         os.rename(f"{place}.part", place)  # it is there when it can be used

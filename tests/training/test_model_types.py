@@ -105,7 +105,7 @@ def test_the_readme_lists_every_type_once():
 
 @pytest.mark.end_to_end
 def test_a_hybrid_mixture_under_zero3_and_half_reset(rows, tmp_path):
-    base = random_model("qwen3_next", tmp_path / "model")
+    base = random_model("lfm2_moe", tmp_path / "model")
     settings = ("train.max_steps=2", "train.batch_size=8", "train.max_length=64", "train.learning_rate=0.01")
     tuned = train(
         tmp_path / "tuned", "+method=hft", f"model.path={base}", f"data.path={rows}", *settings, "engine=zero3",
