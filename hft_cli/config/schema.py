@@ -207,8 +207,13 @@ class SelectionConfig:
     level: str = setting(
         "category",
         "What the updated matrices are drawn from: each category (attention, feed-forward, norm) of each layer (the "
-        "paper's method), whole layers, or the whole model; all: no draw.",
+        "paper's method), whole layers, or the whole model; all: no draw; names: those of selection.names.",
         choices=("hft_cli.method.selection:STRATEGIES",),
+    )
+    names: list[str] = setting(
+        [],
+        "With selection=names: regular expressions over names of parameters in the layers, such as [q_proj, "
+        "'layers\\.(0|1)\\.']. What one of them finds is updated, with its bias.",
     )
     ratio: float = setting(
         0.5,

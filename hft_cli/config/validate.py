@@ -13,13 +13,15 @@ from typing import Any
 
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
 from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
-from hft_cli.config.schema import EvalConfig, RunConfig
+from hft_cli.config.schema import EvalConfig, RunConfig, SelectionConfig
 from hft_cli.config.settings import AUTO, REQUIRED, check_settings, leaves
 from hft_cli.config.training import TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.paths import group_options
 
 BETA1, BETA2 = (TrainConfig.beta1, TrainConfig.beta2)
+
+NO_DRAW = (SelectionConfig.ratio, SelectionConfig.redraw, SelectionConfig.balance)
 
 OUTSIDE = ("embeddings", "head", "final_norm")  # fields of SelectionConfig for parameters outside the layers
 
@@ -169,6 +171,23 @@ def _selection_has_a_ratio_to_meet(config: RunConfig) -> str | None:
             f"selection.ratio={selection.ratio} has no meaning with selection=all, which updates every matrix. Use "
             "selection=category, layer or model."
         )
+    return None
+
+
+def _names_are_given(config: RunConfig) -> str | None:
+    selection = config.selection
+    if (selection.level == "names") != bool(selection.names):
+        return (
+            f"selection={selection.level} with selection.names={selection.names}: give both selection=names and "
+            "selection.names=[PATTERN,…], or none of them."
+        )
+    if selection.level == "names" and (selection.ratio, selection.redraw, selection.balance) != NO_DRAW:
+        return "selection=names draws nothing: leave out selection.ratio, selection.redraw and selection.balance."
+    for pattern in selection.names:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"selection.names: {pattern!r} is no regular expression: {error}."
     return None
 
 
@@ -387,6 +406,7 @@ RULES: tuple[Rule, ...] = (
     _paths_are_text,
     _data_are_named,
     _selection_has_a_ratio_to_meet,
+    _names_are_given,
     _half_reset_has_a_base,
     _only_half_reset_has_its_keys,
     _benchmarks_need_a_model_on_disk,

@@ -10,6 +10,7 @@ To add a strategy, write one function and add one row to STRATEGIES at the foot 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,7 +127,7 @@ def heaviest_draw(params: Sequence[Param], config: SelectionConfig) -> tuple[str
     draw(params, config, 1, 0)  # raises if the configuration cannot be satisfied
     units = group_units(params)
     in_layers = [unit for unit in units if unit.layer is not None]
-    if config.balance == "matrices" or config.level == "all":
+    if config.balance == "matrices" or config.level in ("all", "names"):
         selected = STRATEGIES[config.level](in_layers, config, size_order(in_layers, _ratio(config)))
     else:
         kinds = sorted({unit.kind for unit in in_layers}) if config.level == "category" else [None]
@@ -289,10 +290,27 @@ def _model(in_layers: Sequence[Unit], config: SelectionConfig, order: Order) -> 
     return _first(in_layers, order.nearest(len(in_layers) * _ratio(config)), order)
 
 
+def _names(in_layers: Sequence[Unit], config: SelectionConfig, order: Order) -> Sequence[Unit]:
+    """The units that selection.names names, in every round.
+
+    Raises:
+        UserError: for a pattern that finds nothing.
+    """
+    for pattern in config.names:
+        if not any(re.search(pattern, name) for unit in in_layers for name in unit.params):
+            raise UserError(
+                f"selection.names: {pattern!r} finds no parameter in the layers, whose names are such as "
+                f"{in_layers[0].params[0]}. Embeddings, head and final norm have keys of their own."
+            )
+    patterns = [re.compile(pattern) for pattern in config.names]
+    return [u for u in in_layers if any(pattern.search(name) for pattern in patterns for name in u.params)]
+
+
 # selection.level -> (units in the layers, config, order of the round) -> the units that the round updates
 STRATEGIES: dict[str, Callable[[Sequence[Unit], SelectionConfig, Order], Iterable[Unit]]] = {
     "all": _all,
     "category": _category,
     "layer": _layer,
     "model": _model,
+    "names": _names,
 }

@@ -89,7 +89,7 @@ class Plan:
     @property
     def has_draws(self) -> bool:
         """Whether the selection is random."""
-        return self.config.selection.level != "all" and self.config.continual.name != "lora"
+        return self.config.selection.level not in ("all", "names") and self.config.continual.name != "lora"
 
     @property
     def heaviest(self) -> PlannedPhase:

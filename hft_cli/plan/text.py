@@ -110,7 +110,7 @@ def _categories(plan: Plan) -> str:
         body.append([label, *counts, f"{elements / total:.1%}"])
     heads = ["category", "matrices updated", "frozen", "elements updated", "frozen", "updated"]
     title = f"Round {plan.rounds[0].phase.round}, {draw.level}"
-    if draw.level not in ("all", "lora"):
+    if draw.level not in ("all", "names", "lora"):
         title += f" {draw.ratio:g}, draw of seed {draw.seed}"
     return f"{title}\n\n{markdown_table(heads, body)}"
 

@@ -87,7 +87,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         run=str(run.folder),
         status=status,
         method=str(results["method"]),
-        selection=level if level == "all" else f"{level} {ratio:g}",
+        selection=level if level in ("all", "names") else f"{level} {ratio:g}",
         learning_rate=_finite_or_none(results["learning_rate"]),
         seed=results["seed"],
         draw_seed=selection["seed"],

@@ -51,7 +51,7 @@ def _unused_keys(row: RunRow, stages: str) -> list[str]:
     """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
     patterns = [r"continual\.score_unseen$"]
     patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name not in row.continual]
-    if row.level == "all":
+    if row.level in ("all", "names"):
         patterns.append(r"selection\.(ratio|balance|redraw)$")
     if row.method == "half_reset":
         patterns.append(r"train\.")

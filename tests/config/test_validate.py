@@ -46,6 +46,7 @@ BROKEN = {
         ("+method=hft_dpo", "engine=zero3", "dpo.reference=shared"),
         r"dpo\.reference=shared does not work on engine=zero3",
     ),
+    "_names_are_given": ((HFT, "selection=names"), r"give both selection=names and selection\.names=\[PATTERN"),
     "_optimizer_suits_the_engine": ((HFT, "engine=zero2", "train.optimizer=sgd"), r"sgd is for engine=single"),
     "_rows_have_one_order": (
         (HFT, "train.packing=true", "train.group_by_length=true"),
