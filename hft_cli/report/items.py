@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,21 @@ def score_changes(run: Run) -> list[Record]:
             change = paired_bootstrap(*items)
         records.append({
             "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task], "before": before,
-            "after": after, **estimate_fields("change", change),
+            "after": after, **estimate_fields("change", change), **(flips(*items) if items else {}),
         })  # fmt: skip
     return records
+
+
+def flips(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
+    """How many right items are wrong afterwards, and how many wrong ones right; empty unless items are 0 or 1.
+
+    The net change hides them: a model that loses 30 facts and learns 30 others has the same score.
+    """
+    if not {*before, *after} <= {0, 1}:
+        return {}
+    pairs, right = list(zip(before, after, strict=True)), int(sum(before))
+    lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
+    return {"lost": f"{lost:,} of {right:,}", "gained": f"{gained:,} of {len(pairs) - right:,}"}
 
 
 def item_scores(run: Run, task: str) -> tuple[list[float], list[float]] | None:

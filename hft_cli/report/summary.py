@@ -35,6 +35,8 @@ SCORE_COLUMNS: list[Column] = [
     ("before", lambda record: _score(record, "before")),
     ("after", lambda record: _score(record, "after")),
     ("change in points [95%]", lambda record: _change(record)),
+    ("lost", plain("lost")),
+    ("gained", plain("gained")),
 ]
 
 
@@ -61,8 +63,9 @@ def summary(run: RunDir) -> str:
     names = HALF_RESET_COLUMNS if results["stage"] == "half_reset" else tuple(ROUND_COLUMNS)
     parts = [text_table(names, [[ROUND_COLUMNS[name](entry) for name in names] for entry in rounds])]
     if changes := score_changes(read_run(run)):
-        cells = [[cell(change) for _, cell in SCORE_COLUMNS] for change in changes]
-        parts.append(text_table([heading for heading, _ in SCORE_COLUMNS], cells))
+        shown = [column for column in SCORE_COLUMNS if any(column[1](change) for change in changes)]
+        cells = [[cell(change) for _, cell in shown] for change in changes]
+        parts.append(text_table([heading for heading, _ in shown], cells))
     if "R" in sequence:
         parts.append(_task_matrix(sequence))
     parts += _notes(rounds)

@@ -186,7 +186,7 @@ def timed(peer: Any) -> list[float]:
 
 
 def hft(work: Path, method: str, dtype: str, steps: int, *more: str) -> list[float]:
-    """Seconds of each step of `hft train`; leaves its draw in draw.json."""
+    """Seconds of each step of `hft train`; leaves its draw and plan in the work folder."""
     run = work / "run"
     shutil.rmtree(run, ignore_errors=True)
     command = [
@@ -199,6 +199,7 @@ def hft(work: Path, method: str, dtype: str, steps: int, *more: str) -> list[flo
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     if method == "hft":
         write_json(work / "draw.json", read_json(run / "draws.json")["rounds"][0])
+        write_json(work / "plan.json", read_json(run / "plan.json")["costs"]["rounds"][0])
     logs = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [end - start for start, end in pairwise(logs)]
 
@@ -231,7 +232,7 @@ def rows(work: Path, size: str, dtype: str, length: int = 128, steps: int = 13, 
         bar = 1.03 * medians[name.replace("hft ", "loop ", 1)] if name.startswith("hft ") else None
         found.append(Row(f"step, {LABELS[name.split()[0]]}, {name.split()[1].upper()}", tuple(times[name]), bar=bar))
     found.append(Row("step, TRL, LoRA of rank 8", tuple(times["trl lora"])))
-    planned = read_json(work / "run/plan.json")["costs"]["rounds"][0]
+    planned = read_json(work / "plan.json")
     limit = planned["flops_of_a_step"] / planned["flops_of_a_step_fft"]
     for name in ("loop", "hft"):
         share = medians[f"{name} hft"] / medians[f"{name} fft"]

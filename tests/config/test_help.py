@@ -31,7 +31,7 @@ def test_help_of_train_lists_every_option_of_every_group():
 @pytest.mark.parametrize(
     "entry",
     [
-        "train.learning_rate=2e-05 Peak learning rate of AdamW. [above 0]",
+        "train.learning_rate=2e-05 Peak learning rate. [above 0]",
         "selection.ratio=0.5 Share of the matrices in the transformer layers that is updated.",
         "[one of auto, messages, prompt_completion, alpaca, sharegpt, orca, trace, text]",
         "train.max_steps=null Optimizer steps of each round; null: as train.epochs says. [steps; at least 1]",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
 from report_runs import write_eval, write_items, write_run
 
-from hft_cli.report.items import item_scores, score_changes
+from hft_cli.report.items import flips, item_scores, score_changes
 from hft_cli.report.reading import find_runs
 
 
@@ -19,6 +21,20 @@ def test_recorded_items_give_the_change_an_interval(tmp_path):
     facts, capitals = changes["pocket/facts"], changes["data/capitals"]
     assert (facts["change"], facts["change_n"], facts["change_low"], facts["change_high"]) == (-0.5, 4, -1, 0)
     assert (capitals["change"], capitals["change_low"]) == (0.9, None)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
+def test_what_is_lost_and_gained_makes_the_change(pairs):
+    before, after = ([float(pair[part]) for pair in pairs] for part in (0, 1))
+    counts = flips(before, after)
+    (lost, right), (gained, wrong) = (map(int, counts[key].split(" of ")) for key in ("lost", "gained"))
+    assert (right, right + wrong) == (sum(before), len(pairs))
+    assert gained - lost == sum(after) - sum(before)
+    assert lost == sum(b > a for b, a in zip(before, after, strict=True))
+
+
+def test_scores_between_right_and_wrong_are_not_counted():
+    assert flips([0.5, 1.0], [1.0, 1.0]) == {}
 
 
 def test_later_evaluations_are_paired_too(tmp_path):
