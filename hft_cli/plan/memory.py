@@ -257,10 +257,13 @@ def _buffers(work: Workload) -> float:
     compute, size = setup.compute_bytes, setup.weight_bytes
     # Gradients in the backward pass of a layer: of gate, up and their product, and of the residual stream.
     total = setup.tokens * (3.0 * compute * shape.inner * shape.experts_used + 2 * size * shape.hidden)
-    # The loss: one tile of logits, the gradient of the head's input, and of its weight in float32 before the cast.
-    total += compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * shape.hidden
+    # The loss: all logits, or one tile of them and the gradient of the head's input.
+    if work.holds_logits and work.head is not None:  # logits and their gradient, in float32 too
+        total += (8 + 2 * compute) * setup.tokens * work.head.shape[0]
+    else:
+        total += compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * shape.hidden
     if work.head is not None and work.head.name in work.trained:
-        total += 4 * work.head.elements
+        total += 4 * work.head.elements  # the gradient of the head's weight, in float32 before the cast
     if setup.autocast:
         # Copies in bfloat16: of trained matrices over the forward pass; without checkpointing of every matrix, for the
         # gradient of its input.

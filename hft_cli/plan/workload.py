@@ -60,6 +60,9 @@ def model_shape(config: Mapping[str, Any], params: Sequence[Param]) -> Shape:
     )
 
 
+HELD_LOGITS = 2**27  # of a micro-batch: SFT holds so many; with more, TRL's head computes them in tiles, twice
+
+
 @dataclass(frozen=True)
 class Setup:
     """How a phase trains.
@@ -179,6 +182,12 @@ class Workload:
             for p in self.params
             if p.layer is not None and len(p.shape) == 2 and p.name not in self.trained and not p.is_experts
         )
+
+    @property
+    def holds_logits(self) -> bool:
+        """Whether the loss holds all logits of a micro-batch."""
+        vocabulary = self.head.shape[0] if self.head is not None else 0
+        return self.setup.stage == "sft" and self.setup.tokens * vocabulary <= HELD_LOGITS
 
     def place(self, param: Param) -> Place:
         """Where the forward pass uses a parameter. An unknown name counts as early, which needs more, not less."""

@@ -46,7 +46,7 @@ def main() -> None:
         work = Path(folder)
         rows = [first_run(work, arguments.repeats)]
         (work / "step").mkdir()
-        rows += step.rows(work / "step", "21m", "float32", repeats=arguments.repeats)
+        rows += step.rows(work / "step", "20m", "float32", repeats=arguments.repeats)
         (work / "files").mkdir()
         rows += files.rows(work / "files", arguments.gigabytes, arguments.repeats)
     print(markdown(rows))

@@ -1,6 +1,6 @@
 """Time an optimizer step of `hft train` beside a hand-written loop, transformers' Trainer, TRL and LoRA by PEFT.
 
-    python scripts/bench/step.py --size 21m --repeats 3 --folder /tmp/bench
+    python scripts/bench/step.py --size 20m --repeats 3 --folder /tmp/bench
 
 All contenders train the same random Llama on the same rows in batches of the same size, with fused AdamW, clipping and
 a linear schedule; those named HFT freeze the matrices that `hft train` freezes. Each runs as a process of its own, one
@@ -32,10 +32,11 @@ from hft_cli.files import read_json, write_json
 from hft_cli.paths import resolve_path
 
 SIZES: dict[str, dict[str, int]] = {
-    "21m": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "20m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+VOCABULARY = {"20m": 8192, "1b": 32_000, "7b": 32_000}  # of which the rows have only the embedded tokenizer's 512
 SKIPPED = 3  # steps of each process in which caches are filled
 ROWS = 8  # of a batch
 CONTENDERS = ("loop", "trainer", "trl", "hft")  # each for FFT and HFT; beside them LoRA by TRL and PEFT
@@ -48,7 +49,7 @@ def prepare(work: Path, size: str, length: int, steps: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_path("pocket:model"))
     config = LlamaConfig(
-        **SIZES[size], vocab_size=len(tokenizer), max_position_embeddings=length, tie_word_embeddings=False,
+        **SIZES[size], vocab_size=VOCABULARY[size], max_position_embeddings=length, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -249,7 +250,7 @@ LABELS = {"loop": "a loop by hand", "trainer": "transformers' Trainer", "trl": "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="21m")
+    parser.add_argument("--size", choices=SIZES, default="20m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
     parser.add_argument("--steps", type=int, default=13)
