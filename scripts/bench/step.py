@@ -213,7 +213,8 @@ def measure(work: Path, dtype: str, steps: int, repeats: int) -> dict[str, list[
     times: dict[str, list[float]] = {}
     pairs = [(name, method) for name in reversed(CONTENDERS) for method in ("hft", "fft")] + [("trl", "lora")]
     for repeat in range(repeats):
-        order = pairs if repeat % 2 == 0 else [pairs[0], *reversed(pairs[1:])]  # the first leaves the draw
+        first = repeat * len(pairs) // repeats  # the machine's speed drifts: nobody is always first
+        order = [*pairs[first:], *pairs[:first]]
         for name, method in order:
             print(f"repeat {repeat + 1} of {repeats}: {name} {method}", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--one", name, method, "--folder", str(work)]
