@@ -32,10 +32,24 @@ def _unreadable(text: str, argv: Sequence[str]) -> str | None:
     """A word that Hydra's grammar does not read."""
     if not re.search(r"LexerNoViableAlt|no viable alternative|mismatched input|extraneous input|missing EQUAL", text):
         return None
-    word = next((word for word in argv if word in text), "") or next((w for w in argv if w.split("=")[-1] in text), "")
+    word = next((word for word in argv if not word.startswith("-") and not _is_override(word)), "")
     if "=" not in word:
         return f"'{word}' is not KEY=VALUE."
-    return f"{word} cannot be read as a value: quote what is not plain text, for instance '{word.split('=')[0]}=\"…\"'."
+    key, _, value = word.partition("=")
+    example = f'{key}=["…"]' if value.startswith("[") else f'{key}="…"'
+    return f"{word} cannot be read as a value: quote what is not plain text, for instance '{example}'."
+
+
+def _is_override(word: str) -> bool:
+    """Whether Hydra's grammar reads a word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _unknown_option(text: str) -> str | None:

@@ -70,6 +70,11 @@ def automatic(config: AnyRun, machine: Machine, folder: Path | None = None) -> A
     config = replace(config, model=with_dtype(config.model, machine))
     if config.engine.name != AUTO:
         return config
+    if not machine.gpus and config.engine.ranks:
+        raise UserError(
+            f"engine=auto: there is no GPU here for engine.num_processes={config.engine.num_processes}. Leave it out, "
+            "or choose the engine: engine=zero2. (hft plan: give gpu_memory=N.)"
+        )
     if not machine.gpus or config.method.name == "half_reset":
         single = EngineConfig(**options_of("engine")["single"], device=config.engine.device)
         logger.info("engine=auto: single, " + ("on the CPU." if not machine.gpus else "which a Half-Reset needs."))

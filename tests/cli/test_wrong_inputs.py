@@ -57,6 +57,7 @@ BY_TEXT = [
     ("output_dir=/etc/passwd/x", "Not a directory: /etc/passwd"), ("output_dir=" + "a" * 300, "File name too long"),
     ("resume=true", "there is no run in run"), ("train.epochs", "'train.epochs' is not KEY=VALUE"),
     ("=5", "'=5' has no key before ="), ("round=²", "round=² cannot be read as a value"),
+    ("selection.names=[layers.[01],norm] output_dir=e", "selection.names=[layers.[01],norm] cannot be read as a value"),
     ('train.epochs="1', "cannot be read as a value"), ("data.path=[a,b", "cannot be read as a value"),
     ("--multirun x", "'x' is not KEY=VALUE"), ("--foo", "Unknown option '--foo'"),
     ("--cfg=foo", "invalid choice: 'foo'"), ("--config-dir=nowhere", "not found"),

@@ -73,6 +73,11 @@ def test_micro_batches_divide_what_a_rank_has():
     assert (config.train.micro_batch_size, config.accumulation) == (3, 1)
 
 
+def test_ranks_without_gpus_are_refused():
+    with pytest.raises(UserError, match=r"engine=auto: there is no GPU here for engine.num_processes=2. Leave it out"):
+        automatic(composed("+method=hft", "engine=auto", "engine.num_processes=2"), NONE)
+
+
 @pytest.mark.parametrize(
     ("machine", "overrides", "words"),
     [
