@@ -77,12 +77,12 @@ def plan(parser: Parser, words: list[str]) -> int:
 
 
 def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> None:
-    from hft_cli.plan.automatic import automatic, machine_of
+    from hft_cli.plan.automatic import automatic
     from hft_cli.plan.planner import plan
 
     values, _ = composed_values(composed, argv)
     config = from_dict(PlanConfig, values)
-    plans.append((Path(values["output_dir"]).name, plan(automatic(config, machine_of(config)))))
+    plans.append((Path(values["output_dir"]).name, plan(automatic(config))))
 
 
 def evaluate(parser: Parser, words: list[str]) -> int:

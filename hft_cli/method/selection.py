@@ -127,7 +127,7 @@ def heaviest_draw(params: Sequence[Param], config: SelectionConfig) -> tuple[str
     draw(params, config, 1, 0)  # raises if the configuration cannot be satisfied
     units = group_units(params)
     in_layers = [unit for unit in units if unit.layer is not None]
-    if config.balance == "matrices" or config.level in ("all", "names"):
+    if config.balance == "matrices" or config.level in UNDRAWN:
         selected = STRATEGIES[config.level](in_layers, config, size_order(in_layers, _ratio(config)))
     else:
         kinds = sorted({unit.kind for unit in in_layers}) if config.level == "category" else [None]
@@ -296,15 +296,19 @@ def _names(in_layers: Sequence[Unit], config: SelectionConfig, order: Order) -> 
     Raises:
         UserError: for a pattern that finds nothing.
     """
+    named: set[str] = set()
     for pattern in config.names:
-        if not any(re.search(pattern, name) for unit in in_layers for name in unit.params):
+        found = {unit.name for unit in in_layers if any(re.search(pattern, name) for name in unit.params)}
+        if not found:
             raise UserError(
                 f"selection.names: {pattern!r} finds no parameter in the layers, whose names are such as "
                 f"{in_layers[0].params[0]}. Embeddings, head and final norm have keys of their own."
             )
-    patterns = [re.compile(pattern) for pattern in config.names]
-    return [u for u in in_layers if any(pattern.search(name) for pattern in patterns for name in u.params)]
+        named |= found
+    return [unit for unit in in_layers if unit.name in named]
 
+
+UNDRAWN = ("all", "names")  # levels that draw nothing: ratio, balance and redraw have no effect
 
 # selection.level -> (units in the layers, config, order of the round) -> the units that the round updates
 STRATEGIES: dict[str, Callable[[Sequence[Unit], SelectionConfig, Order], Iterable[Unit]]] = {

@@ -54,7 +54,7 @@ def with_dtype(model: ModelConfig, machine: Machine) -> ModelConfig:
     return replace(model, dtype="bfloat16" if machine.bfloat16 else "float32") if model.dtype == AUTO else model
 
 
-def automatic(config: AnyRun, machine: Machine, folder: Path | None = None) -> AnyRun:
+def automatic(config: AnyRun, machine: Machine | None = None, folder: Path | None = None) -> AnyRun:
     """The config with model.dtype=auto and engine=auto replaced by values.
 
     engine=auto takes, of the engines that fit the GPUs, the one with the shortest step (`Fit.seconds`). It turns on
@@ -62,11 +62,15 @@ def automatic(config: AnyRun, machine: Machine, folder: Path | None = None) -> A
     of train.batch_size.
 
     Args:
+        machine: None takes `machine_of(config)`, and only if there is something to replace: it asks the driver.
         folder: where the model of the config is on this machine, if it is not model.path.
 
     Raises:
         UserError: for a mistake in the config, if the memory of the GPUs is unknown, or if nothing fits.
     """
+    if AUTO not in (config.model.dtype, config.engine.name):
+        return config
+    machine = machine or machine_of(config)
     config = replace(config, model=with_dtype(config.model, machine))
     if config.engine.name != AUTO:
         return config

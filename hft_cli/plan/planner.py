@@ -17,7 +17,7 @@ from hft_cli.data.mixing import read_mixed, read_source
 from hft_cli.data.sources import row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
-from hft_cli.method.selection import Draw, heaviest_draw
+from hft_cli.method.selection import UNDRAWN, Draw, heaviest_draw
 from hft_cli.paths import resolve_path
 from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 from hft_cli.plan.flops import Flops, flops, hours
@@ -89,7 +89,7 @@ class Plan:
     @property
     def has_draws(self) -> bool:
         """Whether the selection is random."""
-        return self.config.selection.level not in ("all", "names") and self.config.continual.name != "lora"
+        return self.config.selection.level not in UNDRAWN and self.config.continual.name != "lora"
 
     @property
     def heaviest(self) -> PlannedPhase:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hft_cli.checkpoint.naming import KINDS
+from hft_cli.method.selection import UNDRAWN
 from hft_cli.method.units import Unit, count_elements, group_units
 from hft_cli.plan.memory import PARTS, activations
 from hft_cli.plan.planner import Plan, slow_packing, workload
@@ -110,7 +111,7 @@ def _categories(plan: Plan) -> str:
         body.append([label, *counts, f"{elements / total:.1%}"])
     heads = ["category", "matrices updated", "frozen", "elements updated", "frozen", "updated"]
     title = f"Round {plan.rounds[0].phase.round}, {draw.level}"
-    if draw.level not in ("all", "names", "lora"):
+    if draw.level not in (*UNDRAWN, "lora"):
         title += f" {draw.ratio:g}, draw of seed {draw.seed}"
     return f"{title}\n\n{markdown_table(heads, body)}"
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
+from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import Draw, Run, RunRow, Scores, TaskScores
 from hft_cli.report.setting import setting_of
 from hft_cli.run_dir import RunDir
@@ -87,7 +88,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         run=str(run.folder),
         status=status,
         method=str(results["method"]),
-        selection=level if level in ("all", "names") else f"{level} {ratio:g}",
+        selection=level if level in UNDRAWN else f"{level} {ratio:g}",
         learning_rate=_finite_or_none(results["learning_rate"]),
         seed=results["seed"],
         draw_seed=selection["seed"],

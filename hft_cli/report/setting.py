@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.files import flatten
+from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import RunRow
 
 # Keys of config.yaml in which the runs of one setting may differ.
@@ -51,7 +52,7 @@ def _unused_keys(row: RunRow, stages: str) -> list[str]:
     """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
     patterns = [r"continual\.score_unseen$"]
     patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name not in row.continual]
-    if row.level in ("all", "names"):
+    if row.level in UNDRAWN:
         patterns.append(r"selection\.(ratio|balance|redraw)$")
     if row.method == "half_reset":
         patterns.append(r"train\.")

@@ -11,6 +11,7 @@ from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
+from hft_cli.config.settings import AUTO
 from hft_cli.config.validate import check_eval
 from hft_cli.data.reasoning import check_thinking
 from hft_cli.errors import UserError
@@ -42,9 +43,9 @@ def run_eval(config: EvalConfig) -> Path:
     """
     check_eval(config)
     require_tracker(config.tracking)
-    machine = this_machine()
-    config = replace(config, model=with_dtype(config.model, machine))
-    ranks = config.engine.num_processes or machine.gpus or 1
+    if config.model.dtype == AUTO:
+        config = replace(config, model=with_dtype(config.model, this_machine()))
+    ranks = config.engine.num_processes or len(gpus()) or 1
     suite = _read_suite(config)
     models = _models(config)
     for model in models.values():

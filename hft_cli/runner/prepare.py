@@ -27,7 +27,7 @@ from hft_cli.launch.environment import environment
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
 from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
-from hft_cli.plan.automatic import automatic, machine_of
+from hft_cli.plan.automatic import automatic
 from hft_cli.plan.planner import plan as make_plan
 from hft_cli.plan.planner import slow_packing
 from hft_cli.plan.preflight import preflight
@@ -72,7 +72,7 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     """
     path = config.model.path
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
-    config = automatic(config, machine_of(config), base)
+    config = automatic(config, folder=base)
     return with_model_limits(config, read_model_config(base / "config.json", config.model.part), base.name), base
 
 

@@ -87,8 +87,8 @@ def store_frozen_in_bfloat16(model: Any, params: Mapping[str, Param], path: str)
 def frozen_checksum(model: Any) -> int:
     """A checksum of the bits of all frozen weights that this rank holds (under ZeRO-3: of its shards)."""
     frozen = [(name, value) for name, value in unwrapped(model).named_parameters() if not value.requires_grad]
-    sums = [weighted_sum_of_bits(local_part(value)).cpu() for _, value in frozen]
-    text = json.dumps([(name, int(total)) for (name, _), total in zip(frozen, sums, strict=True)])
+    sums = [(name, weighted_sum_of_bits(local_part(value))) for name, value in frozen]  # queued on the device
+    text = json.dumps([(name, int(total)) for name, total in sums])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 

@@ -37,6 +37,12 @@ def test_dtype_auto_follows_the_gpus_and_others_stay():
     assert with_dtype(fixed, EIGHT).dtype == "float32"
 
 
+def test_a_machine_is_asked_only_if_something_is_automatic(monkeypatch):
+    monkeypatch.setattr("hft_cli.plan.automatic.machine_of", lambda config: pytest.fail("asked"))
+    config = composed("+method=hft")
+    assert automatic(config) is config
+
+
 def test_without_a_gpu_the_engine_is_a_single_process():
     engine = automatic(composed("+method=hft", "engine=auto"), NONE).engine
     assert (engine.name, engine.zero_stage, engine.num_processes) == ("single", None, 1)
