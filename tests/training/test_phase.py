@@ -74,11 +74,11 @@ def test_frozen_matrices_of_float32_files_stay_float32(tmp_path, monkeypatch):
 def test_a_phase_resumes_with_merged_experts_and_its_order(model_type, more, tmp_path):
     torch.manual_seed(0)
     model = save_model(AutoModelForCausalLM.from_config(tiny_config(model_type, vocabulary=512)), tmp_path / "model")
-    settings = ("train.save_every=3", "train.save_limit=9", "train.max_steps=8", "data.max_rows=10", *more)  # 3 epochs
+    settings = ("train.save_every=2", "train.save_limit=9", "train.max_steps=8", "data.max_rows=10", *more)  # 3 epochs
     whole = train(tmp_path / "whole", model, *settings)
     resumed = RoundDir(Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed")))
     shutil.rmtree(resumed.checkpoints / "checkpoint-6")
-    assert (resumed.checkpoints / "checkpoint-3" / MARKER).exists()
+    assert (resumed.checkpoints / "checkpoint-4" / MARKER).exists()  # within the second epoch
     for file in (resumed.delta, resumed.outcome):
         file.unlink()
     train(tmp_path / "resumed", model, *settings)
