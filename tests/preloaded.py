@@ -10,7 +10,6 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,14 +23,8 @@ MODULES = (*preload.MODULES, "deepspeed", "pytest", "hypothesis", "scipy.optimiz
 
 def start(place: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start the process, which listens on the socket `place` when it has loaded its libraries."""
-    with place.with_name("log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "preloaded", str(place), *MODULES, " " * preload.TITLE], env=variables,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    while not place.exists():
-        assert process.poll() is None, place.with_name("log").read_text()
-        time.sleep(0.02)
+    process = preload.start_process("preloaded", place, variables, MODULES)
+    preload.wait_until_ready(process, place)
     return process
 
 

@@ -103,8 +103,8 @@ def start(
     place = os.environ.get(SHARED)
     if arguments[0] not in KINDS or place == "off" or not _can_fork():
         return None
-    place = place or _own_process(environment, log, *(["deepspeed"] if ranks is not None else []))
-    if not place:
+    place = place or _own_process(environment, *(["deepspeed"] if ranks is not None else []))
+    if place is None:
         return None
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(place)
@@ -129,44 +129,71 @@ def _can_fork() -> bool:
     return sys.platform == "linux" and not Path("/dev/kfd").exists() and not list(Path("/dev").glob("nvidia*"))
 
 
-_OWN: list[str] = []  # the socket of this command's process, once it is started; "" if that failed
+_OWN: list[tuple[subprocess.Popen[bytes], Path] | None] = []  # this command's process and its socket; None: failed
 
 
-def _own_process(environment: Mapping[str, str], log: Path, *modules: str) -> str:
-    """The socket of this command's process, which is started for the first worker; "" if there can be none."""
-    if not _OWN:
-        place = ""
-        try:
-            place = os.path.join(tempfile.mkdtemp(prefix="hft-"), "socket")
-            atexit.register(start_process(place, environment, log, *modules).terminate)
-        except (OSError, RuntimeError) as error:  # no folder for the socket, or a library that cannot be loaded
-            logger.debug("Workers are not forked: %s", error)
-            if place:
-                shutil.rmtree(os.path.dirname(place), ignore_errors=True)
-            place = ""
-        _OWN.append(place)
-    return _OWN[0]
+def begin(environment: Mapping[str, str], *modules: str) -> None:
+    """Start this command's process: it loads the libraries while the command prepares the first worker.
 
-
-def start_process(place: str, environment: Mapping[str, str], log: Path, *modules: str) -> subprocess.Popen[bytes]:
-    """Start a process that listens on the socket `place` and has loaded `modules` too. It ends with this process.
-
-    What libraries print while they are loaded goes to `log`.
-
-    Raises:
-        RuntimeError: if the process fails.
+    Args:
+        environment: variables of the workers.
+        modules: what to load besides `MODULES`.
     """
-    words = [sys.executable, "-m", "hft_cli.launch.preload", place, *MODULES, *modules]
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [*words, " " * TITLE], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(environment),
-            preexec_fn=prepare_worker, start_new_session=True,
+    if _OWN or SHARED in os.environ or not _can_fork():
+        return
+    try:
+        place = Path(tempfile.mkdtemp(prefix="hft-"), "socket")
+    except OSError as error:
+        logger.debug("Workers are not forked: %s", error)
+        _OWN.append(None)
+        return
+    process = start_process("hft_cli.launch.preload", place, environment, [*MODULES, *modules])
+    atexit.register(_end, process, place.parent)
+    _OWN.append((process, place))
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    process.terminate()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_process(environment: Mapping[str, str], *modules: str) -> str | None:
+    """The socket of this command's process, when it is ready; None if there is none."""
+    begin(environment, *modules)
+    if not _OWN or _OWN[0] is None:
+        return None
+    process, place = _OWN[0]
+    try:
+        wait_until_ready(process, place)
+    except RuntimeError as error:  # the path is too long for a socket, or a library cannot be loaded
+        logger.debug("Workers are not forked: %s", error)
+        shutil.rmtree(place.parent, ignore_errors=True)
+        _OWN[0] = None
+        return None
+    return str(place)
+
+
+def start_process(
+    program: str, place: Path, environment: Mapping[str, str], modules: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """Start a process that loads `modules` and then listens on the socket `place`. It ends with this process.
+
+    `program` is the module that it runs. What it prints goes to the file `log` beside the socket.
+    """
+    with place.with_name("log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", program, str(place), *modules, " " * TITLE], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, env=dict(environment), preexec_fn=prepare_worker, start_new_session=True,
         )  # fmt: skip
-    while not os.path.exists(place):
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], place: Path) -> None:
+    """Wait until a process listens on its socket; RuntimeError if it ends instead."""
+    while not place.exists():
         if process.poll() is not None:
-            raise RuntimeError(f"The process that starts workers failed (exit status {process.returncode}).")
+            raise RuntimeError(f"The process that starts workers failed.\n{place.with_name('log').read_text()}")
         time.sleep(0.02)
-    return process
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
@@ -189,18 +216,20 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
 
 def main(place: str, modules: Sequence[str]) -> int:
     """Load the modules, and fork for each request. In a worker's process this is the worker, and returns its status."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(place))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{place}.part")  # before the libraries are loaded: the path may be too long for a socket
     loaded_in = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # there is no GPU; read when DeepSpeed is imported
+    gc.disable()  # what is loaded stays: collections would take a fifth of the time, and free nothing
     for name in modules:
         import_module(name)
-    gc.freeze()  # what is loaded stays: garbage collections of workers skip it, and leave its pages shared
+    gc.freeze()  # and collections of workers skip it, and leave its pages shared
+    gc.enable()
     with listener:
         listener.listen(128)
         os.rename(f"{place}.part", place)  # it is there when it can be used
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
-        signal.signal(signal.SIGTERM, lambda number, frame: _leave(place))
         while True:
             connection, _ = listener.accept()
             if os.fork() == 0:
@@ -220,10 +249,8 @@ def main(place: str, modules: Sequence[str]) -> int:
 
 
 def _leave(place: str) -> NoReturn:
-    """End with the command."""
-    with suppress(OSError):
-        os.unlink(place)
-        os.rmdir(os.path.dirname(place))
+    """End with the command, also with one that was killed."""
+    shutil.rmtree(os.path.dirname(place), ignore_errors=True)
     os._exit(0)
 
 

@@ -230,6 +230,11 @@ def _start_in_fork(arguments: list[str], log: Path, ranks: int | None) -> preloa
     return preload.start(arguments, log, _environment(ranks) | variables, ranks, locks)
 
 
+def load_libraries(deepspeed: bool) -> None:
+    """Let workers' libraries be loaded while the parent prepares the first worker (launch/preload.py)."""
+    preload.begin(_environment(None), *(["deepspeed"] if deepspeed else []))
+
+
 def _environment(ranks: int | None) -> dict[str, str]:
     """Environment variables of a worker."""
     environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUN_VARIABLES, key)}

@@ -23,7 +23,7 @@ from hft_cli.launch.lifetime import hold_lock
 from hft_cli.launch.nodes import Node, this_node
 from hft_cli.launch.peer import Peer
 from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, connect, introduce, listen
-from hft_cli.launch.worker import follow_leader
+from hft_cli.launch.worker import follow_leader, load_libraries
 from hft_cli.method.rounds import Phase
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
@@ -86,6 +86,8 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
         logger.info(f"{run.folder} is finished already; nothing to do.")
         return run
     prepared = prepare(config, base, run)
+    if followers is None and prepared.phases[0].stage != "half_reset":
+        load_libraries(config.engine.zero_stage is not None)
     new = not run.config.exists()
     if new:
         refuse_other_files(run)
