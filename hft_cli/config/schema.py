@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hft_cli.config.settings import AUTO, REQUIRED, setting
+from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, setting
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
 from hft_cli.errors import UserError
@@ -51,7 +51,7 @@ class ModelConfig:
     attention: str | None = setting(
         None,
         "Attention implementation; null: transformers chooses.",
-        choices=("sdpa", "eager", "flash_attention_2"),
+        choices=("sdpa", "eager", *FLASH_ATTENTION),
     )
     chat_template: str | None = setting(
         None,

@@ -14,6 +14,11 @@ from typing import Any
 from hft_cli.errors import UserError, choose
 
 REQUIRED = "???"  # Hydra's spelling of a value that must be given
+# Attentions that keep packed rows apart without a mask: the module that each needs, and the package that has it.
+FLASH_ATTENTION = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
 AUTO = "auto"  # a value that depends on the machine, and is replaced before anything else
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
 from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
 from hft_cli.config.schema import EvalConfig, RunConfig, SelectionConfig
-from hft_cli.config.settings import AUTO, REQUIRED, check_settings, leaves
+from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, check_settings, leaves
 from hft_cli.config.training import TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.paths import group_options
@@ -380,12 +380,10 @@ def _rows_have_one_order(config: RunConfig) -> str | None:
 
 
 def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:
-    if config.model.attention != "flash_attention_2" or config.model.dtype in ("bfloat16", AUTO):
+    attention = config.model.attention
+    if attention not in FLASH_ATTENTION or config.model.dtype in ("bfloat16", AUTO):
         return None
-    return (
-        "model.attention=flash_attention_2 computes in bfloat16 only: set model.dtype=bfloat16, or "
-        "model.attention=sdpa."
-    )
+    return f"model.attention={attention} computes in bfloat16 only: set model.dtype=bfloat16, or model.attention=sdpa."
 
 
 def _batch_is_whole(config: RunConfig) -> str | None:

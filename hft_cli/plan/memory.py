@@ -16,6 +16,7 @@ from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
 from hft_cli.config.optimizers import OPTIMIZERS
+from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
 
@@ -227,7 +228,7 @@ def _attention_activations(readers: int, work: Workload) -> float:
     total = float(setup.compute_bytes * shape.hidden * copies * bool(readers or setup.zero_stage == 3))
     # Queries, keys, values and the output; a padding mask makes sdpa repeat keys and values for all heads.
     one_row = setup.rows * setup.answers == 1
-    stored_keys = keys if setup.attention == "flash_attention_2" or one_row else queries
+    stored_keys = keys if setup.attention in FLASH_ATTENTION or one_row else queries
     total += setup.compute_bytes * (2 * queries + 2 * stored_keys) + 4 * shape.heads
     if setup.attention == "eager":  # probabilities in float32, and their cast
         total += (4 + (2 if setup.compute_bytes == 2 else 0)) * shape.heads * setup.length

@@ -11,7 +11,7 @@ from typing import Any
 from hft_cli.config.conf import options_of
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import EngineConfig, PlanConfig, RunConfig
-from hft_cli.config.settings import AUTO, REQUIRED
+from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED
 from hft_cli.config.validate import check
 from hft_cli.data.mixing import read_mixed, read_source
 from hft_cli.data.sources import row_counts
@@ -265,7 +265,7 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
 
 def slow_packing(config: RunConfig) -> str | None:
     """What to do where packed rows are slow; None if they are not packed, or the attention knows their bounds."""
-    if not config.train.packing or config.model.attention == "flash_attention_2":
+    if not config.train.packing or config.model.attention in FLASH_ATTENTION:
         return None
     return (
         "train.packing=true without flash attention computes attention between all rows of a sequence, and masks it. "

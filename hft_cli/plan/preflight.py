@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
 from hft_cli.config.schema import EngineConfig, RunConfig
+from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.errors import UserError
 from hft_cli.launch.environment import cuda_build, gpus, host_memory, torch_sees_gpu
 from hft_cli.plan.planner import Plan
@@ -53,10 +54,12 @@ def check_packages(config: RunConfig) -> None:
             raise UserError(
                 f"{needed.name} {version} is installed; hft needs {needed.name}{needed.specifier}{reason}. {fix}"
             )
-    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+    attention = config.model.attention
+    module, package = FLASH_ATTENTION.get(attention or "", (None, None))
+    if module is not None and find_spec(module) is None:
         raise UserError(
-            "model.attention=flash_attention_2 needs the package flash-attn, which is not installed. Install it, or "
-            "set model.attention=sdpa."
+            f"model.attention={attention} needs the package {package}, which is not installed. Install it, or set "
+            "model.attention=sdpa."
         )
 
 

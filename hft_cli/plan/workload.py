@@ -74,7 +74,7 @@ class Setup:
         rows: rows that a rank handles at once. In DPO a row is a pair of answers.
         length: tokens of a row.
         accumulation: micro-batches in an optimizer step.
-        attention: flash_attention_2, sdpa or eager.
+        attention: model.attention.
         checkpointing: whether the backward pass recomputes activations.
         stage: sft or dpo.
         reference: dpo.reference.

@@ -175,11 +175,12 @@ def test_a_version_out_of_range_is_refused_with_the_command(monkeypatch):
         preflight.check_packages(composed("+method=hft"))
 
 
-def test_missing_flash_attention_is_refused_before_the_start(tmp_path):
-    ended = hft("train", *QUICK, "+method=hft", "model.attention=flash_attention_2", "model.dtype=bfloat16",
+@pytest.mark.parametrize(("version", "package"), [(2, "flash-attn"), (3, "flash-attn-3")])
+def test_missing_flash_attention_is_refused_before_the_start(version, package, tmp_path):
+    ended = hft("train", *QUICK, "+method=hft", f"model.attention=flash_attention_{version}", "model.dtype=bfloat16",
                 f"output_dir={tmp_path / 'run'}")  # fmt: skip
     assert ended.status == 2
-    assert "needs the package flash-attn" in ended.err
+    assert f"needs the package {package}, " in ended.err
     assert not (tmp_path / "run").exists()
 
 
