@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, setting
+from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, WITHOUT_TRAINING, setting
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
 from hft_cli.errors import UserError
@@ -182,7 +182,7 @@ class MethodConfig:
     name: str = setting(
         REQUIRED,
         "fft and dpo update every matrix, hft and hft_dpo update a random selection, half_reset puts a selection back "
-        "to the base model's values.",
+        "to the base model's values, interpolate puts matrices a part of the way back.",
         choices=("hft_cli.method.rounds:METHODS",),
     )
     stages: list[str] = setting(
@@ -190,14 +190,32 @@ class MethodConfig:
         "How each round trains: one stage for all rounds, or one for each training set.",
         choices=("sft", "dpo"),
     )
+    alpha: float = setting(
+        0.0,
+        "Interpolation: the share of its change that each matrix keeps; 0 is the base, 1 the tuned model.",
+        range="[0, 1]",
+    )
+    alpha_last: float | None = setting(
+        None,
+        "Interpolation by depth: method.alpha is the share in the first layer, this that in the last, and layers "
+        "between them are on a line. null: the same in all layers.",
+        range="[0, 1]",
+    )
     shared_rows: bool = setting(
         False,
-        "Half-Reset: if the tuned model has a longer vocabulary, put back the rows that both models have instead of "
-        "refusing.",
+        "Half-Reset and interpolation: if the tuned model has a longer vocabulary, put back the rows that both models "
+        "have instead of refusing.",
     )
     save_model: bool = setting(
-        True, "Half-Reset: write the model. false only scores it, which lets you try many draws without storing models."
+        True,
+        "Half-Reset and interpolation: write the model. false only scores it, which lets you try many draws or shares "
+        "without storing models.",
     )
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains, and not only computes with files."""
+        return self.name not in WITHOUT_TRAINING
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from hft_cli.errors import UserError, choose
 
+WITHOUT_TRAINING = ("half_reset", "interpolate")  # methods, and stages of a round, that only compute with files
 REQUIRED = "???"  # Hydra's spelling of a value that must be given
 # Attentions that keep packed rows apart without a mask: the module that each needs, and the package that has it.
 FLASH_ATTENTION = {

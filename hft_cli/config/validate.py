@@ -63,10 +63,6 @@ def _not_set(key: str) -> str:
     return f"{key} is not set. Give it on the command line: {key}=…"
 
 
-def _is_half_reset(config: RunConfig) -> bool:
-    return config.method.name == "half_reset"
-
-
 def _paths_are_text(config: RunConfig) -> str | None:
     places = [*as_paths(config.data.path), *as_paths(config.data.test_path)]
     if all(isinstance(place, str) and place for place in places):
@@ -83,19 +79,19 @@ def _folders_are_named(config: RunConfig) -> str | None:
 
 def _data_are_named(config: RunConfig) -> str | None:
     tasks = config.data.tasks
-    if tasks and config.data.path is None and not _is_half_reset(config):
+    if tasks and config.data.path is None and config.method.trains:
         return (
             f"data.path is not set. Give the folder that holds {tasks[0]}{', …' * (len(tasks) > 1)}: data.path=FOLDER."
         )
-    if _is_half_reset(config) or count_rounds(config.data):
+    if not config.method.trains or count_rounds(config.data):
         return None
     return f"No data: give data.path=FILE|FOLDER|HUB_NAME or data=NAME. Available: {', '.join(group_options('data'))}."
 
 
 def _shares_leave_room(config: RunConfig) -> str | None:
     data, continual, mix = config.data, config.continual, mixed_sets(config.data)
-    if _is_half_reset(config):
-        return "method=half_reset does not train: leave out data.mix." if mix else None
+    if not config.method.trains:
+        return f"method={config.method.name} does not train: leave out data.mix." if mix else None
     shares = [each.share for each in mix if each.share is not None]
     replayed = continual.replay_share if continual.name == "mixed_replay" else 0.0
     total = sum(shares) + replayed
@@ -119,8 +115,8 @@ def _validation_sets_are_known(config: RunConfig) -> str | None:
     for name in ("validate_every", "early_stopping", "keep_best"):
         if getattr(train, name) and not sets:
             return f"train.{name}={getattr(train, name)} needs validation rows: give data.validation=PATH or 0.05."
-    if sets and _is_half_reset(config):
-        return "method=half_reset does not train: leave out data.validation."
+    if sets and not config.method.trains:
+        return f"method={config.method.name} does not train: leave out data.validation."
     if len(sets) > 1 and len(sets) != count_rounds(config.data):
         return (
             f"data.validation names {len(sets)} sets for {count_rounds(config.data)} training sets: give one, or one "
@@ -137,8 +133,8 @@ def _tasks_are_in_one_folder(config: RunConfig) -> str | None:
     data = config.data
     if not data.tasks:
         return None
-    if _is_half_reset(config):
-        return "method=half_reset does not train: leave out data.tasks. It can score data.test_path."
+    if not config.method.trains:
+        return f"method={config.method.name} does not train: leave out data.tasks. It can score data.test_path."
     if isinstance(data.path, str) and data.test_path is None:
         return None
     return (
@@ -149,7 +145,7 @@ def _tasks_are_in_one_folder(config: RunConfig) -> str | None:
 
 def _test_sets_match_training_sets(config: RunConfig) -> str | None:
     tests = len(test_sets(config.data))
-    rounds = 0 if _is_half_reset(config) else count_rounds(config.data)
+    rounds = 0 if not config.method.trains else count_rounds(config.data)
     if tests in (0, 1, rounds):
         return None
     return f"data.test_path names {tests} sets for {rounds} training sets: give none, one, or one for each."
@@ -157,7 +153,7 @@ def _test_sets_match_training_sets(config: RunConfig) -> str | None:
 
 def _stages_match_training_sets(config: RunConfig) -> str | None:
     stages, rounds = len(config.method.stages), count_rounds(config.data)
-    if _is_half_reset(config) or stages in (1, rounds):
+    if not config.method.trains or stages in (1, rounds):
         return None
     return f"method.stages names {stages} stages for {rounds} training sets: give one for all sets, or one for each."
 
@@ -207,24 +203,29 @@ def _full_methods_freeze_nothing(config: RunConfig) -> str | None:
     return None
 
 
-def _half_reset_has_a_base(config: RunConfig) -> str | None:
-    if _is_half_reset(config) and config.model.base is None:
-        return "method=half_reset needs model.base=…, the model to go back to (and model.tuned=…, the tuned one)."
-    return None
-
-
-def _half_reset_runs_without_ranks(config: RunConfig) -> str | None:
-    if _is_half_reset(config) and config.engine.zero_stage is not None:
-        return f"method=half_reset copies files and needs no ranks: leave out engine={config.engine.name}."
-    return None
-
-
-def _only_half_reset_has_its_keys(config: RunConfig) -> str | None:
+def _base_is_named(config: RunConfig) -> str | None:
     method = config.method
-    if _is_half_reset(config):
+    if method.trains or config.model.base is not None:
+        return None
+    return f"method={method.name} needs model.base=…, the model to go back to (and model.tuned=…, the tuned one)."
+
+
+def _ranks_train(config: RunConfig) -> str | None:
+    if config.method.trains or config.engine.zero_stage is None:
+        return None
+    return f"method={config.method.name} computes with files and needs no ranks: leave out engine={config.engine.name}."
+
+
+def _method_has_its_keys(config: RunConfig) -> str | None:
+    method = config.method
+    if method.name != "interpolate" and (method.alpha or method.alpha_last is not None):
+        return f"method.alpha and method.alpha_last are for method=interpolate; method={method.name} has no such share."
+    if not method.trains:
         return None
     if config.model.base is not None:
-        return f"model.base is for method=half_reset only; method={method.name} starts from model.path."
+        return (
+            f"model.base is for method=half_reset and method=interpolate; method={method.name} starts from model.path."
+        )
     if method.shared_rows or not method.save_model:
         return f"method.save_model and method.shared_rows are not for method={method.name}."
     return None
@@ -405,10 +406,10 @@ RULES: tuple[Rule, ...] = (
     _data_are_named,
     _selection_has_a_ratio_to_meet,
     _names_are_given,
-    _half_reset_has_a_base,
-    _only_half_reset_has_its_keys,
+    _base_is_named,
+    _method_has_its_keys,
     _benchmarks_need_a_model_on_disk,
-    _half_reset_runs_without_ranks,
+    _ranks_train,
     _full_methods_freeze_nothing,
     _ranks_are_counted,
     _ranks_need_a_zero_stage,

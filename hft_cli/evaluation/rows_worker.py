@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from hft_cli.checkpoint.folders import stored_tensors
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import Prompts, make_prompts
@@ -85,12 +88,28 @@ def _load(job: RowsJob) -> LoadedModel:
     loaded = load_model(job.path, job.model, device_of_rank())
     chat_template(None, loaded.tokenizer)  # raises an error if there is none
     if job.base is not None:
-        parameters = dict(loaded.model.named_parameters())
-        base = dict(load_weights(job.base, job.model).named_parameters())
         with torch.no_grad():
-            for name in job.reset:
-                parameters[name][: len(base[name])] = base[name]  # additional rows of a larger vocabulary are kept
+            _put_back(loaded.model, job, job.base)
     return loaded
+
+
+def _put_back(model: Any, job: RowsJob, folder: str) -> None:
+    """Put parameters back to a base, wholly or in part, with the rounding of checkpoint/interpolation.py."""
+    import torch
+
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
+    files = stored_tensors(Path(job.path))
+    stored = {p.name: p.stored[0] for p in parameters_from_folder(job.path, job.model.kinds, job.model.part)}
+    parameters, bases = dict(model.named_parameters()), dict(load_weights(folder, job.model).named_parameters())
+    for name, share in job.kept.items():
+        base = bases[name].to(parameters[name].device)
+        shared = parameters[name][: len(base)]  # additional rows of a larger vocabulary are kept
+        if share == 0:
+            shared.copy_(base)
+        elif share < 1:
+            rounded = dtypes.get(files[stored[name]].dtype)
+            computed = torch.float32 if rounded else torch.float64
+            shared.copy_((base.to(computed) * (1 - share) + shared.to(computed) * share).to(rounded or shared.dtype))
 
 
 def _score_exact_match(

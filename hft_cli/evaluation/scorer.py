@@ -48,7 +48,8 @@ class ScoredModel:
     Attributes:
         weights: hash of its weights; required for `shared` and for keyed file names.
         shared: whether its scores are cached for other runs.
-        base: folder of a model; in memory, the parameters in `reset` are set back to its values.
+        base: folder of a model; in memory, the parameters in `kept` go back to its values and keep this share of their
+            change.
     """
 
     path: Path
@@ -56,7 +57,7 @@ class ScoredModel:
     weights: str | None = None
     shared: bool = False
     base: str | None = None
-    reset: tuple[str, ...] = ()
+    kept: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _worker_runs(
     several = ranks if ranks > 1 else None  # None: one process without torchrun
     if rows:
         answers: dict[str, Any] = {"generation": tests.generation, "seed": tests.seed}
-        rows_job = RowsJob(**values, **answers, tasks=rows, base=model.base, reset=model.reset)
+        rows_job = RowsJob(**values, **answers, tasks=rows, base=model.base, kept=dict(model.kept))
         yield WorkerRun(rows_job, folder, label, several if gpus() else None)  # a CPU is busy with one process
     if benchmarks:
         folders: dict[str, Any] = {

@@ -58,8 +58,8 @@ class RowsTask:
 class RowsJob:
     """Score the model in the folder `path` on sets of rows; `tasks` is suite -> task -> rows.
 
-    The parameters named in `reset` are set back to those of the model in the folder `base` first, in memory only: a
-    Half-Reset that writes no model.
+    The parameters in `kept` go back to those of the model in the folder `base` first, and keep this share of their
+    change, in memory only: a Half-Reset or an interpolation that writes no model.
     """
 
     model: ModelConfig
@@ -69,7 +69,7 @@ class RowsJob:
     generation: GenerationConfig
     seed: int
     base: str | None = None
-    reset: tuple[str, ...] = ()
+    kept: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets, training_sets, value_for_task
 from hft_cli.config.schema import DataConfig, RunConfig
+from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
@@ -40,14 +41,14 @@ PACKABLE = (
 
 @dataclass(frozen=True)
 class Phase:
-    """One training of a run, or one Half-Reset.
+    """One training of a run, or one Half-Reset or interpolation.
 
     Attributes:
         number: position in the run, from 1.
         round: number of the draw, from 1. A replay has the round of the task before it.
         name: label in tables and in the name of its directory.
-        stage: how it trains, "sft" or "dpo", or "half_reset".
-        sources: the training rows; of a Half-Reset the base model.
+        stage: how it trains, "sft" or "dpo", or one of WITHOUT_TRAINING.
+        sources: the training rows; without training the base model.
         test: the rows that the model is scored on afterwards.
         metric: the metric of that score.
         epochs: passes over the training rows, unless train.max_steps is set.
@@ -69,6 +70,11 @@ class Phase:
     validation: ValidationSet | None = None
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains, and not only computes with files."""
+        return self.stage not in WITHOUT_TRAINING
+
+    @property
     def data(self) -> str:
         """The paths of its sources, as text."""
         return ", ".join(source.path for source in self.sources)
@@ -82,7 +88,7 @@ class Phase:
     @property
     def task(self) -> str:
         """The name of its score in tables."""
-        return _label(str(self.test)) if self.stage == "half_reset" else self.name
+        return self.name if self.trains else _label(str(self.test))
 
 
 def phases(config: RunConfig) -> tuple[Phase, ...]:
@@ -220,11 +226,11 @@ def _source(data: DataConfig, path: str, task: str) -> Source:
     return Source(path, split, subset, revision, data.format, data.max_rows, data.columns, data.roles)
 
 
-def _half_reset_phases(config: RunConfig) -> tuple[Phase, ...]:
+def _phase_without_training(config: RunConfig) -> tuple[Phase, ...]:
     """One phase without training. Its only data are the rows that the model is scored on."""
     test = next(iter(as_paths(config.data.test_path)), None)
     metric = value_for_task("data.metric", config.data.metric, _label(str(test)))
-    return (Phase(1, 1, "half_reset", "half_reset", (Source(str(config.model.base)),), test, metric),)
+    return (Phase(1, 1, config.method.name, config.method.name, (Source(str(config.model.base)),), test, metric),)
 
 
 def _round_names(paths: tuple[str, ...]) -> list[str]:
@@ -250,5 +256,6 @@ METHODS: dict[str, Callable[[RunConfig], tuple[Phase, ...]]] = {
     "hft": _training_phases,
     "dpo": _training_phases,
     "hft_dpo": _training_phases,
-    "half_reset": _half_reset_phases,
+    "half_reset": _phase_without_training,
+    "interpolate": _phase_without_training,
 }

@@ -79,9 +79,9 @@ def automatic(config: AnyRun, machine: Machine | None = None, folder: Path | Non
             f"engine=auto: there is no GPU here for engine.num_processes={config.engine.num_processes}. Leave it out, "
             "or choose the engine: engine=zero2. (hft plan: give gpu_memory=N.)"
         )
-    if not machine.gpus or config.method.name == "half_reset":
+    if not machine.gpus or not config.method.trains:
         single = EngineConfig(**options_of("engine")["single"], device=config.engine.device)
-        logger.info("engine=auto: single, " + ("on the CPU." if not machine.gpus else "which a Half-Reset needs."))
+        logger.info("engine=auto: single, " + ("on the CPU." if not machine.gpus else "which computes with files."))
         return replace(config, engine=single)
     check(with_data(_planned(config)))
     config = _on_ranks(config, machine)

@@ -128,7 +128,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
     model = read_model(config.model)
     config = with_model_limits(config, dict(model.config), config.model.name)
     run, drawn = phases(config), draws(config, model.params)
-    trains = run[0].stage != "half_reset"
+    trains = run[0].trains
     if trains and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if row_counts is None:
@@ -153,7 +153,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
 def with_data(config: PlanConfig) -> PlanConfig:
     """The config with stand-ins for training sets that are not named: a plan needs only their number of rows."""
     data = config.data
-    if config.method.name == "half_reset" or data.path not in (REQUIRED, []):
+    if not config.method.trains or data.path not in (REQUIRED, []):
         return config
     path = NO_DATA if data.tasks else [NO_DATA] * len(config.method.stages)
     return replace(config, data=replace(data, path=path))
@@ -234,7 +234,7 @@ def _full(model: Model, setup: Setup) -> Workload:
 def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows: int | None) -> PlannedPhase:
     phase_settings: PlanConfig = phase_config(config, phase)
     setup = make_setup(phase_settings, phase, model)
-    if phase.stage == "half_reset":
+    if not phase.trains:
         return PlannedPhase(phase, draw, setup, rows)
     train, work, full = phase_settings.train, workload(config, model, draw.updated, setup), _full(model, setup)
     tokens = setup.length if train.packing else min(config.row_tokens or setup.length, setup.length)

@@ -26,7 +26,7 @@ LARGE_MODEL = 1e9  # elements; a training step takes minutes on a CPU
 def preflight(config: RunConfig, plan: Plan, new: bool) -> None:
     """Refuse a run that this machine cannot do. `new`: nothing of the run is on the disk yet."""
     check_packages(config)
-    if plan.rounds[0].phase.stage != "half_reset":
+    if plan.rounds[0].phase.trains:
         gpu_memories = gpus()
         check_optimizer(config.train.optimizer, bool(gpu_memories))
         check_device(config.engine, gpu_memories, sum(p.elements for p in plan.model.params))

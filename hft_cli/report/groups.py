@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.report.runs import Run, RunRow, SettingKey
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
-METHOD_ORDER = ("FFT", "HFT", "Half-Reset", "DPO", "HFT-DPO", "LoRA")
+METHOD_ORDER = ("FFT", "HFT", "Half-Reset", "Interpolation", "DPO", "HFT-DPO", "LoRA")
 # The keys that are tried first to label groups. Their values stand alone, other values follow the last part of the key.
 LABEL_KEYS = ("selection.level", "selection.ratio", "train.learning_rate", "model.name", "data.name", "continual.name",
               "engine.name", "suite.name")  # fmt: skip
@@ -156,8 +157,8 @@ def with_full_counterparts(groups: Sequence[Group], key: str) -> list[list[Group
 
 
 def full_counterpart(group: Group, groups: Iterable[Group]) -> Group | None:
-    """The group that updates every matrix and is otherwise set as this one: FFT for HFT. None for Half-Reset."""
-    if group.row.method == "half_reset":
+    """The group that updates every matrix and is otherwise set as this one: FFT for HFT. None without training."""
+    if group.row.method in WITHOUT_TRAINING:
         return None
     key = group.key_without("method.name", "selection.")
     return next((g for g in groups if g.row.level == "all" and g.key_without("method.name", "selection.") == key), None)

@@ -57,7 +57,7 @@ class RunRow:
     def label(self) -> str:
         """The method's name in tables and figures."""
         name = "LoRA" if self.continual == "lora" else self.method.upper().replace("_", "-")
-        name = {"HALF-RESET": "Half-Reset"}.get(name, name)
+        name = {"HALF-RESET": "Half-Reset", "INTERPOLATE": "Interpolation"}.get(name, name)
         return f"{name} + {self.continual.replace('_', ' ')}" if self.continual in COMBINED else name
 
 

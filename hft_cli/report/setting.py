@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.files import flatten
 from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import RunRow
@@ -54,7 +55,7 @@ def _unused_keys(row: RunRow, stages: str) -> list[str]:
     patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name not in row.continual]
     if row.level in UNDRAWN:
         patterns.append(r"selection\.(ratio|balance|redraw)$")
-    if row.method == "half_reset":
+    if row.method in WITHOUT_TRAINING:
         patterns.append(r"train\.")
     if "dpo" not in stages:
         patterns.append(r"dpo\.")

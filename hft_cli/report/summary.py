@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.files import read_record
 from hft_cli.report.items import score_changes
@@ -27,7 +28,7 @@ ROUND_COLUMNS: dict[str, Callable[[Entry], str]] = {
     "frozen weights": lambda entry: "bit-identical" if entry["frozen_bit_identical"] else "CHANGED",
 }
 
-HALF_RESET_COLUMNS = ("round", "updated", "seconds")  # nothing was trained
+COLUMNS_WITHOUT_TRAINING = ("round", "updated", "seconds")  # nothing was trained
 
 SCORE_COLUMNS: list[Column] = [
     ("score", plain("task")),
@@ -60,7 +61,7 @@ def summary(run: RunDir) -> str:
     """What a finished run did and scored, in a few lines."""
     results = read_record(run.results, ResultsRecord)
     rounds, sequence = results["rounds"], results["continual"]
-    names = HALF_RESET_COLUMNS if results["stage"] == "half_reset" else tuple(ROUND_COLUMNS)
+    names = COLUMNS_WITHOUT_TRAINING if results["stage"] in WITHOUT_TRAINING else tuple(ROUND_COLUMNS)
     parts = [text_table(names, [[ROUND_COLUMNS[name](entry) for name in names] for entry in rounds])]
     if changes := score_changes(read_run(run)):
         shown = [column for column in SCORE_COLUMNS if any(column[1](change) for change in changes)]

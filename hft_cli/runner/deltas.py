@@ -66,7 +66,7 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
     metadata = {"base_sha256": about["base_sha256"]}
     template = folders[-1].template if read_config(run).model.changes_template else None
     with new_folder(out) as part:
-        write_delta_file({name: [tensor] for name, tensor in tensors.items()}, part / DELTA, metadata)
+        write_delta_file(tensors, part / DELTA, metadata)
         for file in (template, folders[-1].answer_end):
             if file is not None and file.exists():
                 write_text(part / file.name, file.read_text())

@@ -1,4 +1,4 @@
-"""Run one phase: train it in worker processes, or do its Half-Reset, and write the model after it."""
+"""Run one phase: train it in worker processes, or put tensors back to a base, and write the model after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
+from hft_cli.checkpoint.deltas import apply_deltas
+from hft_cli.checkpoint.interpolation import write_blends
 from hft_cli.errors import Stopped
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.jobs import PhaseJob
@@ -20,7 +21,7 @@ from hft_cli.method.rounds import Phase, phase_config
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.companions import companions
-from hft_cli.runner.prepare import Prepared, half_reset_tensors
+from hft_cli.runner.prepare import Prepared, blended_tensors
 from hft_cli.runner.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,12 @@ def run_phase(session: Session, phase: Phase, draw: Draw, start: Position) -> Po
     folder = run.round(phase.number, phase.name)
     if not folder.outcome.exists():
         folder.folder.mkdir(parents=True, exist_ok=True)
-        run_stage = _half_reset if phase.stage == "half_reset" else _train
+        run_stage = _train if phase.trains else _put_back
         run_stage(session, phase, draw, start)
     session.tracker.send_metrics(run.metrics, phase.name, start.steps)
     return Position(
         model=_write_model(session, folder, start) if config.method.save_model else start.model,
-        steps=start.steps + read_json(folder.outcome).get("steps", 1),  # a Half-Reset counts as one
+        steps=start.steps + read_json(folder.outcome).get("steps", 1),  # without training it counts as one
         adapter=folder.adapter if config.continual.name == "lora" else None,
     )
 
@@ -98,14 +99,15 @@ def _train(session: Session, phase: Phase, draw: Draw, start: Position) -> None:
         raise Stopped(signal.SIGTERM)
 
 
-def _half_reset(session: Session, phase: Phase, draw: Draw, start: Position) -> None:
-    """Write the delta of a Half-Reset, unless the model is only scored (method.save_model=false)."""
+def _put_back(session: Session, phase: Phase, draw: Draw, start: Position) -> None:
+    """Write the delta of a phase without training, unless the model is only scored (method.save_model=false)."""
     config, folder = session.prepared.config, session.run.round(phase.number, phase.name)
-    logger.info(f"Half-Reset: {_size(draw)} set back to {phase.data}")
+    what = "set back" if phase.stage == "half_reset" else "put a part of the way back"
+    logger.info(f"{_size(draw)} {what} to {phase.data}")
     start_time = time.perf_counter()
     if config.method.save_model:
-        tensors = half_reset_tensors(phase, draw, start.model, config)
-        write_delta_file(tensors, folder.delta, {"base_sha256": session.prepared.record["base_sha256"]})
+        tensors = blended_tensors(phase, draw, start.model, config)
+        write_blends(tensors, folder.delta, {"base_sha256": session.prepared.record["base_sha256"]})
     write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - start_time, 3)})
 
 

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.deltas import reset_tensors
 from hft_cli.checkpoint.folders import known_weights_hash, model_folder
+from hft_cli.checkpoint.interpolation import Blend, blends
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder, require_trainable
 from hft_cli.checkpoint.same_function import require_same_function
-from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
@@ -24,6 +23,7 @@ from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import flatten
 from hft_cli.launch.environment import environment
+from hft_cli.method.interpolation import kept_changes
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
 from hft_cli.method.selection import Draw
 from hft_cli.paths import resolve_path
@@ -85,8 +85,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     params = parameters_from_folder(base, config.model.kinds, config.model.part)
     check_companions(base)
     plan, drawn = phases(config), draws(config, params)
-    if plan[0].stage == "half_reset":
-        half_reset_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
+    if not plan[0].trains:
+        blended_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
         ignored = require_same_function(base, model_folder(resolve_path(plan[0].data), "model.base"), config.model.part)
         if ignored:
             logger.info(f"config.json has other values than the base's, without an effect: {', '.join(ignored)}.")
@@ -129,23 +129,24 @@ def node_facts(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def half_reset_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig) -> dict[str, list[StoredTensor]]:
-    """The tensors that a Half-Reset writes over those of the model in `tuned`; UserError if the models do not fit."""
+def blended_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig) -> dict[str, Blend]:
+    """What a Half-Reset or an interpolation makes of the model in `tuned`; UserError if the models do not fit."""
     folders = (tuned, model_folder(resolve_path(phase.data), "model.base"))
     kinds, part = config.model.kinds, config.model.part
     tuned_params, base_params = (parameters_from_folder(folder, kinds, part) for folder in folders)
-    return reset_tensors(tuned_params, base_params, folders, draw.updated, config.method.shared_rows)
+    kept = kept_changes(tuned_params, draw.updated, config.method)
+    return blends((tuned_params, base_params), folders, kept, config.method.shared_rows)
 
 
 def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     """What plan.json records of a phase's data; UserError for a bad row.
 
-    These are `data_sha256` (of a Half-Reset: the hash of the weights to reset to), `rows`, `parts` (what is taken of
+    These are `data_sha256` (without training: the hash of the base's weights), `rows`, `parts` (what is taken of
     each set), and with a test set `test_sha256` and, for SFT, the number of rows that repeat an earlier one or are in
     the test set too.
     """
     data = config.data
-    if phase.stage == "half_reset":
+    if not phase.trains:
         folder = model_folder(resolve_path(phase.data), "model.base")
         record: dict[str, Any] = {"data_sha256": known_weights_hash(folder)}
     else:

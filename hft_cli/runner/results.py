@@ -28,7 +28,7 @@ def results(
     config, first = prepared.config, prepared.phases[0]
     engines = dict.fromkeys(engine["name"] for outcome in outcomes for engine in outcome.get("engines", []))
     faults = [f"round {proof.round} {proof.name}: {fault}" for proof in proofs for fault in proof.faults]
-    trained = first.stage != "half_reset"
+    trained = first.trains
     return {
         "method": config.method.name,
         "stage": first.stage,

@@ -73,8 +73,8 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
         UserError: for a mistake in the config, the data or the chat template.
     """
     check(config)
-    if config.method.name == "half_reset":
-        raise UserError("method=half_reset trains on no rows, so there are no tokens to show.")
+    if not config.method.trains:
+        raise UserError(f"method={config.method.name} trains on no rows, so there are no tokens to show.")
     path, revision = resolve_path(config.model.path), config.model.revision
     if Path(path).is_dir():
         path = str(model_folder(path, revision=revision))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import known_weights_hash, model_folder
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
@@ -24,6 +25,7 @@ from hft_cli.launch.nodes import Node, this_node
 from hft_cli.launch.peer import Peer
 from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, connect, introduce, listen
 from hft_cli.launch.worker import follow_leader, load_libraries
+from hft_cli.method.interpolation import kept_changes
 from hft_cli.method.rounds import Phase
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
@@ -86,7 +88,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
         logger.info(f"{run.folder} is finished already; nothing to do.")
         return run
     prepared = prepare(config, base, run)
-    if followers is None and prepared.phases[0].stage != "half_reset":
+    if followers is None and prepared.phases[0].trains:
         load_libraries(config.engine.zero_stage is not None)
     new = not run.config.exists()
     if new:
@@ -210,12 +212,14 @@ def tasks_after(phase: Phase, prepared: Prepared) -> TasksToScore | None:
 
 
 def _final(session: Session) -> ScoredModel:
-    """The model at the end of a run: its folder, or in memory what a Half-Reset without a model of its own gives."""
+    """The model at the end of a run: its folder, or in memory what a run without a model of its own gives."""
     prepared, config = session.prepared, session.prepared.config
     if config.method.save_model:
         return ScoredModel(session.run.model, config.model)
     source = str(model_folder(resolve_path(str(config.model.base))))
-    return ScoredModel(prepared.base, config.model, base=source, reset=prepared.draws[0].updated)
+    params = parameters_from_folder(prepared.base, config.model.kinds, config.model.part)
+    kept = kept_changes(params, prepared.draws[0].updated, config.method)
+    return ScoredModel(prepared.base, config.model, base=source, kept=kept)
 
 
 def _score(session: Session, when: str, model: ScoredModel, tasks: TasksToScore, steps: int) -> Scores:

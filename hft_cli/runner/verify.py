@@ -11,23 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.digests import tensor_sha256
-from hft_cli.checkpoint.folders import model_folder, stored_tensors, weights_hash
+from hft_cli.checkpoint.folders import stored_tensors, weights_hash
+from hft_cli.checkpoint.interpolation import is_blend
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.checkpoint.tensors import StoredTensor, read_header, same_bytes, same_each
+from hft_cli.checkpoint.tensors import THREADS, StoredTensor, read_header, same_each
 from hft_cli.config.schema import RunConfig, read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, read_record
 from hft_cli.method.rounds import Phase, draws, phases
 from hft_cli.method.selection import Draw
-from hft_cli.paths import resolve_path
 from hft_cli.run_dir import FrozenRecord, RunDir
 from hft_cli.runner.base import find_base
+from hft_cli.runner.prepare import blended_tensors
 
 MOST_NAMES = 5  # tensor names in a fault
 
@@ -78,7 +80,7 @@ def verify(
         raise UserError(f"{run.folder} wrote no model (method.save_model=false): there is nothing to verify.")
     folder = find_base(run, base, hash_of)
     params = parameters_from_folder(folder, config.model.kinds, config.model.part)
-    replay = _Replay(run, config, params, stored_tensors(folder), tick)
+    replay = _Replay(run, config, folder, params, stored_tensors(folder), tick)
     plan = phases(config)
     ledger = _ledger(run, len(plan))
     proofs = [
@@ -95,12 +97,13 @@ def verify(
 class _Replay:
     """The model as the base and the deltas give it, phase by phase.
 
-    `tensors` are those of the base at first, and after each phase those of its model. `writer` has the number of the
-    last phase that wrote a tensor.
+    `start` is the folder of the model that the run started from. `tensors` are those of the base at first, and after
+    each phase those of its model. `writer` has the number of the last phase that wrote a tensor.
     """
 
     run: RunDir
     config: RunConfig
+    start: Path
     params: Sequence[Param]
     tensors: dict[str, StoredTensor]
     tick: Callable[[str], None]
@@ -163,34 +166,19 @@ class _Replay:
         drawn = {tensor for name in draw.updated for tensor in stored[name]}
         faults = _fault("the delta holds tensors that the draw freezes", delta.keys() - drawn)
         faults += _fault("the delta lacks tensors that the draw updates", drawn - delta.keys())
-        if phase.stage == "half_reset":
-            return faults + self._reset_faults(delta)
+        if not phase.trains:
+            return faults + self._blend_faults(phase, draw, delta)
         misfits = {name for name, tensor in delta.items() if not self._fits(name, tensor)}
         return faults + _fault("the delta has another dtype or shape than the model for", misfits)
 
-    def _reset_faults(self, delta: Mapping[str, StoredTensor]) -> list[str]:
-        """Check that a Half-Reset's delta holds the tensors of model.base; rows that it does not have stay tuned."""
-        folder = model_folder(resolve_path(str(self.config.model.base)))
-        base = stored_tensors(folder)
-        model = self.config.model
-        base_names = {param.name: param.stored for param in parameters_from_folder(folder, model.kinds, model.part)}
-        sources = {
-            name: base[source]
-            for param in self.params
-            for name, source in zip(param.stored, base_names.get(param.name, ()), strict=False)
-        }
-        # Tensors without a source are a fault already: the draw does not update them.
-        return _fault(
-            "the delta differs from model.base in",
-            (name for name in delta if name in sources and not self._is_reset(name, delta[name], sources[name])),
-        )
-
-    def _is_reset(self, name: str, tensor: StoredTensor, source: StoredTensor) -> bool:
-        if not (tensor.extends(source) and self._fits(name, tensor)):
-            return same_bytes(tensor, source)
-        shared, rows = source.shape[0], tensor.shape[0]
-        tuned = self.tensors[name].rows(shared, rows)
-        return same_bytes(tensor.rows(0, shared), source) and same_bytes(tensor.rows(shared, rows), tuned)
+    def _blend_faults(self, phase: Phase, draw: Draw, delta: Mapping[str, StoredTensor]) -> list[str]:
+        """Check that the delta of a phase without training is what the tuned model and its base give."""
+        expected = blended_tensors(phase, draw, self.start, self.config)
+        names = [name for name in delta if name in expected]
+        with ThreadPoolExecutor(THREADS) as pool:
+            same = list(pool.map(lambda name: is_blend(delta[name], expected[name]), names))
+        different = (name for name, fits in zip(names, same, strict=True) if not fits)
+        return _fault("the delta differs from what model.base gives in", different)
 
     def _fits(self, name: str, tensor: StoredTensor) -> bool:
         return name in self.tensors and self.tensors[name].layout == tensor.layout

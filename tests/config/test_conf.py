@@ -37,7 +37,7 @@ def file_cases():
             if group == "data":
                 rest = ["data.path=F"] if option in ("local", "trace") else []
                 rest += ["method.stages=[sft,dpo]"] if option.endswith(("then_dpo", "v2_ultrafeedback")) else []
-            if option in ("none", "half_reset") and group in ("data", "method"):
+            if option in ("none", "half_reset", "interpolate") and group in ("data", "method"):
                 method, rest = ["+method=half_reset"] * (group == "data"), [*TUNED]
             if option.startswith("trace") and group == "recipe":
                 rest = ["data=trace", "data.path=F"]

@@ -105,8 +105,8 @@ def test_reset_parameters_have_the_values_of_the_base(rows, tmp_path):
     )
     task = RowsTask(str(rows))
     assert score(tmp_path / "tuned scores", task, str(tuned))[0]["exact_match"] == 0
-    partly = score(tmp_path / "partly", task, str(tuned), base=MODEL, reset=tuple(changed[1:]))
-    wholly = score(tmp_path / "wholly", task, str(tuned), base=MODEL, reset=tuple(changed))
+    partly = score(tmp_path / "partly", task, str(tuned), base=MODEL, kept=dict.fromkeys(changed[1:], 0.0))
+    wholly = score(tmp_path / "wholly", task, str(tuned), base=MODEL, kept=dict.fromkeys(changed, 0.0))
     assert wholly == score(tmp_path / "base", task)
     assert partly != wholly
 

@@ -24,7 +24,8 @@ SETTINGS = Path(__file__).parent / "hft.mplstyle"
 
 METHOD_STYLES: dict[str, Style] = {
     "FFT": ("#D55E00", "o", "-"), "HFT": ("#0072B2", "s", "--"), "Half-Reset": ("#CC79A7", "D", ":"),
-    "LoRA": ("#009E73", "^", "-."), "DPO": ("#E69F00", "v", "-"), "HFT-DPO": ("#56B4E9", "P", "--"),
+    "Interpolation": ("#999999", "h", ":"), "LoRA": ("#009E73", "^", "-."), "DPO": ("#E69F00", "v", "-"),
+    "HFT-DPO": ("#56B4E9", "P", "--"),
 }  # fmt: skip
 
 # Marker and line of a method that is combined with a measure against forgetting.
