@@ -155,7 +155,7 @@ _POSITIONS = (
 )
 _GATE = re.compile(r"gate|w3|input_linear")
 _HEAD_NORM = re.compile(r"\.([qk])_(?:layer)?norm\.")
-_ADAPTER = re.compile(r"\.lora_[AB]$")
+_ADAPTER = re.compile(r"\.lora_(?:[AB]|magnitude_vector)$")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, WITHOUT_TRAINING, setting
 from hft_cli.config.suites import SuiteConfig
-from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, TrainConfig
+from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, LoraConfig, TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict, require_type
 from hft_cli.run_dir import RunDir
@@ -181,8 +181,8 @@ class MethodConfig:
 
     name: str = setting(
         REQUIRED,
-        "fft and dpo update every matrix, hft and hft_dpo update a random selection, half_reset puts a selection back "
-        "to the base model's values, interpolate puts matrices a part of the way back.",
+        "fft and dpo update every matrix, hft and hft_dpo a random selection, lora adapters beside them; half_reset "
+        "puts a selection back to the base model's values, interpolate puts matrices a part of the way back.",
         choices=("hft_cli.method.rounds:METHODS",),
     )
     stages: list[str] = setting(
@@ -364,6 +364,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -418,10 +419,23 @@ def read_config(run: RunDir) -> RunConfig:
     suite = values.get("suite")
     if isinstance(suite, dict) and isinstance(suite.get("allow_code"), bool):  # as earlier versions wrote it
         suite["allow_code"] = str(suite["allow_code"]).lower()
+    _move_lora(values)
     config: RunConfig = from_dict(RunConfig, values)
     require_type(asdict(config), RunConfig, run.config)
     require_type([config.data.path, config.data.test_path], list[str | list[str] | None], f"{run.config}, data")
     return config
+
+
+def _move_lora(values: dict[str, Any]) -> None:
+    """Earlier versions had LoRA among the strategies of continual learning."""
+    continual = values.get("continual")
+    if not isinstance(continual, dict):
+        return
+    old = {key: continual.pop(f"lora_{key}") for key in ("rank", "alpha", "dropout") if f"lora_{key}" in continual}
+    if old:
+        values["lora"] = old
+    if continual.get("name") == "lora" and isinstance(values.get("method"), dict):
+        continual["name"], values["method"]["name"] = "seqft", "lora"
 
 
 # The commands that compose a config, and its class.

@@ -132,8 +132,8 @@ class ContinualConfig:
     name: str = setting(
         "seqft",
         "seqft: nothing; replay: rows of past tasks are trained on again after each task; mixed_replay: they are in "
-        "the same batches as the task's; gem (Lopez-Paz & Ranzato 2017) and lora (Hu et al. 2021): not on ZeRO-3.",
-        choices=("seqft", "replay", "mixed_replay", "gem", "lora"),
+        "the same batches as the task's; gem (Lopez-Paz & Ranzato 2017): not on ZeRO-3.",
+        choices=("seqft", "replay", "mixed_replay", "gem"),
     )
     score_unseen: bool = setting(
         False, "After each round, score the tasks that are still to come too, not only those seen so far."
@@ -162,9 +162,16 @@ class ContinualConfig:
         "GEM: memory strength, the smallest weight of a past task's gradient in a corrected step.",
         range="[0, inf)",
     )
-    lora_rank: int = setting(8, "LoRA: rank of the adapters.", range="[1, inf)")
-    lora_alpha: float = setting(16.0, "LoRA: the adapters' product is scaled by alpha / rank.", range="(0, inf)")
-    lora_dropout: float = setting(0.0, "LoRA: dropout before the adapters.", range="[0, 1)")
+
+
+@dataclass
+class LoraConfig:
+    """Keys `lora`: the adapters of method=lora (Hu et al. 2021), beside all matrices of attention and feed-forward."""
+
+    rank: int = setting(8, "Rank of the adapters.", range="[1, inf)")
+    alpha: float = setting(16.0, "The adapters' product is scaled by alpha / rank.", range="(0, inf)")
+    dropout: float = setting(0.0, "Dropout before the adapters.", range="[0, 1)")
+    dora: bool = setting(False, "DoRA (Liu et al. 2024): the length of each row of a matrix is trained by itself.")
 
 
 @dataclass

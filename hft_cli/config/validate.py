@@ -189,9 +189,9 @@ def _names_are_given(config: RunConfig) -> str | None:
 
 def _full_methods_freeze_nothing(config: RunConfig) -> str | None:
     method, selection = config.method.name, config.selection
-    if method not in ("fft", "dpo"):
+    if method not in ("fft", "dpo", "lora"):
         return None
-    half = "hft" if method == "fft" else "hft_dpo"
+    half = "hft_dpo" if method == "dpo" else "hft"
     if selection.level != "all":
         return (
             f"method={method} updates every matrix, so selection={selection.level} cannot hold. Use method={half}, or "
@@ -312,8 +312,8 @@ def _continual_suits_the_method(config: RunConfig) -> str | None:
     name, rounds = config.continual.name, count_rounds(config.data)
     if name == "seqft":
         return None
-    if config.method.name not in ("fft", "hft") or set(config.method.stages) != {"sft"}:
-        return f"continual={name} is for SFT by method=fft or hft, not for DPO or Half-Reset."
+    if config.method.name not in ("fft", "hft", "lora") or set(config.method.stages) != {"sft"}:
+        return f"continual={name} is for SFT by method=fft, hft or lora, not for DPO or Half-Reset."
     if name == "mixed_replay" and rounds < 2 and config.continual.replay_general is None:
         return (
             "continual=mixed_replay has nothing to replay in one round: give continual.replay_general=PATH, or several "
@@ -324,21 +324,33 @@ def _continual_suits_the_method(config: RunConfig) -> str | None:
             f"continual={name} needs a sequence of tasks, but there is {rounds} round. Give several training sets "
             "(data.path=[…]) or data=trace."
         )
-    if name == "lora" and config.method.name != "fft":
-        return "continual=lora trains adapters beside all matrices, so no half is drawn: use method=fft."
     return None
 
 
 def _continual_suits_the_engine(config: RunConfig) -> str | None:
-    name = config.continual.name
-    if name not in ("gem", "lora"):
+    if config.continual.name != "gem":
         return None
-    if config.engine.offload_optimizer:
-        return f"continual={name} was not tried with offload: use engine=single, zero1 or zero2."
-    if config.engine.zero_stage == 3:
-        return f"continual={name} does not work on engine=zero3: use engine=single, zero1 or zero2."
-    if name == "gem" and config.train.packing:
+    if config.method.name == "lora":
+        return "continual=gem takes gradients of matrices, not of adapters: use method=fft or hft."
+    if config.train.packing:
         return "continual=gem takes gradients of single rows: set train.packing=false."
+    return _engine_of_stage_2("continual=gem", config)
+
+
+def _lora_is_sft_of_all_matrices(config: RunConfig) -> str | None:
+    if config.method.name != "lora":
+        return None
+    if set(config.method.stages) != {"sft"}:
+        return "method=lora is for SFT: leave out method.stages."
+    return _engine_of_stage_2("method=lora", config)
+
+
+def _engine_of_stage_2(what: str, config: RunConfig) -> str | None:
+    """A message if the engine has shards of weights, or offload."""
+    if config.engine.offload_optimizer:
+        return f"{what} was not tried with offload: use engine=single, zero1 or zero2."
+    if config.engine.zero_stage == 3:
+        return f"{what} does not work on engine=zero3: use engine=single, zero1 or zero2."
     return None
 
 
@@ -420,6 +432,7 @@ RULES: tuple[Rule, ...] = (
     _replay_keys_need_replay,
     _continual_suits_the_method,
     _continual_suits_the_engine,
+    _lora_is_sft_of_all_matrices,
     _dpo_can_be_done,
     _optimizer_suits_the_engine,
     _rows_have_one_order,

@@ -103,7 +103,7 @@ def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
         UserError: if the model cannot satisfy the selection.
     """
     seed = config.seed if config.selection.seed is None else config.selection.seed
-    strategy = lora_draw if config.continual.name == "lora" else draw
+    strategy = lora_draw if config.method.name == "lora" else draw
     return tuple(strategy(params, config.selection, phase.round, seed) for phase in phases(config))
 
 
@@ -254,6 +254,7 @@ def _label(path: str) -> str:
 METHODS: dict[str, Callable[[RunConfig], tuple[Phase, ...]]] = {
     "fft": _training_phases,
     "hft": _training_phases,
+    "lora": _training_phases,
     "dpo": _training_phases,
     "hft_dpo": _training_phases,
     "half_reset": _phase_without_training,

@@ -98,7 +98,7 @@ def lora_draw(params: Sequence[Param], config: SelectionConfig, round: int, seed
     """The parameters that LoRA adapts: weight matrices of attention and feed-forward, no biases, norms or experts."""
     adapted = {p.name for p in params if p.kind in ("attention", "feed_forward") and len(p.shape) == 2}
     if not adapted:
-        raise UserError("continual=lora finds no attention or feed-forward matrices. Map parameters by model.kinds.")
+        raise UserError("method=lora finds no attention or feed-forward matrices. Map parameters by model.kinds.")
     return Draw(round=round, seed=seed, level="lora", ratio=config.ratio, **_shares(params, adapted, adapted))
 
 

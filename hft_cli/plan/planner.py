@@ -89,7 +89,7 @@ class Plan:
     @property
     def has_draws(self) -> bool:
         """Whether the selection is random."""
-        return self.config.selection.level not in UNDRAWN and self.config.continual.name != "lora"
+        return self.config.selection.level not in UNDRAWN and self.config.method.name != "lora"
 
     @property
     def heaviest(self) -> PlannedPhase:
@@ -206,22 +206,22 @@ def make_setup(config: PlanConfig, phase: Phase, model: Model) -> Setup:
 def workload(config: PlanConfig, model: Model, updated: Iterable[str], setup: Setup) -> Workload:
     """The workload of a phase that updates the named parameters; with LoRA, of their adapters."""
     names = frozenset(updated)
-    if config.continual.name != "lora":
+    if config.method.name != "lora":
         return Workload(model.params, names, model.shape, setup)
-    adapters = lora_adapters(model.params, names, config.continual.lora_rank)
+    adapters = lora_adapters(model.params, names, config.lora)
     return Workload(model.params + adapters, frozenset(p.name for p in adapters), model.shape, setup)
 
 
 def _worst_draw(config: PlanConfig, model: Model, draw: Draw) -> tuple[str, ...]:
     """Names of the heaviest draw. LoRA has only one."""
-    return draw.updated if config.continual.name == "lora" else heaviest_draw(model.params, config.selection)
+    return draw.updated if config.method.name == "lora" else heaviest_draw(model.params, config.selection)
 
 
 def _worst_memory(config: PlanConfig, model: Model, draw: Draw, setup: Setup) -> Memory:
     """Part by part at least the memory of any draw: most elements, and the inputs of all matrices saved."""
     heaviest = workload(config, model, _worst_draw(config, model, draw), setup)
     # The saved inputs do not depend on the number of elements alone, so every matrix that some draw trains counts.
-    everything = heaviest if config.continual.name == "lora" else _full(model, setup)
+    everything = heaviest if config.method.name == "lora" else _full(model, setup)
     bound = replace(memory(heaviest), activations=activations(everything))
     return bound.at_least(memory(workload(config, model, draw.updated, setup)))
 

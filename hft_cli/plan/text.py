@@ -167,7 +167,7 @@ def _memory(plan: Plan) -> str:
     if planned.host:
         every = format_bytes(planned.host * setup.ranks)
         lines.append(f"Host memory: {format_bytes(planned.host)} for each rank, {every} for all {setup.ranks}.")
-    if plan.config.continual.name == "lora":
+    if plan.config.method.name == "lora":
         lines.append(f"LoRA trains adapters with {format_count(work.updated_elements)} elements.")
     return "\n".join(lines)
 

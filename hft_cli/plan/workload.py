@@ -9,6 +9,7 @@ from typing import Any
 
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.optimizers import DEFAULT
+from hft_cli.config.training import LoraConfig
 from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 
 
@@ -209,11 +210,11 @@ class Workload:
         return max(heads, key=lambda p: p.elements, default=None)
 
 
-def lora_adapters(params: Iterable[Param], adapted: Collection[str], rank: int) -> tuple[Param, ...]:
-    """The two matrices of LoRA beside each adapted matrix (Hu et al. 2021)."""
-    return tuple(
-        Param(f"{p.unit}.lora_{part}.weight", size, p.layer, p.kind, ())
-        for p in params
-        if p.name in adapted
-        for part, size in (("A", (rank, p.shape[1])), ("B", (p.shape[0], rank)))
-    )
+def lora_adapters(params: Iterable[Param], adapted: Collection[str], lora: LoraConfig) -> tuple[Param, ...]:
+    """The two matrices of LoRA beside each adapted matrix, and the lengths of its rows with DoRA."""
+    adapters = []
+    for p in (p for p in params if p.name in adapted):
+        shapes: dict[str, tuple[int, ...]] = {"A": (lora.rank, p.shape[1]), "B": (p.shape[0], lora.rank)}
+        shapes |= {"magnitude_vector": (p.shape[0],)} if lora.dora else {}
+        adapters += [Param(f"{p.unit}.lora_{part}.weight", s, p.layer, p.kind, ()) for part, s in shapes.items()]
+    return tuple(adapters)

@@ -81,13 +81,16 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
     rounds, selection = results["rounds"], results["selection"]
     sequence = results.get("continual") or {}
     tasks = _task_scores(sequence) if "R" in sequence else None
+    method, strategy = str(results["method"]), str(sequence.get("name", "seqft"))
+    if strategy == "lora":  # as earlier versions wrote it
+        method, strategy = "lora", "seqft"
     level, ratio = str(selection["level"]), finite(selection["ratio"])
     status, note = _status(run, results["verification"])
     draws, draws_note = _draws(run)
     row = RunRow(
         run=str(run.folder),
         status=status,
-        method=str(results["method"]),
+        method=method,
         selection=level if level in UNDRAWN else f"{level} {ratio:g}",
         learning_rate=_finite_or_none(results["learning_rate"]),
         seed=results["seed"],
@@ -99,9 +102,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
         op=_finite_or_none(sequence.get("OP")),
         bwt=_finite_or_none(sequence.get("BWT")),
-        continual=str(sequence.get("name", "seqft"))
-        if tasks or sequence.get("name") in ("lora", "mixed_replay")
-        else "",
+        continual=strategy if tasks or strategy == "mixed_replay" else "",
         level=level,
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),

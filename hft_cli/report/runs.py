@@ -26,7 +26,7 @@ class RunRow:
         skill: mean score after the last round on the test sets of what was trained, in [0, 1].
         retained: mean score after the last round on the suites, in [0, 1].
         op, bwt: overall performance and backward transfer of a sequence of tasks, as shares.
-        continual: seqft, replay, mixed_replay or gem for a sequence of tasks; lora and mixed_replay always; else empty.
+        continual: seqft, replay, mixed_replay or gem for a sequence of tasks; mixed_replay always; else empty.
         ratio: the ratio of the selection that was requested.
         note: what is wrong with the run.
         scores: every score.
@@ -56,8 +56,8 @@ class RunRow:
     @property
     def label(self) -> str:
         """The method's name in tables and figures."""
-        name = "LoRA" if self.continual == "lora" else self.method.upper().replace("_", "-")
-        name = {"HALF-RESET": "Half-Reset", "INTERPOLATE": "Interpolation"}.get(name, name)
+        name = self.method.upper().replace("_", "-")
+        name = {"HALF-RESET": "Half-Reset", "INTERPOLATE": "Interpolation", "LORA": "LoRA"}.get(name, name)
         return f"{name} + {self.continual.replace('_', ' ')}" if self.continual in COMBINED else name
 
 

@@ -52,7 +52,9 @@ def _numbered(value: Any) -> Any:
 def _unused_keys(row: RunRow, stages: str) -> list[str]:
     """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
     patterns = [r"continual\.score_unseen$"]
-    patterns += [rf"continual\.{name}_" for name in ("replay", "gem", "lora") if name not in row.continual]
+    patterns += [rf"continual\.{name}_" for name in ("replay", "gem") if name not in row.continual]
+    if row.method != "lora":
+        patterns.append(r"lora\.")
     if row.level in UNDRAWN:
         patterns.append(r"selection\.(ratio|balance|redraw)$")
     if row.method in WITHOUT_TRAINING:

@@ -61,7 +61,7 @@ def run_phase(session: Session, phase: Phase, draw: Draw, start: Position) -> Po
     return Position(
         model=_write_model(session, folder, start) if config.method.save_model else start.model,
         steps=start.steps + read_json(folder.outcome).get("steps", 1),  # without training it counts as one
-        adapter=folder.adapter if config.continual.name == "lora" else None,
+        adapter=folder.adapter if config.method.name == "lora" else None,
     )
 
 

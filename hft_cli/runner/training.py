@@ -88,8 +88,6 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
         logger.info(f"{run.folder} is finished already; nothing to do.")
         return run
     prepared = prepare(config, base, run)
-    if followers is None and prepared.phases[0].trains:
-        load_libraries(config.engine.zero_stage is not None)
     new = not run.config.exists()
     if new:
         refuse_other_files(run)
@@ -100,6 +98,8 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
             seal(run, prepared, overrides)
         else:
             continue_run(run, prepared)
+        if followers is None and prepared.phases[0].trains:
+            load_libraries(config.engine.zero_stage is not None)
         try:
             return _walk_with_nodes(run, prepared, followers)
         except (UserError, NodeError):  # a mistake that only a worker or another node could see

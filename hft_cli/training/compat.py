@@ -341,28 +341,35 @@ def base_name(name: str) -> str:
 
 
 def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The matrices of a saved adapter, by their names in memory.
+    """The tensors of a saved adapter, by their names in memory.
 
-    UPSTREAM: peft 0.21.2: in the file the names lack the adapter's own, `default`.
+    UPSTREAM: peft 0.21.2: in the file the names lack the adapter's own, `default`, and lengths of DoRA also `weight`.
     """
     saved = load_file(folder / "adapter_model.safetensors")
-    return {name.replace(".weight", ".default.weight"): value for name, value in saved.items()}
+    return {f"{name.removesuffix('.weight')}.default.weight": value for name, value in saved.items()}
 
 
-def adapter_change(model: Any, name: str, adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What an adapter adds to the parameter `name`: (alpha / rank) B A, in float32.
+def merged_value(model: Any, name: str, weight: torch.Tensor, adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The parameter `name` with its adapter merged into it: W + (alpha / rank) B A, in float32.
 
-    UPSTREAM: peft 0.21.2: the layer's `scaling` and `fan_in_fan_out` (the weight is stored as inputs by outputs) are
-    not documented. `get_delta_weight` would take the matrices from memory, where they may be rounded.
+    With DoRA each row of it (of the outputs) is scaled to its trained length.
+
+    UPSTREAM: peft 0.21.2: the layer's `scaling` and `fan_in_fan_out` (the weight is stored as inputs by outputs), and
+    the name of the lengths, are not documented. `merge` would take the matrices from memory, where they may be rounded.
 
     Args:
-        adapters: matrices A and B of all adapters, by their names in memory.
+        weight: the value of the parameter without its adapter, float32.
+        adapters: matrices A and B of all adapters, and with DoRA the lengths, by their names in memory.
     """
     module = PREFIX + name.removesuffix(".weight")
     a, b = (adapters[f"{module}.lora_{matrix}.default.weight"].float() for matrix in "AB")
     layer = model.get_submodule(module)
-    product = b @ a
-    return float(layer.scaling["default"]) * (product.T if layer.fan_in_fan_out else product)
+    transposed = bool(layer.fan_in_fan_out)
+    value = (weight.T if transposed else weight) + float(layer.scaling["default"]) * (b @ a)
+    lengths = adapters.get(f"{module}.lora_magnitude_vector.default.weight")
+    if lengths is not None:
+        value = value * (lengths.float() / torch.linalg.vector_norm(value, dim=1))[:, None]
+    return value.T if transposed else value
 
 
 # ----------------------------------------------------------------------------------------------- universal checkpoints

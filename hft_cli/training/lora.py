@@ -1,4 +1,4 @@
-"""LoRA, the baseline of continual learning, by PEFT (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA by PEFT (Hu et al. 2021, arXiv 2106.09685), and DoRA (Liu et al. 2024, arXiv 2402.09353).
 
 The adapters continue from phase to phase beside the unchanged base model (LoRASeqFT of TRACE). A phase's delta holds
 the base's matrices with the adapters merged into them, so that the run's model is a model like any other.
@@ -15,7 +15,7 @@ from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import sync_tree
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.training.compat import adapter_change, base_name, load_adapter, master_value
+from hft_cli.training.compat import base_name, load_adapter, master_value, merged_value
 from hft_cli.training.session import Session
 from hft_cli.training.weights import file_value, write_delta
 
@@ -33,14 +33,15 @@ def adapt(model: Any, job: PhaseJob) -> Any:
     if job.adapter is not None:
         return peft.PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     modules = {name.removesuffix(".weight") for name in job.updated}
-    continual = job.config.continual
+    lora = job.config.lora
     adapted = peft.get_peft_model(
         model,
         peft.LoraConfig(
             task_type="CAUSAL_LM",
-            r=continual.lora_rank,
-            lora_alpha=continual.lora_alpha,  # type: ignore[arg-type]  # annotated as int, used as any number
-            lora_dropout=continual.lora_dropout,
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated as int, used as any number
+            lora_dropout=lora.dropout,
+            use_dora=lora.dora,
             target_modules=sorted(modules),
         ),
     )
@@ -48,8 +49,8 @@ def adapt(model: Any, job: PhaseJob) -> Any:
     actual = {base_name(name).split(".lora_")[0] for name in trainable}
     if actual != modules:  # PEFT takes the names of some dense matrices for those of experts
         raise UserError(
-            f"continual=lora does not work with this model: PEFT adapts other matrices than requested, such as "
-            f"{min(actual ^ modules)}. Use continual=seqft, replay or gem."
+            f"method=lora does not work with this model: PEFT adapts other matrices than requested, such as "
+            f"{min(actual ^ modules)}. Use another method."
         )
     return adapted
 
@@ -67,7 +68,7 @@ def restore_masters(model: Any, session: Session) -> None:
 
 
 def write_merged(model: Any, session: Session) -> None:
-    """Write the adapters, and the matrices W + (alpha / rank) B A into the delta. Collective over the ranks."""
+    """Write the adapters, and a delta of the matrices with the adapters merged. Collective over the ranks."""
     adapters = {name: master_value(value) for name, value in model.named_parameters() if value.requires_grad}
     if not session.ranks.first:
         return
@@ -76,6 +77,6 @@ def write_merged(model: Any, session: Session) -> None:
     files = stored_tensors(Path(session.job.model))
 
     def merged(name: str) -> torch.Tensor:
-        return file_value(session.params[name], files) + adapter_change(model, name, adapters)
+        return merged_value(model, name, file_value(session.params[name], files), adapters)
 
     write_delta(model.get_base_model(), session, merged)

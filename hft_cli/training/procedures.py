@@ -44,9 +44,9 @@ class Procedure:
 
 
 def procedure_of(job: PhaseJob) -> Procedure:
-    """The procedure of the run's continual-learning strategy, if it has one of its own, or of the phase's stage."""
-    strategy = job.config.continual.name
-    return PROCEDURES[strategy if strategy in PROCEDURES else job.phase.stage]
+    """The procedure of the run's method or strategy of continual learning, if it has one, or of the phase's stage."""
+    names = (job.config.method.name, job.config.continual.name, job.phase.stage)
+    return PROCEDURES[next(name for name in names if name in PROCEDURES)]
 
 
 def freeze_undrawn(model: Any, job: PhaseJob) -> Any:

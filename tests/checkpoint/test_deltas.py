@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.deltas import apply_deltas, write_delta_file
+from hft_cli.checkpoint.deltas import apply_deltas
 from hft_cli.checkpoint.folders import stored_tensors
-from hft_cli.checkpoint.tensors import read_header, same_bytes
+from hft_cli.checkpoint.tensors import same_bytes
 from hft_cli.errors import UserError
 
 
@@ -76,16 +76,3 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         tracemalloc.stop()
     assert peaks[1] < 16 << 20
     assert peaks[1] < 1.2 * peaks[0]
-
-
-def test_the_pieces_of_a_tensor_are_joined_along_its_rows(tmp_path: Path) -> None:
-    table = torch.arange(12.0).reshape(4, 3)
-    save_file(
-        {"head": table[:1].clone(), "tail": table[1:].clone(), "scalar": torch.tensor(1.0)}, tmp_path / "x.safetensors"
-    )
-    tensors = read_header(tmp_path / "x.safetensors")
-    pieces = {"whole": [tensors["head"], tensors["tail"]], "scalar": [tensors["scalar"]]}
-    write_delta_file(pieces, tmp_path / "delta.safetensors", {"round": "1"})
-    delta = load_file(tmp_path / "delta.safetensors")
-    assert torch.equal(delta["whole"], table)
-    assert delta["scalar"] == 1

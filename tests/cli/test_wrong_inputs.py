@@ -34,7 +34,7 @@ BY_KEY = [
     "model.path=", "model.path=/etc/passwd", "model.dtype=float8", "model.attention=foo", "model.kinds={a:b}",
     "model.kinds=5", "output_dir=", "output_dir=/dev/null", "suite.limit=0", "suite.limit=-1", "suite.limit=nan",
     "generation.max_new_tokens=0", "generation.max_new_tokens=-1", "generation.temperature=-1",
-    "continual.lora_rank=0", "continual.replay_share=2", "continual.gem_margin=nan", "continual=gem",
+    "lora.rank=0", "continual.replay_share=2", "continual.gem_margin=nan", "continual=gem",
     "continual=lora", "dpo.beta=0", "dpo.beta=nan", "dpo.reference=foo", "method.save_model=maybe", "train=5",
     "train=null", "tracking=wandb",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ def file_cases():
     """(overrides) that compose each file of conf/."""
     for group in groups():
         for option in group_options(group):
-            method = ["+method=fft" if option in ("all", "lora") else "+method=hft"]
+            method = ["+method=fft" if option == "all" else "+method=hft"]
             if group == "method":
                 method = []
             rest = ["data=pocket_sequence"] if group == "continual" else []

@@ -44,7 +44,6 @@ def plan(config: RunConfig) -> None:
         ({"data__metric": "bleu"}, r"Unknown data\.metric 'bleu'\. .*Available: exact_match, accuracy"),
         ({"data__test_path": "x"}, r"data\.tasks names folders below data\.path, which also hold the test rows"),
         ({"continual__name": "ewc"}, r"Unknown continual\.name 'ewc'\. .*Available: seqft, replay, mixed_replay"),
-        ({"continual__name": "lora"}, r"continual=lora trains adapters .* use method=fft"),
         ({"continual__name": "gem", "data__tasks": ["Py150"]}, r"continual=gem needs a sequence of tasks"),
         ({"continual__name": "gem", "engine__zero_stage": 3}, r"does not work on engine=zero3: use engine=single"),
         ({"continual__name": "gem", "train__packing": True}, r"set train\.packing=false"),

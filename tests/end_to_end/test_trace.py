@@ -169,13 +169,14 @@ def test_gem_projects_steps_of_later_rounds_only(folder, tmp_path):
     assert hft("verify", out).status == 0
 
 
-def test_the_model_of_lora_is_the_base_with_its_last_adapters(folder, tmp_path):
+@pytest.mark.parametrize("dora", ["false", "true"])
+def test_the_model_of_lora_is_the_base_with_its_last_adapters(dora, folder, tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "lora"
-    done = hft(*trace(folder, out, "+method=fft", "continual=lora", "data.tasks=[C-STANCE,20Minuten]"))
+    done = hft(*trace(folder, out, "+method=lora", f"lora.dora={dora}", "data.tasks=[C-STANCE,20Minuten]"))
     assert done.status == 0, done.err
     assert hft("verify", out).status == 0
     base = AutoModelForCausalLM.from_pretrained(BASE)
@@ -191,7 +192,7 @@ def test_the_model_of_lora_is_the_base_with_its_last_adapters(folder, tmp_path):
     assert first != second
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("fft", "lora"), ("hft", "gem")])
+@pytest.mark.parametrize(("method", "strategy"), [("lora", "mixed_replay"), ("hft", "gem")])
 def test_lora_and_gem_run_on_deepspeed_ranks_in_bfloat16(tmp_path, method, strategy):
     run = train(
         tmp_path / "run", f"+method={method}", f"continual={strategy}", "train.learning_rate=1e-3", "train.max_steps=3",

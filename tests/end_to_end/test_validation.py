@@ -113,7 +113,7 @@ def test_a_share_is_held_out_of_pairs_and_starts_at_ln_2(tmp_path):
 
 
 def test_lora_keeps_the_adapters_of_its_lowest_loss(tmp_path):
-    run = train(tmp_path / "run", "continual=lora", *FORGETS, "+method=fft", "train.early_stopping=1")
+    run = train(tmp_path / "run", *FORGETS, "+method=lora", "train.early_stopping=1")
     found = validation_of(run)
     assert found["best_step"] < found["losses"][-1][0]
     assert found["best_loss"] == pytest.approx(loss_of(run / "model", OTHER), rel=1e-4)

@@ -75,7 +75,7 @@ def test_what_is_unknown_is_asked_for():
 def test_offload_and_lora_are_explained():
     offload = planned("engine=zero3_offload", "engine.num_processes=2", "train.batch_size=32")
     assert re.search(r"Host memory: \S+ \w+ for each rank, \S+ \w+ for all 2\.", plan_text(offload))
-    lora = as_plan(composed("+method=fft", "continual=lora"))
+    lora = as_plan(composed("+method=lora"))
     assert re.search(r"LoRA trains adapters with [\d.,]+\w? elements\.", plan_text(plan(lora)))
 
 

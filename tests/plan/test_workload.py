@@ -6,6 +6,7 @@ import pytest
 from architectures import ARCHITECTURES, config_of, params_of
 from workloads import PARAMS, SHAPES, fft, train
 
+from hft_cli.config.training import LoraConfig
 from hft_cli.plan.flops import flops
 from hft_cli.plan.memory import memory
 from hft_cli.plan.workload import Setup, Workload, lora_adapters, model_shape
@@ -54,9 +55,11 @@ def test_a_tied_embedding_is_the_head():
 
 def test_lora_trains_its_adapters_alone():
     matrices = [p for p in PARAMS["llama"] if p.kind in ("attention", "feed_forward")]
-    adapters = lora_adapters(PARAMS["llama"], {p.name for p in matrices}, 4)
+    adapters = lora_adapters(PARAMS["llama"], {p.name for p in matrices}, LoraConfig(rank=4))
     elements = sum(p.elements for p in adapters)
     assert elements == sum(4 * sum(p.shape) for p in matrices)
+    lengths = lora_adapters(PARAMS["llama"], {p.name for p in matrices}, LoraConfig(rank=4, dora=True))
+    assert sum(p.elements for p in lengths) == elements + sum(p.shape[0] for p in matrices)
     work = Workload(PARAMS["llama"] + adapters, frozenset(p.name for p in adapters), SHAPES["llama"], SETUP)
     assert memory(work).optimizer == pytest.approx(8 * elements / 2, rel=1e-3)
     operations = flops(work, 4, 8)

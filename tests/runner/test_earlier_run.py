@@ -83,3 +83,11 @@ def test_its_configuration_gives_the_same_bytes_of_draws_json(earlier, monkeypat
         for plan in (old_plan, new_plan)
     ]
     assert rounds[0] == rounds[1]
+
+
+def test_lora_of_an_earlier_version_is_the_method_of_today(tmp_path):
+    config = (FIXTURE / "run/config.yaml").read_text().replace("lora_rank: 8", "lora_rank: 4")
+    head, _, tail = config.partition("continual:")
+    (tmp_path / "config.yaml").write_text(head + "continual:" + tail.replace("name: seqft", "name: lora", 1))
+    read = read_config(RunDir(tmp_path))
+    assert (read.method.name, read.continual.name, read.lora.rank) == ("lora", "seqft", 4)

@@ -308,8 +308,9 @@ def test_trl_names_its_cache_by_the_fingerprint() -> None:
 # ---------------------------------------------------------------------------------------------------------------- PEFT
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "transposed"])
-def test_adapters_are_found_by_their_names_and_merged(kind: str, tmp_path: Path) -> None:
+def test_adapters_are_found_by_their_names_and_merged(kind: str, dora: bool, tmp_path: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -317,7 +318,9 @@ def test_adapters_are_found_by_their_names_and_merged(kind: str, tmp_path: Path)
     model = tiny() if kind == "linear" else AutoModelForCausalLM.from_config(transposed)
     names = {name for name, _ in model.named_parameters()}
     module = "model.layers.0.mlp.up_proj" if kind == "linear" else "transformer.h.0.mlp.c_fc"
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=[module], init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=[module], init_lora_weights=False, use_dora=dora
+    )
     adapted = peft.get_peft_model(model, config)
     adapters = {name: value.detach() for name, value in adapted.named_parameters() if value.requires_grad}
 
@@ -328,8 +331,12 @@ def test_adapters_are_found_by_their_names_and_merged(kind: str, tmp_path: Path)
     assert saved.keys() == adapters.keys()
     assert all(torch.equal(saved[name], adapters[name]) for name in saved)
     layer = adapted.get_submodule(compat.PREFIX + module)
-    change = compat.adapter_change(adapted, f"{module}.weight", adapters)
-    assert torch.allclose(change, layer.get_delta_weight("default"), atol=1e-6)
+    if dora:  # lengths as after training
+        key = next(key for key in adapters if "magnitude" in key)
+        adapters[key].mul_(1 + torch.rand(adapters[key].shape))
+    value = compat.merged_value(adapted, f"{module}.weight", layer.base_layer.weight.detach(), adapters)
+    layer.merge()
+    assert torch.allclose(value, layer.base_layer.weight, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- universal checkpoints

@@ -68,11 +68,11 @@ def test_experts_in_more_than_bfloat16_are_not_rounded_silently():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "stage", "expected"),
-    [("seqft", "sft", "sft"), ("replay", "sft", "sft"), ("seqft", "dpo", "dpo"),
-     ("gem", "sft", "gem"), ("lora", "sft", "lora")],
+    ("method", "strategy", "stage", "expected"),
+    [("fft", "seqft", "sft", "sft"), ("fft", "replay", "sft", "sft"), ("dpo", "seqft", "dpo", "dpo"),
+     ("fft", "gem", "sft", "gem"), ("lora", "seqft", "sft", "lora"), ("lora", "replay", "sft", "lora")],
 )  # fmt: skip
-def test_a_strategy_has_its_own_procedure_or_that_of_the_stage(strategy, stage, expected, tmp_path):
-    config = composed("+method=fft", f"output_dir={tmp_path}", f"continual={strategy}")
+def test_a_strategy_has_its_own_procedure_or_that_of_the_stage(method, strategy, stage, expected, tmp_path):
+    config = composed(f"+method={method}", f"output_dir={tmp_path}", f"continual={strategy}")
     job = SimpleNamespace(config=config, phase=SimpleNamespace(stage=stage))
     assert procedure_of(job) is PROCEDURES[expected]

@@ -59,7 +59,7 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
 
 def _method(record: Record) -> str:
     method, continual = record["method"], record["continual"]
-    return f"{method} + {continual}" if continual in (*COMBINED, "lora") else str(method or record["run"])
+    return f"{method} + {continual}" if continual in COMBINED else str(method or record["run"])
 
 
 def _seed(record: Record) -> str:

@@ -17,7 +17,7 @@ RATIO = measures.Ablation(
 
 
 def section(comparison: Comparison) -> Section | None:
-    groups = [group for group in comparison.groups if group.row.continual != "lora"]
+    groups = [group for group in comparison.groups if group.row.method != "lora"]
     sweeps = with_full_counterparts(groups, "selection.ratio")
     if not sweeps:
         return None
