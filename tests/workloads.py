@@ -29,6 +29,7 @@ setups = st.builds(
     checkpointing=st.booleans(),
     stage=st.sampled_from(["sft", "dpo"]),
     reference=st.sampled_from(["precomputed", "full"]),
+    anchor=st.sampled_from(["none", "none", "l2_sp", "kl"]),
 ).map(lambda setup: replace(setup, ranks=1) if setup.zero_stage is None else setup)
 selections = st.builds(
     SelectionConfig,

@@ -45,7 +45,8 @@ def verify_run(parser: Parser, words: list[str]) -> int:
 def _proof_text(proof: RoundProof) -> str:
     """What was checked of one round, with its faults below."""
     where = "files" if proof.in_memory is None else "files, and in memory after the last step"
-    verdict = "FAILED" if proof.faults else f"frozen ones bit-identical (in {where})"
+    verdict = f"frozen ones bit-identical (in {where})" if proof.frozen else "the model is the base with the deltas"
+    verdict = "FAILED" if proof.faults else verdict
     counts = f"{proof.updated} tensors updated, {proof.frozen} frozen"
     lines = [f"round {proof.round} {proof.name}: {counts}: {verdict}"]
     if proof.unmoved:

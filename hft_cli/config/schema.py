@@ -11,7 +11,7 @@ from typing import Any
 
 from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, WITHOUT_TRAINING, setting
 from hft_cli.config.suites import SuiteConfig
-from hft_cli.config.training import ContinualConfig, DpoConfig, GenerationConfig, LoraConfig, TrainConfig
+from hft_cli.config.training import AnchorConfig, ContinualConfig, DpoConfig, GenerationConfig, LoraConfig, TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.files import from_dict, require_type
 from hft_cli.run_dir import RunDir
@@ -364,6 +364,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)

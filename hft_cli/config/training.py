@@ -65,6 +65,12 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "Decoupled weight decay; it applies to updated matrices only.", range="[0, inf)")
     beta1: float = setting(0.9, "AdamW's decay rate of the first moment.", range="[0, 1)")
     beta2: float = setting(0.999, "AdamW's decay rate of the second moment.", range="[0, 1)")
+    momentum_filter: float | None = setting(
+        None,
+        "MoFO (Chen et al. 2024): of each tensor, a step changes only this share of the elements, those with the "
+        "largest first moments. With AdamW on engine=single.",
+        range="(0, 1)",
+    )
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this global norm; 0: no clipping.", range="[0, inf)"
     )
@@ -160,6 +166,24 @@ class ContinualConfig:
     gem_margin: float = setting(
         0.0,
         "GEM: memory strength, the smallest weight of a past task's gradient in a corrected step.",
+        range="[0, inf)",
+    )
+
+
+@dataclass
+class AnchorConfig:
+    """Group `anchor`: what holds the trained weights, or the predictions, near those that a round starts from."""
+
+    name: str = setting(
+        "none",
+        "l2_sp: each step pulls the weights back to their start (Li et al. 2018). kl: the loss has the divergence of "
+        "the predictions on the training rows from those at the start (learning without forgetting); not on ZeRO-3.",
+        choices=("none", "l2_sp", "kl"),
+    )
+    weight: float = setting(
+        0.0,
+        "l2_sp: a step takes the share learning rate x weight of the way back. kl: weight of the divergence, in "
+        "nats per trained token, in the loss.",
         range="[0, inf)",
     )
 

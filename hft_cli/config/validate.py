@@ -21,6 +21,8 @@ from hft_cli.paths import group_options
 
 BETA1, BETA2 = (TrainConfig.beta1, TrainConfig.beta2)
 
+ANCHORED = ("adamw_torch_fused", "adafactor")  # optimizers whose state of a tensor can hold its start
+
 NO_DRAW = (SelectionConfig.ratio, SelectionConfig.redraw, SelectionConfig.balance)
 
 OUTSIDE = ("embeddings", "head", "final_norm")  # fields of SelectionConfig for parameters outside the layers
@@ -345,6 +347,42 @@ def _lora_is_sft_of_all_matrices(config: RunConfig) -> str | None:
     return _engine_of_stage_2("method=lora", config)
 
 
+def _anchor_can_hold(config: RunConfig) -> str | None:
+    anchor, method, engine = config.anchor, config.method, config.engine
+    if (anchor.name == "none") != (anchor.weight == 0):
+        return f"anchor={anchor.name}, anchor.weight={anchor.weight}: give anchor=l2_sp or kl, and a weight above 0."
+    if anchor.name == "none":
+        return None
+    if not method.trains or method.name == "lora":
+        return f"anchor={anchor.name} holds matrices that are trained, which method={method.name} has none of."
+    if anchor.name == "kl":
+        if "dpo" in method.stages:
+            return "anchor=kl is for SFT: the loss of DPO has a divergence of its own, by dpo.beta."
+        if config.continual.name == "gem":
+            return "anchor=kl was not tried with continual=gem: use anchor=l2_sp."
+        if engine.zero_stage == 3:
+            return "anchor=kl needs whole weights, and engine=zero3 has shards: use engine=single, zero1 or zero2."
+    elif engine.offload_optimizer or config.train.optimizer not in ANCHORED:
+        return (
+            "anchor=l2_sp keeps the start in the optimizer's state on the device: without offload, and with "
+            "train.optimizer=adamw_torch_fused or adafactor."
+        )
+    return None
+
+
+def _momentum_is_whole(config: RunConfig) -> str | None:
+    if config.train.momentum_filter is None:
+        return None
+    if config.engine.zero_stage is not None:
+        return (
+            "train.momentum_filter ranks the elements of each tensor, and ZeRO gives a rank parts of tensors in one "
+            "vector: use engine=single."
+        )
+    if config.train.optimizer != DEFAULT:
+        return f"train.momentum_filter needs AdamW's first moments: set train.optimizer={DEFAULT}."
+    return None
+
+
 def _engine_of_stage_2(what: str, config: RunConfig) -> str | None:
     """A message if the engine has shards of weights, or offload."""
     if config.engine.offload_optimizer:
@@ -433,6 +471,8 @@ RULES: tuple[Rule, ...] = (
     _continual_suits_the_method,
     _continual_suits_the_engine,
     _lora_is_sft_of_all_matrices,
+    _anchor_can_hold,
+    _momentum_is_whole,
     _dpo_can_be_done,
     _optimizer_suits_the_engine,
     _rows_have_one_order,

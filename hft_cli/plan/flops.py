@@ -63,12 +63,13 @@ def flops(work: Workload, rows: int, row_tokens: int) -> Flops:
     recompute *= setup.checkpointing
     tokens = float(rows * row_tokens * setup.answers)
     memory_tokens = float(setup.tasks * setup.memory_rows * setup.length)
+    has_reference = setup.anchor == "kl" or (setup.stage == "dpo" and setup.reference != "precomputed")
     return Flops(
         forward=forward * tokens,
         inputs=inputs * tokens,
         weights=weights * tokens,
         recompute=recompute * tokens,
-        reference=forward * tokens * (setup.stage == "dpo" and setup.reference != "precomputed"),
+        reference=forward * tokens * has_reference,
         memories=(forward + inputs + weights + recompute) * memory_tokens,
     )
 

@@ -31,10 +31,11 @@ class Memory:
         gradients: of the trained parameters, at their peak between the first backward pass and the optimizer.
         optimizer: its state; of AdamW two moments in float32.
         masters: float32 copies of the trained weights, as DeepSpeed keeps them.
-        reference: the second model of DPO.
+        reference: the second model of DPO or of a KL anchor, or the start that L2-SP keeps.
         activations: what autograd saves of one micro-batch.
         buffers: for communication, the loss, gathered or cast weights, gradients in flight and GEM's memories.
-        step: float32 gradients that the optimizer step makes. They exist when activations and buffers do not.
+        step: float32 gradients, or weights before the step, that the optimizer step makes. They exist when activations
+            and buffers do not.
     """
 
     weights: float = 0
@@ -75,8 +76,8 @@ def memory(work: Workload) -> Memory:
     reference = 0.0
     if setup.stage == "dpo" and setup.reference != "precomputed":
         reference = float(size * updated) if setup.reference == "shared" else weights
-    step_elements = min(shard, setup.sub_group) if stage == 3 else shard
-    summed_in_place = stage in (1, 2) and size == 2  # the step takes the float32 sums as they are
+    if setup.anchor != "none":
+        reference += float(size * updated) if setup.anchor == "kl" else 4.0 * shard
     on_gpu = not setup.offload_optimizer  # otherwise gradients go to host memory as well, bucket by bucket
     return Memory(
         weights=weights,
@@ -86,8 +87,18 @@ def memory(work: Workload) -> Memory:
         reference=reference,
         activations=activations(work),
         buffers=_buffers(work),
-        step=0.0 if stage is None or summed_in_place else float(4 * step_elements * on_gpu),
+        step=_step_memory(work) * on_gpu,
     )
+
+
+def _step_memory(work: Workload) -> float:
+    """Bytes that exist in the optimizer's step alone."""
+    setup, shard = work.setup, _trained_shard(work)
+    if setup.zero_stage is None:
+        return 4.0 * shard if setup.filtered else 0.0  # the weights before the step
+    if setup.zero_stage in (1, 2) and setup.weight_bytes == 2:
+        return 0.0  # the step takes the float32 sums as they are
+    return 4.0 * (min(shard, setup.sub_group) if setup.zero_stage == 3 else shard)
 
 
 def _optimizer_state(work: Workload) -> float:
@@ -261,6 +272,8 @@ def _buffers(work: Workload) -> float:
     # The loss: all logits, or one tile of them and the gradient of the head's input.
     if work.holds_logits and work.head is not None:  # logits and their gradient, in float32 too
         total += (8 + 2 * compute) * setup.tokens * work.head.shape[0]
+        if setup.anchor == "kl":  # logits of the start; log-probabilities of both in float32, and a gradient
+            total += (12 + compute) * setup.tokens * work.head.shape[0]
     else:
         total += compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * shape.hidden
     if work.head is not None and work.head.name in work.trained:

@@ -195,6 +195,8 @@ def make_setup(config: PlanConfig, phase: Phase, model: Model) -> Setup:
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
         optimizer=train.optimizer,
+        anchor=config.anchor.name,
+        filtered=train.momentum_filter is not None,
         low_files=model.dtype in ("bfloat16", "BF16"),
         bucket=elements("reduce_bucket_size", REDUCE_BUCKET, hidden**2),
         live=elements("stage3_max_live_parameters", MAX_LIVE, MAX_LIVE),

@@ -15,7 +15,7 @@ from hft_cli.text import format_bytes, format_count, format_ranges, markdown_tab
 LABELS = {
     "optimizer": "optimizer state",
     "masters": "master weights",
-    "reference": "DPO's reference",
+    "reference": "reference",
     "step": "optimizer step *",
 }
 
@@ -194,7 +194,7 @@ def _work(plan: Plan) -> str:
         "inputs": "backward, for inputs",
         "weights": "backward, for weights",
         "recompute": "recomputed",
-        "reference": "DPO's reference",
+        "reference": "reference",
         "memories": "GEM's memories",
         "total": "total",
     }

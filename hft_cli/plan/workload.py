@@ -84,6 +84,8 @@ class Setup:
         offload_optimizer: whether master weights and moments are in host memory.
         offload_parameters: whether weights are in host memory as well.
         optimizer: train.optimizer.
+        anchor: anchor.name.
+        filtered: whether train.momentum_filter is set.
         low_files: whether the model's files are in bfloat16.
         bucket, live, sub_group, persistent: settings of DeepSpeed, in elements; see compat.py.
     """
@@ -103,6 +105,8 @@ class Setup:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     optimizer: str = DEFAULT
+    anchor: str = "none"
+    filtered: bool = False
     low_files: bool = False
     bucket: int = REDUCE_BUCKET
     live: int = MAX_LIVE
@@ -188,7 +192,8 @@ class Workload:
     def holds_logits(self) -> bool:
         """Whether the loss holds all logits of a micro-batch."""
         vocabulary = self.head.shape[0] if self.head is not None else 0
-        return self.setup.stage == "sft" and self.setup.tokens * vocabulary <= HELD_LOGITS
+        few = self.setup.tokens * vocabulary <= HELD_LOGITS
+        return self.setup.stage == "sft" and (few or self.setup.anchor == "kl")
 
     def place(self, param: Param) -> Place:
         """Where the forward pass uses a parameter. An unknown name counts as early, which needs more, not less."""

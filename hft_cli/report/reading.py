@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.method.selection import UNDRAWN
-from hft_cli.report.runs import Draw, Run, RunRow, Scores, TaskScores
+from hft_cli.report.runs import ANCHORS, Draw, Run, RunRow, Scores, TaskScores
 from hft_cli.report.setting import setting_of
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.sweeps import jobs
@@ -56,6 +56,11 @@ def read_run(run: RunDir) -> Run:
     except (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return Run(RunRow(str(run.folder), "results.json is broken", note=reason), run.folder)
+
+
+def _anchor(record: Mapping[str, Any]) -> str:
+    filtered = record.get("momentum_filter") is not None
+    return " + ".join([*filter(None, [ANCHORS.get(str(record.get("name")))]), *["MoFO"] * filtered])
 
 
 def _progress(run: RunDir) -> str:
@@ -103,6 +108,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         op=_finite_or_none(sequence.get("OP")),
         bwt=_finite_or_none(sequence.get("BWT")),
         continual=strategy if tasks or strategy == "mixed_replay" else "",
+        anchor=_anchor(results.get("anchor") or {}),
         level=level,
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),

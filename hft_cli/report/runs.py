@@ -12,6 +12,7 @@ Scores = dict[str, dict[str, float | None]]  # SUITE/TASK -> before, after; None
 SettingKey = tuple[tuple[str, str], ...]
 
 COMBINED = ("replay", "mixed_replay", "gem")  # values of `continual` that stand beside a method's name
+ANCHORS = {"l2_sp": "L2-SP", "kl": "KL"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunRow:
         op, bwt: overall performance and backward transfer of a sequence of tasks, as shares.
         continual: seqft, replay, mixed_replay or gem for a sequence of tasks; mixed_replay always; else empty.
         ratio: the ratio of the selection that was requested.
+        anchor: L2-SP, KL, MoFO, or empty.
         note: what is wrong with the run.
         scores: every score.
     """
@@ -50,6 +52,7 @@ class RunRow:
     level: str = ""
     ratio: float | None = None
     tokens_per_second: float | None = None
+    anchor: str = ""
     note: str = ""
     scores: Scores = field(default_factory=dict)
 
@@ -58,7 +61,13 @@ class RunRow:
         """The method's name in tables and figures."""
         name = self.method.upper().replace("_", "-")
         name = {"HALF-RESET": "Half-Reset", "INTERPOLATE": "Interpolation", "LORA": "LoRA"}.get(name, name)
-        return f"{name} + {self.continual.replace('_', ' ')}" if self.continual in COMBINED else name
+        return " + ".join([name, *self.additions])
+
+    @property
+    def additions(self) -> list[str]:
+        """What is done against forgetting besides the method."""
+        continual = self.continual.replace("_", " ") if self.continual in COMBINED else ""
+        return [*filter(None, (continual, self.anchor))]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def _unused_keys(row: RunRow, stages: str) -> list[str]:
     """Patterns of the keys that have no effect: the ratio where everything is updated, GEM's keys without GEM."""
     patterns = [r"continual\.score_unseen$"]
     patterns += [rf"continual\.{name}_" for name in ("replay", "gem") if name not in row.continual]
+    if not row.anchor:
+        patterns.append(r"anchor\.")
     if row.method != "lora":
         patterns.append(r"lora\.")
     if row.level in UNDRAWN:

@@ -25,7 +25,7 @@ ROUND_COLUMNS: dict[str, Callable[[Entry], str]] = {
     "seconds": lambda entry: f"{entry['train_seconds']:.1f}",
     "tokens/s": lambda entry: f"{entry['tokens_per_second']:,.0f}",
     "peak memory": lambda entry: mebibytes(entry["peak_memory_bytes"]),
-    "frozen weights": lambda entry: "bit-identical" if entry["frozen_bit_identical"] else "CHANGED",
+    "frozen weights": lambda entry: _frozen(entry),
 }
 
 COLUMNS_WITHOUT_TRAINING = ("round", "updated", "seconds")  # nothing was trained
@@ -39,6 +39,12 @@ SCORE_COLUMNS: list[Column] = [
     ("lost", plain("lost")),
     ("gained", plain("gained")),
 ]
+
+
+def _frozen(entry: Entry) -> str:
+    if not entry["frozen_bit_identical"]:
+        return "CHANGED"
+    return "bit-identical" if entry["updated_fraction"] < 1 else "none"
 
 
 def _is_share(record: Record) -> bool:

@@ -41,6 +41,7 @@ def results(
         "learning_rate": phase_config(config, first).train.learning_rate if trained else None,
         "rounds": list(_round_results(prepared, outcomes, proofs)),
         "eval": before_after,
+        "anchor": {"name": config.anchor.name, "momentum_filter": config.train.momentum_filter},
         "continual": {"name": config.continual.name, **continual_measures(prepared.phases, round_scores)},
         "verification": {"passed": not faults if proofs else None, "faults": faults},
     }

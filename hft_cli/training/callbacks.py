@@ -18,7 +18,8 @@ from hft_cli.files import write_text
 from hft_cli.launch.jobs import Progress
 from hft_cli.launch.ranks import Flag
 from hft_cli.training import universal
-from hft_cli.training.compat import count_tokens, unwrapped
+from hft_cli.training.anchors import optimizer_callbacks
+from hft_cli.training.compat import KL, count_tokens, unwrapped
 from hft_cli.training.procedures import Procedure
 from hft_cli.training.proof import prove_loaded, prove_loss
 from hft_cli.training.resume import complete, remove_older, stop_requested
@@ -32,7 +33,7 @@ def phase_callbacks(
 ) -> list[TrainerCallback]:
     """The callbacks of a phase. The trainer calls them in this order, after its own.
 
-    - `RestoreMasters` is first: the others must see the weights that the phase starts from.
+    - `RestoreMasters` is first: the others must see the weights that the phase starts from, anchors as well.
     - `Meter` is before the other ones because they report its values, and because its clock must stop before
       `FrozenProof` reads all weights at the end. It starts at the first epoch, after every `on_train_begin`.
     - `FrozenProof` is before `LossProof`, which needs the right weights.
@@ -42,12 +43,13 @@ def phase_callbacks(
     """
     return [
         RestoreMasters(session, procedure.restore_masters),
+        *optimizer_callbacks(session),
         Meter(session),
         FrozenProof(session),
         LossProof(session, procedure.objective, dataset),
         EngineHistory(session),
         *([validation] if validation else []),
-        Metrics(session, procedure.metrics),
+        Metrics(session, (*procedure.metrics, KL)),
         ProgressReport(session, progress),
         Stop(session),
         Checkpoints(session),

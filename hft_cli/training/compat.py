@@ -201,6 +201,20 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
         add_fused_lm_head(model)  # log-probabilities alone, over the head that has more outputs
         tokens = self.args.per_device_train_batch_size * (self.args.max_length or 0)
         self.holds_logits = 0 < tokens * model.config.get_text_config().vocab_size <= HELD_LOGITS
+        self.anchor: Any = None  # anchors.KlAnchor
+        self.divergences: list[torch.Tensor] = []  # of the micro-batches since the last log, in nats per trained token
+
+    def hold(self, anchor: Any) -> None:
+        """Add the divergence from the start to the loss. It needs the logits."""
+        self.anchor, self.holds_logits = anchor, True
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log the divergence too, averaged over micro-batches and ranks."""
+        if self.divergences:
+            mean = torch.stack(self.divergences).mean()
+            logs = {**logs, KL: float(self.accelerator.gather(mean).mean())}
+            self.divergences.clear()
+        super().log(logs, *arguments, **options)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -213,6 +227,10 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
             outputs = model(**inputs)
             total = cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
             tokens = (labels != -100).sum()
+            if self.anchor is not None:
+                divergence = self.anchor.divergence(inputs, outputs.logits, labels != -100)
+                self.divergences.append(divergence.detach() / tokens.clamp(min=1))
+                total = total + self.anchor.weight * divergence
         else:
             outputs = model(**inputs, fused_lm_head=True)
             total, tokens = -outputs.log_probs.sum(), outputs.label_mask.sum()
@@ -225,6 +243,22 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return (loss, outputs) if return_outputs else loss
+
+
+KL = "kl"  # the divergence in logs, and in lines of metrics.jsonl
+
+
+def torch_optimizer(trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps, of whole tensors or of a rank's shards.
+
+    UPSTREAM: deepspeed 0.19.8: torch's optimizer is within DeepSpeed's, and that within
+    accelerate's, each as `optimizer`. Its hooks are called for each step.
+    """
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def use_sampler(trainer: Any, sampler: Any) -> None:

@@ -7,7 +7,6 @@ what ends it.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from hft_cli.launch.jobs import PhaseJob
 from hft_cli.training import compat
 from hft_cli.training.session import Session, TrainerParts
 from hft_cli.training.validation import Objective
-from hft_cli.training.weights import load_model
+from hft_cli.training.weights import at_rest, copy_of_start, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,23 +89,15 @@ def reference_model(kind: str, model: PreTrainedModel, load: Callable[[], PreTra
     """The model that DPO compares with: it has the weights that training starts from, which `model` has now.
 
     Args:
-        kind: "full" is a second model in memory. "shared" is a model whose frozen parameters are those of `model`, and
-            only the updated ones are copies. "precomputed" is None: TRL then lets `model` compute its log-probabilities
-            of all rows before the first step, and stores them beside the data set.
+        kind: "full" is a second model in memory, "shared" shares the frozen parameters of `model`. "precomputed" is
+            None: TRL then lets `model` compute its log-probabilities of all rows before the first step, and stores
+            them beside the data set.
         model: with its final `requires_grad`, before a trainer or an engine is built on it.
         load: loads the weights that training starts from once more.
     """
     if kind == "precomputed":
         return None
-    if kind == "full":
-        reference = load()
-    else:
-        # deepcopy keeps what is in its memo. The same Parameter, not another one on the same storage, stays one when
-        # it is moved to a GPU or cast.
-        reference = copy.deepcopy(model, {id(value): value for value in model.parameters() if not value.requires_grad})
-    reference.requires_grad_(False)
-    reference.eval()
-    return reference
+    return at_rest(load()) if kind == "full" else copy_of_start(model)
 
 
 def build_trainer(parts: TrainerParts, session: Session) -> Any:

@@ -29,6 +29,7 @@ from hft_cli.method.rounds import Phase, phases
 from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
+from hft_cli.training.anchors import require_same_layout
 from hft_cli.training.arguments import trainer_arguments
 from hft_cli.training.batches import ByLength, row_lengths
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
@@ -77,6 +78,7 @@ def train_phase(job: PhaseJob, folder: RoundDir, progress: Progress) -> None:
     )
     checkpoint = newest_checkpoint(folder.checkpoints, identity, ranks)
     if checkpoint and universal.needs_conversion(checkpoint.marker, identity):
+        require_same_layout(job, checkpoint, identity)
         universal.convert(checkpoint.folder, identity, ranks)
         load_universal(arguments)
         checkpoint = replace(checkpoint, converted=True)

@@ -12,9 +12,11 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.data.phase_rows import PhaseRows, phase_rows
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob
+from hft_cli.training.anchors import KlAnchor
 from hft_cli.training.compat import LossOnlyTrainer
 from hft_cli.training.session import Session, TrainerParts
 from hft_cli.training.validation import Objective
+from hft_cli.training.weights import copy_of_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,10 +64,14 @@ def _check_router(model: Any, weight: float | None) -> None:
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer for a phase."""
     _check_router(parts.model.config, session.job.config.train.router_aux_loss)
-    return LossOnlyTrainer(
+    start = copy_of_start(parts.model) if session.job.config.anchor.name == "kl" else None
+    trainer = LossOnlyTrainer(
         model=parts.model,
         args=parts.arguments,
         train_dataset=parts.dataset,
         processing_class=parts.tokenizer,
         callbacks=list(parts.callbacks),
     )
+    if start is not None:
+        trainer.hold(KlAnchor(start.to(parts.arguments.device), session.job.config.anchor.weight))
+    return trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +67,23 @@ def freeze(model: PreTrainedModel, updated: Iterable[str], frozen: Iterable[str]
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(requires_grad[name])
+    return model
+
+
+def copy_of_start(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model with the weights that `model` has now. Frozen parameters are those of `model`, others are copies.
+
+    `model` has its final `requires_grad`, and no trainer or engine yet.
+    """
+    # deepcopy keeps what is in its memo. The same Parameter, not another one on the same storage, stays one when it is
+    # moved to a GPU or cast.
+    return at_rest(copy.deepcopy(model, {id(value): value for value in model.parameters() if not value.requires_grad}))
+
+
+def at_rest(model: PreTrainedModel) -> PreTrainedModel:
+    """The model for inference: nothing requires a gradient, no dropout."""
+    model.requires_grad_(False)
+    model.eval()
     return model
 
 

@@ -41,6 +41,8 @@ def file_cases():
                 method, rest = ["+method=half_reset"] * (group == "data"), [*TUNED]
             if option.startswith("trace") and group == "recipe":
                 rest = ["data=trace", "data.path=F"]
+            if group == "anchor":
+                method = ["+method=hft"]
             if option == "names":
                 rest = ["selection.names=[q_proj]"]
             if option == "tulu2_packed":

@@ -21,6 +21,7 @@ from hft_cli.launch.jobs import PhaseJob, read_job, write_job
 from hft_cli.launch.ranks import RANKS_TIMEOUT
 from hft_cli.method.selection import draw
 from hft_cli.paths import resolve_path
+from hft_cli.plan.flops import flops
 from hft_cli.plan.memory import PARTS, activations, host_memory, memory
 from hft_cli.plan.traffic import checkpoint_bytes
 from hft_cli.plan.workload import Setup, Workload, model_shape
@@ -80,6 +81,21 @@ def test_a_single_process_holds_16_bytes_a_parameter():
     needed = memory(work)
     assert needed.weights + needed.gradients + needed.optimizer == 16 * work.total_elements
     assert (needed.masters, needed.step, needed.reference) == (0, 0, 0)
+
+
+def test_an_anchor_takes_the_start_or_a_reference_and_logits():
+    setup = Setup(None, 1, "float32", 2, 8)
+    plain, l2_sp, kl = (fft("llama", replace(setup, anchor=name)) for name in ("none", "l2_sp", "kl"))
+    assert memory(l2_sp).reference == memory(kl).reference == 4 * plain.total_elements
+    assert memory(l2_sp).buffers == memory(plain).buffers
+    logits = 2 * 8 * plain.head.shape[0]
+    assert memory(kl).buffers - memory(plain).buffers == (12 + 4) * logits
+    assert checkpoint_bytes(l2_sp) - checkpoint_bytes(plain) == 4 * plain.total_elements
+    assert flops(kl, 2, 8).reference == flops(plain, 2, 8).forward
+    assert memory(fft("llama", replace(setup, filtered=True))).step == 4 * plain.total_elements
+    large = replace(setup, rows=10**6)
+    assert not fft("llama", large).holds_logits
+    assert fft("llama", replace(large, anchor="kl")).holds_logits
 
 
 def test_offload_moves_the_optimizer_to_the_host():

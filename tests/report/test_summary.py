@@ -51,3 +51,12 @@ def test_a_sequence_shows_its_matrix_and_the_notes(tmp_path):
 def test_a_half_reset_has_no_training_to_show(tmp_path):
     run = write_run(tmp_path / "run", "half_reset")
     assert summary(change_results(run, {}, stage="half_reset")).splitlines()[0] == "round     updated  seconds"
+
+
+@pytest.mark.parametrize(
+    ("fields", "cell"),
+    [({"updated_fraction": 1.0}, "none"), ({"updated_fraction": 1.0, "frozen_bit_identical": False}, "CHANGED")],
+)
+def test_a_run_that_freezes_nothing_claims_nothing(fields, cell, tmp_path):
+    text = summary(change_results(write_run(tmp_path / "run"), fields))
+    assert text.splitlines()[1].split()[-1] == cell

@@ -266,6 +266,20 @@ def test_trls_head_needs_a_fit_for_some_models(model_type, fields):
         assert abs(unfit - own) > 0.01
 
 
+def test_the_optimizer_of_torch_is_within_the_others() -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    zero = SimpleNamespace(optimizer=inner)  # a ZeRO optimizer has it under this name (tests/training/test_anchors.py)
+    wrapped = AcceleratedOptimizer(inner)
+    for outer in (inner, wrapped, SimpleNamespace(optimizer=zero)):
+        assert compat.torch_optimizer(SimpleNamespace(optimizer=outer)) is inner
+    calls: list[str] = []
+    inner.register_step_pre_hook(lambda *_: calls.append("before"))
+    wrapped.step()
+    assert calls == ["before"]
+
+
 # ----------------------------------------------------------------------------------------------------------------- DPO
 
 

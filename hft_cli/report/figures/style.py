@@ -29,7 +29,8 @@ METHOD_STYLES: dict[str, Style] = {
 }  # fmt: skip
 
 # Marker and line of a method that is combined with a measure against forgetting.
-SEQUENCE_STYLES = {"replay": ("^", "-."), "mixed replay": ("v", "-."), "gem": ("X", ":")}
+SEQUENCE_STYLES = {"replay": ("^", "-."), "mixed replay": ("v", "-."), "gem": ("X", ":"),
+                   "L2-SP": (">", "-."), "KL": ("<", ":"), "MoFO": ("*", "-.")}  # fmt: skip
 
 OTHER_STYLES: list[Style] = [
     (colour, marker, line)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hft_cli.report.groups import Comparison
-from hft_cli.report.runs import COMBINED, RunRow
+from hft_cli.report.runs import RunRow
 from hft_cli.report.tables import Column, Record, Section, Table, columns, formatted, plain
 from hft_cli.text import mebibytes, natural_order
 
@@ -53,13 +53,15 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
         *(sequence if any(row.op is not None for row in rows) else []),
         *columns("status"),
     ]
-    records = [{key: value for key, value in vars(row).items() if key != "scores"} for row in sorted(rows, key=_order)]
+    records = [
+        {**{key: value for key, value in vars(row).items() if key != "scores"}, "additions": " + ".join(row.additions)}
+        for row in sorted(rows, key=_order)
+    ]
     return Table("runs", RUNS_CAPTION, shown, records)
 
 
 def _method(record: Record) -> str:
-    method, continual = record["method"], record["continual"]
-    return f"{method} + {continual}" if continual in COMBINED else str(method or record["run"])
+    return " + ".join(filter(None, [str(record["method"] or record["run"]), str(record["additions"])]))
 
 
 def _seed(record: Record) -> str:
@@ -74,4 +76,4 @@ def _memory(record: Record) -> str:
 
 def _order(row: RunRow) -> tuple[Any, ...]:
     seeds = row.learning_rate or 0, row.seed or 0, row.draw_seed or 0, natural_order(row.run)
-    return not row.method, row.method, row.continual, row.selection, *seeds
+    return not row.method, row.method, row.additions, row.selection, *seeds
