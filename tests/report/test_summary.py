@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from report_runs import write_items, write_run
 
 from hft_cli.report.summary import summary
