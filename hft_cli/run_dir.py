@@ -122,6 +122,7 @@ class RunDir:
     deepspeed = Child("deepspeed.json")  # only with DeepSpeed
     environment = Child("environment.json")
     draws = Child("draws.json")
+    importance = Child("importance.json")  # only with selection=importance: what the draws were made by
     metrics = Child("metrics.jsonl")
     model = Child("model")
     results = Child("results.json")

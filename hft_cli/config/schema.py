@@ -225,13 +225,27 @@ class SelectionConfig:
     level: str = setting(
         "category",
         "What the updated matrices are drawn from: each category (attention, feed-forward, norm) of each layer (the "
-        "paper's method), whole layers, or the whole model; all: no draw; names: those of selection.names.",
+        "paper's method), whole layers, or the whole model; all: no draw; names: those of selection.names; importance: "
+        "in each category of each layer those that matter least to selection.importance_rows.",
         choices=("hft_cli.method.selection:STRATEGIES",),
     )
     names: list[str] = setting(
         [],
         "With selection=names: regular expressions over names of parameters in the layers, such as [q_proj, "
         "'layers\\.(0|1)\\.']. What one of them finds is updated, with its bias.",
+    )
+    importance_rows: str | None = setting(
+        None,
+        "With selection=importance: a set of rows, as in data.path, of what the model is to keep. The matrices of the "
+        "base are ranked by their squared gradients on them (the Fisher information), averaged over the elements.",
+    )
+    importance_limit: int = setting(
+        64, "At most so many of those rows, at equal distances.", unit="rows", range="[1, inf)"
+    )
+    importance_update: str = setting(
+        "least",
+        "The matrices that are updated: those that matter least, or as a control most.",
+        choices=("least", "most"),
     )
     ratio: float = setting(
         0.5,

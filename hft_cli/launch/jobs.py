@@ -116,7 +116,21 @@ class HarnessJob:
     include_path: str | None = None
 
 
-Job = PhaseJob | RowsJob | HarnessJob | ProbeJob
+@dataclass(frozen=True)
+class ImportanceJob:
+    """Measure the importance of the matrices of the model in the folder `path` on at most `limit` rows of a set.
+
+    `out` is the name of the file to write, in the folder of the job.
+    """
+
+    model: ModelConfig
+    path: str
+    rows: str
+    limit: int
+    out: str
+
+
+Job = PhaseJob | RowsJob | HarnessJob | ProbeJob | ImportanceJob
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,9 @@ WORKERS = {
     "PhaseJob": Worker(PhaseJob, "step.json", "hft_cli.training.worker:train"),
     "RowsJob": Worker(RowsJob, "job.json", "hft_cli.evaluation.rows_worker:score_rows"),
     "HarnessJob": Worker(HarnessJob, "harness.json", "hft_cli.evaluation.harness_worker:score_benchmarks"),
+    "ImportanceJob": Worker(
+        ImportanceJob, "importance_job.json", "hft_cli.evaluation.importance_worker:measure_importance"
+    ),
     "ProbeJob": Worker(ProbeJob, "probe.json", "hft_cli.evaluation.probe_worker:score_probes"),
 }
 

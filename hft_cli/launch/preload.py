@@ -40,7 +40,8 @@ from hft_cli.launch import work
 from hft_cli.launch.lifetime import end_with_parent, prepare_worker
 from hft_cli.logs import set_up_logging
 
-KINDS = ("PhaseJob", "RowsJob", "ProbeJob")  # not HarnessJob, which sets variables before it loads libraries
+# Not HarnessJob, which sets variables before it loads libraries.
+KINDS = ("PhaseJob", "RowsJob", "ProbeJob", "ImportanceJob")
 
 MODULES = ("hft_cli.training.phase", "hft_cli.evaluation.rows_worker", "hft_cli.evaluation.probe_worker")
 

@@ -19,7 +19,7 @@ from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
-from hft_cli.method.selection import Draw, draw, lora_draw
+from hft_cli.method.selection import Draw, Importance, draw, lora_draw
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
@@ -96,15 +96,19 @@ def phases(config: RunConfig) -> tuple[Phase, ...]:
     return METHODS[choose("method.name", config.method.name, METHODS)](config)
 
 
-def draws(config: RunConfig, params: Sequence[Param]) -> tuple[Draw, ...]:
+def draws(config: RunConfig, params: Sequence[Param], importance: Importance | None = None) -> tuple[Draw, ...]:
     """The draw of each phase. LoRA adapts the same matrices in all rounds.
+
+    Args:
+        importance: for selection=importance, of the matrices of the base; without it the largest matrices are taken.
 
     Raises:
         UserError: if the model cannot satisfy the selection.
     """
     seed = config.seed if config.selection.seed is None else config.selection.seed
-    strategy = lora_draw if config.method.name == "lora" else draw
-    return tuple(strategy(params, config.selection, phase.round, seed) for phase in phases(config))
+    if config.method.name == "lora":
+        return tuple(lora_draw(params, config.selection, phase.round, seed) for phase in phases(config))
+    return tuple(draw(params, config.selection, phase.round, seed, importance) for phase in phases(config))
 
 
 def phase_config(config: AnyRun, phase: Phase) -> AnyRun:

@@ -22,7 +22,7 @@ from typing import Any
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError, choose
-from hft_cli.method.units import Order, Unit, count_elements, group_key, group_units, layer_key, size_order
+from hft_cli.method.units import Order, Unit, count_elements, group_key, group_units, layer_key, score_order, size_order
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,19 @@ def names_hash(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
-def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int) -> Draw:
+Importance = Mapping[str, float]  # unit -> how much it matters
+
+
+def draw(
+    params: Sequence[Param], config: SelectionConfig, round: int, seed: int, importance: Importance | None = None
+) -> Draw:
     """Draw the parameters that round number `round` (from 1) updates.
 
     The strategy `config.level` selects among the units in the transformer layers. Embeddings, head and final norm are
     updated or frozen as configured; the paper updates them, and freezing them lowered its scores (section 5).
+
+    Args:
+        importance: for level=importance. Without it the largest matrices are taken, for a plan.
 
     Raises:
         UserError: if the model has no transformer layers, or cannot satisfy the configuration.
@@ -88,7 +96,7 @@ def draw(params: Sequence[Param], config: SelectionConfig, round: int, seed: int
             "selection.head=freeze contradicts selection.embeddings=update: this model ties its head to its "
             "embeddings. Set both to the same value."
         )
-    selected = [name for unit in _select(in_layers, config, round, seed) for name in unit.params]
+    selected = [name for unit in _select(in_layers, config, round, seed, importance) for name in unit.params]
     updated = {*selected, *_updated_outside_layers(units, config)}
     shares = _shares(params, updated, selected)
     return Draw(round=round, seed=seed, level=config.level, ratio=config.ratio, **shares)
@@ -152,9 +160,13 @@ def _largest_beyond_bound(group: Sequence[Unit], config: SelectionConfig) -> lis
     return largest
 
 
-def _select(in_layers: Sequence[Unit], config: SelectionConfig, round: int, seed: int) -> Iterable[Unit]:
+def _select(
+    in_layers: Sequence[Unit], config: SelectionConfig, round: int, seed: int, importance: Importance | None
+) -> Iterable[Unit]:
     """The units in the layers that a round updates."""
     strategy = STRATEGIES[choose("selection.level", config.level, STRATEGIES)]
+    if config.level == "importance":
+        return strategy(in_layers, config, _importance_order(in_layers, config, importance))
     order = Order(seed, round, config.redraw)
     if order.is_complement and config.balance == "elements":
         # Reversing the order does not balance the other half, so the second round of a pair takes the complement.
@@ -172,6 +184,15 @@ def _select(in_layers: Sequence[Unit], config: SelectionConfig, round: int, seed
                 counts[layer_key(unit.layer)] = counts[unit.name]  # all units of a whole layer have one count
         order = Order(seed, round, config.redraw, counts)
     return strategy(in_layers, config, order)
+
+
+def _importance_order(in_layers: Sequence[Unit], config: SelectionConfig, importance: Importance | None) -> Order:
+    """The order by importance; by size without one."""
+    if importance is None:
+        return size_order(in_layers, _ratio(config))
+    if missing := [unit.name for unit in in_layers if unit.name not in importance]:
+        raise UserError(f"There is no importance of {missing[0]}: was it measured on another model?")
+    return score_order(in_layers, importance, config.importance_update == "most")
 
 
 def _updated_outside_layers(units: Iterable[Unit], config: SelectionConfig) -> set[str]:
@@ -310,10 +331,12 @@ def _names(in_layers: Sequence[Unit], config: SelectionConfig, order: Order) -> 
 
 UNDRAWN = ("all", "names")  # levels that draw nothing: ratio, balance and redraw have no effect
 
-# selection.level -> (units in the layers, config, order of the round) -> the units that the round updates
+# selection.level -> (units in the layers, config, order of the round) -> the units that the round updates. "importance"
+# is the paper's strategy with another order.
 STRATEGIES: dict[str, Callable[[Sequence[Unit], SelectionConfig, Order], Iterable[Unit]]] = {
     "all": _all,
     "category": _category,
+    "importance": _category,
     "layer": _layer,
     "model": _model,
     "names": _names,

@@ -108,6 +108,30 @@ def size_order(in_layers: Iterable[Unit], ratio: Fraction) -> _SizeOrder:
     return _SizeOrder(0, 1, "independent", sizes=sizes)
 
 
+@dataclass(frozen=True)
+class _ScoreOrder(Order):
+    """The order by a score, the least first; with `most` the greatest."""
+
+    scores: Mapping[str, float] = field(default_factory=dict)
+    most: bool = False
+
+    def __call__(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (-self.scores[name] if self.most else self.scores[name], name))
+
+
+def score_order(in_layers: Iterable[Unit], scores: Mapping[str, float], most: bool) -> _ScoreOrder:
+    """The order by the scores of units, and of the groups that may take one unit more by their mean.
+
+    Raises:
+        KeyError: for a unit without a score.
+    """
+    groups: dict[str, list[float]] = {}
+    for unit in in_layers:
+        groups.setdefault(group_key(unit.kind, unit.layer), []).append(scores[unit.name])
+    means = {key: sum(group) / len(group) for key, group in groups.items()}
+    return _ScoreOrder(0, 1, "independent", scores={**scores, **means}, most=most)
+
+
 def layer_key(layer: int | None) -> str:
     """The name under which an order sorts a whole layer."""
     return f"layer\0{layer}"

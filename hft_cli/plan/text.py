@@ -111,7 +111,7 @@ def _categories(plan: Plan) -> str:
         body.append([label, *counts, f"{elements / total:.1%}"])
     heads = ["category", "matrices updated", "frozen", "elements updated", "frozen", "updated"]
     title = f"Round {plan.rounds[0].phase.round}, {draw.level}"
-    if draw.level not in (*UNDRAWN, "lora"):
+    if draw.level not in (*UNDRAWN, "lora", "importance"):
         title += f" {draw.ratio:g}, draw of seed {draw.seed}"
     return f"{title}\n\n{markdown_table(heads, body)}"
 
@@ -167,6 +167,8 @@ def _memory(plan: Plan) -> str:
     if planned.host:
         every = format_bytes(planned.host * setup.ranks)
         lines.append(f"Host memory: {format_bytes(planned.host)} for each rank, {every} for all {setup.ranks}.")
+    if plan.config.selection.level == "importance":
+        lines.append("Importance is measured when the run starts; here the largest matrices are updated.")
     if plan.config.method.name == "lora":
         lines.append(f"LoRA trains adapters with {format_count(work.updated_elements)} elements.")
     return "\n".join(lines)

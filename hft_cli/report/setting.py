@@ -57,6 +57,8 @@ def _unused_keys(row: RunRow, stages: str) -> list[str]:
         patterns.append(r"anchor\.")
     if row.method != "lora":
         patterns.append(r"lora\.")
+    if row.level != "importance":
+        patterns.append(r"selection\.importance_")
     if row.level in UNDRAWN:
         patterns.append(r"selection\.(ratio|balance|redraw)$")
     if row.method in WITHOUT_TRAINING:

@@ -44,7 +44,7 @@ def refuse_other_files(run: RunDir) -> None:
         return
     if not run.folder.is_dir():
         raise UserError(f"output_dir={run.folder} is a file. Choose an empty or a new directory.")
-    cut_off = {run.overrides, run.environment, run.plan, run.draws, run.lock, run.nodes}
+    cut_off = {run.overrides, run.environment, run.plan, run.draws, run.importance, run.lock, run.nodes}
     written = "|".join(re.escape(path.name) for path in (*cut_off, run.config))
     parts = re.compile(rf"({written})\.\d+\.part")  # files.write_text
     others = sorted(
@@ -73,6 +73,8 @@ def seal(run: RunDir, prepared: Prepared, overrides: Sequence[str]) -> None:
         {"name": phase.name, **draw.as_dict()} for phase, draw in zip(prepared.phases, prepared.draws, strict=True)
     ]
     write_json(run.draws, {"rounds": entries})
+    if prepared.importance is not None:
+        write_json(run.importance, asdict(prepared.importance))
     write_text(run.config, yaml.safe_dump(asdict(prepared.config), sort_keys=False))
 
 

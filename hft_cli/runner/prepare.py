@@ -33,6 +33,7 @@ from hft_cli.plan.planner import slow_packing
 from hft_cli.plan.preflight import preflight
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.base import base_record, recorded_revision
+from hft_cli.runner.importance import Importance, importance_of
 
 # Keys that may differ between the nodes of a run.
 FREE = (
@@ -53,6 +54,7 @@ class Prepared:
 
     `base` is the folder of the model that the run starts from; there is a draw for each phase. `record` is the content
     of plan.json, `deepspeed` that of deepspeed.json (empty without DeepSpeed).
+    `importance` is what selection=importance has drawn by.
     """
 
     config: RunConfig
@@ -62,6 +64,7 @@ class Prepared:
     suite: Suite
     record: dict[str, Any]
     deepspeed: dict[str, Any]
+    importance: Importance | None = None
 
 
 def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
@@ -108,13 +111,16 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     if hint := slow_packing(config):
         logger.warning(hint)
     preflight(config, costs, new=not run.config.exists())
+    importance = importance_of(config, base, run)
+    if importance is not None:
+        drawn = draws(config, params, importance.scores)
     record = {
         "suite_sha256": suite.hashes,
         **base_record(config.model.path, base),
         "rounds": rounds,
         "costs": costs.expected(),
     }
-    return Prepared(config, base, plan, drawn, suite, record, deepspeed_settings(config))
+    return Prepared(config, base, plan, drawn, suite, record, deepspeed_settings(config), importance)
 
 
 def node_facts(prepared: Prepared) -> dict[str, Any]:

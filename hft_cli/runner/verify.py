@@ -29,6 +29,7 @@ from hft_cli.method.rounds import Phase, draws, phases
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import FrozenRecord, RunDir
 from hft_cli.runner.base import find_base
+from hft_cli.runner.importance import read_importance
 from hft_cli.runner.prepare import blended_tensors
 
 MOST_NAMES = 5  # tensor names in a fault
@@ -83,9 +84,9 @@ def verify(
     replay = _Replay(run, config, folder, params, stored_tensors(folder), tick)
     plan = phases(config)
     ledger = _ledger(run, len(plan))
-    proofs = [
-        replay.prove(phase, draw, entry) for phase, draw, entry in zip(plan, draws(config, params), ledger, strict=True)
-    ]
+    importance = read_importance(run).scores if config.selection.level == "importance" else None
+    drawn = draws(config, params, importance)
+    proofs = [replay.prove(phase, draw, entry) for phase, draw, entry in zip(plan, drawn, ledger, strict=True)]
     try:
         differing = replay.compare(stored_tensors(model or run.model))
     except UserError as error:

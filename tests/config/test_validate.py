@@ -13,6 +13,8 @@ from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.validate import RULES, check, check_eval
 from hft_cli.errors import UserError
 
+TWO_NODES = ("engine.num_nodes=2", "engine.rendezvous=a:1")
+BY_IMPORTANCE = ("selection=importance", "selection.importance_rows=x")
 HFT, RESET = "+method=hft", ("+method=half_reset", "model.path=tuned", "model.base=base")
 SEQUENCE = "data=pocket_sequence"
 
@@ -49,6 +51,7 @@ BROKEN = {
         ("+method=hft_dpo", "engine=zero3", "dpo.reference=shared"),
         r"dpo\.reference=shared does not work on engine=zero3",
     ),
+    "_importance_has_rows": ((HFT, "selection=importance"), r"needs selection\.importance_rows=PATH"),
     "_names_are_given": ((HFT, "selection=names"), r"give both selection=names and selection\.names=\[PATTERN"),
     "_optimizer_suits_the_engine": ((HFT, "engine=zero2", "train.optimizer=sgd"), r"sgd is for engine=single"),
     "_rows_have_one_order": (
@@ -108,6 +111,9 @@ def test_every_rule_has_a_case_above():
         ((HFT, SEQUENCE, "continual=gem", "anchor=kl"), r"anchor=kl was not tried with continual=gem"),
         ((HFT, "anchor=l2_sp", "train.optimizer=sgd"), r"train\.optimizer=adamw_torch_fused or adafactor"),
         ((HFT, "train.momentum_filter=0.1", "train.optimizer=sgd"), r"needs AdamW's first moments"),
+        ((HFT, "selection.importance_rows=x"), r"importance_rows is for selection=importance, not"),
+        ((HFT, *BY_IMPORTANCE, "selection.balance=elements"), r"leave out selection\.redraw and"),
+        ((HFT, *BY_IMPORTANCE, "engine=zero2", *TWO_NODES), r"use engine\.num_nodes=1"),
         (("+method=lora", "engine=zero3"), r"method=lora does not work on engine=zero3"),
         (("+method=lora", SEQUENCE, "continual=gem"), r"gradients of matrices, not of adapters"),
         (("+method=lora", "selection=layer"), r"method=lora updates every matrix"),

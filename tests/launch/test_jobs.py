@@ -19,6 +19,7 @@ from hft_cli.launch.jobs import (
     WORKERS,
     HarnessJob,
     HarnessTask,
+    ImportanceJob,
     PhaseJob,
     ProbeJob,
     Progress,
@@ -44,7 +45,8 @@ JOBS = {
     "training": training_job(),
     "sequence with a null": training_job("data=pocket_sequence", "continual=gem", "train.max_length=null"),
     "replay": training_job("data=pocket_sequence", "continual=replay", "+model.kinds={mamba: attention}"),
-    "rows": RowsJob(ModelConfig(), "m", {"s": {"t": RowsTask("f", "rouge_l")}}, 4, GenerationConfig(), 1, "b", ("x",)),
+    "rows": RowsJob(ModelConfig(), "m", {"s": {"t": RowsTask("f")}}, 4, GenerationConfig(), 1, "b", {"x": 0.5}),
+    "importance": ImportanceJob(ModelConfig(), "m", "rows", 64, "out.json"),
     "harness": HarnessJob(ModelConfig(), "m", (HarnessTask("mmlu", {"shots": 5}, None, True, "o"),), None, 4, 1),
     "probe": ProbeJob(ModelConfig(), "m", {"p": ProbeConfig(facts="f", patterns=None)}, {"p": "o"}, 5, False, 4, 1),
 }  # fmt: skip

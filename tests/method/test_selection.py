@@ -219,7 +219,32 @@ def test_a_seed_gives_the_draw_that_was_published(setting):
 
 
 def test_every_strategy_has_published_draws():
-    assert {setting[0] for setting in PUBLISHED_DRAWS} == {*STRATEGIES} - {"names"}  # which draws nothing
+    assert {setting[0] for setting in PUBLISHED_DRAWS} == {*STRATEGIES} - {"names", "importance"}  # which draw nothing
+
+
+@given(architectures, st.integers(1, 4), st.integers(0, 10).map(lambda tenth: tenth / 10), st.randoms())
+def test_importance_takes_the_least_of_each_category_and_layer(params, round, ratio, random):
+    units = [unit for unit in group_units(params) if unit.layer is not None]
+    scores = {unit.name: random.random() for unit in units}
+    least, most = (
+        draw(params, SelectionConfig(level="importance", ratio=ratio, importance_update=which), round, 7, scores)
+        for which in ("least", "most")
+    )
+    by_chance = draw(params, SelectionConfig(ratio=ratio), round, 7)
+    assert least.matrices_reached == most.matrices_reached == by_chance.matrices_reached
+    for key in {(unit.kind, unit.layer) for unit in units}:
+        group = [unit for unit in units if (unit.kind, unit.layer) == key]
+        for chosen, sign in ((least, 1), (most, -1)):
+            taken = [sign * scores[unit.name] for unit in group if unit.params[0] in chosen.updated]
+            left = [sign * scores[unit.name] for unit in group if unit.params[0] in chosen.frozen]
+            assert not (taken and left) or max(taken) <= min(left)
+            assert abs(len(taken) - len(group) * ratio) < 1
+    assert draw(params, SelectionConfig(level="importance", ratio=ratio), 1, 99, scores).updated == least.updated
+
+
+def test_importance_of_another_model_is_refused():
+    with pytest.raises(UserError, match=r"no importance of .*: was it measured on another model"):
+        draw(model(2, GROUPED), SelectionConfig(level="importance"), 1, 0, {"layers.0.q": 1.0})
 
 
 @given(architectures, seeds, st.integers(1, 4))
