@@ -1,4 +1,4 @@
-"""The statistics of the report: intervals over seeds and over items, variance components, effects, interpolation.
+"""The statistics of the report: intervals over seeds and over items, variance components, effects, frontiers.
 
 Values are scores or differences of scores, as shares. Every interval is at 95%. scipy is imported inside the functions,
 because `scipy.stats` takes about a second to load.
@@ -21,13 +21,23 @@ RESAMPLES = 2000  # of the bootstrap: the ends of an interval then vary by a few
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of `n` values, their standard deviation (n - 1), and the interval of the mean; None if n is 1."""
+    """The mean of `n` values, and what is known of it; None if n is 1.
+
+    Attributes:
+        sd: standard deviation of the values (n - 1).
+        low, high: the interval of the mean.
+        least, most: the range of the values.
+        p: of the two-sided test that the mean is 0.
+    """
 
     mean: float
     n: int
     sd: float | None = None
     low: float | None = None
     high: float | None = None
+    least: float | None = None
+    most: float | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,77 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """The mean and the t interval of independent values; None if there are no values."""
     if len(values) < 2:
         return Estimate(values[0], 1) if values else None
-    mean, sd = fmean(values), stdev(values)
-    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
-    return Estimate(mean, len(values), sd, mean - half, mean + half)
+    return interval(fmean(values), stdev(values) / math.sqrt(len(values)), len(values) - 1, values)
+
+
+def interval(mean: float, error: float, freedom: float, values: Sequence[float], share: bool = False) -> Estimate:
+    """The interval of a mean with that standard error.
+
+    That of a share is one of its logit, so that it ends between 0 and 1 and is longer on the side of the middle.
+    """
+    from scipy.stats import t
+
+    half = t_quantile(freedom) * error
+    low, high = mean - half, mean + half
+    if share:
+        inside = min(max(mean, LAST_DIGIT / 2), 1 - LAST_DIGIT / 2)
+        slope = inside * (1 - inside)
+        low, high = (1 / (1 + math.exp(-_logit(inside) - sign * half / slope)) for sign in (-1, 1))
+        low, high = min(low, mean), max(high, mean)
+    p = float(2 * t.sf(abs(mean) / error, freedom)) if error else None
+    return Estimate(mean, len(values), stdev(values), low, high, min(values), max(values), p)
+
+
+LAST_DIGIT = 0.001  # of a share, as it is printed in percent
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """The interval of a share of n items (Wilson 1927); (0, 1) without items."""
+    from scipy.stats import binomtest
+
+    if not n:
+        return 0.0, 1.0
+    ends = binomtest(count, n).proportion_ci(LEVEL, "wilson")
+    return float(ends.low), float(ends.high)
+
+
+def newcombe(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """The change of a share over the same items, each 0 or 1 before and after (Newcombe 1998, method 10).
+
+    It holds the 95% level also near 0 and 1 and for a few items, where the percentiles of a bootstrap do not.
+    """
+    pairs = [*zip(before, after, strict=True)]
+    n, both, lost, gained = len(pairs), *(pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1)))
+    neither = n - both - lost - gained
+    shares = [(both + lost) / n, (both + gained) / n]
+    (low1, high1), (low2, high2) = wilson(both + lost, n), wilson(both + gained, n)
+    product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    excess = both * neither - lost * gained
+    excess = excess if excess < 0 else max(excess - n / 2, 0)
+    correlation = excess / math.sqrt(product) if product else 0.0
+
+    def length(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
+
+    change = shares[1] - shares[0]
+    below = length(shares[1] - low2, high1 - shares[0])
+    above = length(high2 - shares[1], shares[0] - low1)
+    return Estimate(change, n, None, change - below, change + above)
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values of one family, adjusted so that all of them together hold their level (Holm 1979)."""
+    ordered = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    most = 0.0
+    for rank, (p, i) in enumerate(ordered):
+        most = max(most, min(1.0, p * (len(ordered) - rank)))
+        adjusted[i] = most
+    return adjusted
 
 
 def t_quantile(freedom: float) -> float:
@@ -131,20 +209,6 @@ def variance_components(table: Sequence[Sequence[float]]) -> VarianceComponents:
     )
 
 
-def crossed_estimate(table: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of a full table, with an interval that accounts for the shared seeds of a row or a column.
-
-    The variance of the mean is s2_rows / a + s2_columns / b + s2 / (a b). The interval uses t with min(a, b) - 1
-    degrees of freedom, which is conservative.
-    """
-    parts = variance_components(table)
-    y = np.asarray(table, float)
-    variance = parts.of_rows / y.shape[0] + parts.of_columns / y.shape[1] + parts.rest / y.size
-    half = t_quantile(min(y.shape) - 1) * math.sqrt(variance)
-    mean = float(y.mean())
-    return Estimate(mean, y.size, float(y.std(ddof=1)), mean - half, mean + half)
-
-
 def full_grid(cells: Collection[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Rows and columns of a full table within the (row, column) cells, found by dropping the emptiest line each time.
 
@@ -190,13 +254,25 @@ def regress(features: NDArray[np.float64], values: Sequence[float]) -> list[Esti
     return [next(effects) if varying else None for varying in varies]
 
 
-def interpolate(path: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The y at which a path of (x, y) points, joined by straight lines in the given order, passes x.
+def attained(path: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The highest y of the points whose x is at least `x`; None if there is none. Nothing is interpolated."""
+    return max((y for point, y in path if point >= x), default=None)
 
-    If the path passes x more than once, the highest y; if it never does, None. Nothing is extrapolated.
+
+def mean_gap(path: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float | None:
+    """The mean of `attained(path, x) - attained(other, x)` over the x that both reach, from the lower of their starts.
+
+    Both are steps, so that the mean is exact. None if one of them has no points.
     """
-    crossings = [y for point, y in path if point == x]
-    for (x0, y0), (x1, y1) in pairwise(path):
-        if min(x0, x1) < x < max(x0, x1):
-            crossings.append(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-    return max(crossings, default=None)
+    if not path or not other:
+        return None
+    start = max(min(x for x, _ in path), min(x for x, _ in other))
+    end = min(max(x for x, _ in path), max(x for x, _ in other))
+    if end <= start:
+        return _gap_at(path, other, end)
+    ends = [start, *sorted({x for x, _ in (*path, *other) if start < x < end}), end]
+    return sum(_gap_at(path, other, high) * (high - low) for low, high in pairwise(ends)) / (end - start)
+
+
+def _gap_at(path: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], x: float) -> float:
+    return (attained(path, x) or 0.0) - (attained(other, x) or 0.0)
