@@ -19,6 +19,15 @@ def format_bytes(value: float) -> str:
 _NO_SHARE = re.compile(r"perplexity|bits_per_byte|bleu|chrf|\bter\b|likelihood|loss")
 
 
+# Metrics of which less is better: losses, and errors of text.
+_LOSS = re.compile(r"perplexity|bits_per_byte|loss|nll|brier|\b(wer|cer|ter)\b")
+
+
+def is_loss(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return bool(_LOSS.search(metric))
+
+
 def is_share(metric: str, value: float) -> bool:
     """Whether a score is a share of 1, and not perplexity, bits per byte, BLEU, …"""
     return not _NO_SHARE.search(metric) and -1 <= value <= 1

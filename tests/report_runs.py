@@ -34,6 +34,7 @@ def write_run(
     passed: bool | None = True,
     done: bool = True,
     data: str = "pocket_capitals",
+    model: str = "pocket",
     config: dict | None = None,
 ) -> Path:
     """A run's directory, with the files that a report reads. `r` is the matrix R of a sequence of tasks."""
@@ -43,23 +44,27 @@ def write_run(
     selection = {"level": level, "ratio": ratio, "seed": draw_seed, "embeddings": "update"}
     tasks = ["capitals"] if r is None else [f"task{i}" for i in range(len(r))]
     results = {
-        "method": method, "stage": "sft", "model": "pocket", "data": data, "engine": "single",
+        "method": method, "stage": method if method == "half_reset" else "sft", "model": model, "data": data,
+        "engine": "single",
         "selection": selection, "ratio": ratio, "seed": seed, "learning_rate": rate,
         "rounds": [_round(i + 1, task) for i, task in enumerate(tasks)],
-        "eval": {"before": _scores(tasks, 0.0, 1.0), "after": _scores(tasks, skill, retained)},
+        "eval": {
+            "before": _scores(tasks, 0.0, 1.0), "base": _scores(tasks, 0.0, 1.0),
+            "after": _scores(tasks, skill, retained),
+        },
         "continual": _sequence(continual, tasks, r),
         "verification": {"passed": passed, "faults": [] if passed is not False else ["round 1: a frozen tensor"]},
     }  # fmt: skip
     values = {
         "seed": seed, "output_dir": str(folder), "selection": selection, "method": {"name": method, "stages": ["sft"]},
-        "train": {"learning_rate": rate, "max_steps": 10}, "model": {"name": "pocket"},
+        "train": {"learning_rate": rate, "max_steps": 10}, "model": {"name": model},
         "data": {"name": data, "path": tasks},
         "continual": {"name": continual, "gem_margin": 0.0}, **(config or {}),
     }  # fmt: skip
     frozen = sorted(set(NAMES) - set(updated))
     draws = [{"name": task, "round": i + 1, "level": level, "updated": updated, "frozen": frozen}
              for i, task in enumerate(tasks)]  # fmt: skip
-    plan = [{"number": i + 1, "name": task, "stage": "sft"} for i, task in enumerate(tasks)]
+    plan = [{"number": i + 1, "name": task, "stage": "sft", "data_sha256": "0"} for i, task in enumerate(tasks)]
     for name, value in (
         ("results.json", results), ("draws.json", {"rounds": draws}),
         ("plan.json", {"base": str(folder / "gone"), "base_sha256": "0", "rounds": plan}),

@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs whose scores can be compared, because they have the same data.
+    """Runs whose scores can be compared, because they have the same data, base model and suites.
 
     Attributes:
         name: tells the comparison from others in titles; empty if there is only one.
@@ -68,19 +68,29 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """The scored runs by their data, the largest comparison first."""
-    keys = ("data.name", "data.path", "data.test_path")
-    by_data = grouped((run for run in runs if run.row.scores), lambda run: tuple(run.setting.get(k, "") for k in keys))
+    """The scored runs by their data, their base model and their suites, the largest comparison first."""
+    keys = ("data.path", "data.test_path")
+    by_data = grouped(
+        (run for run in runs if run.row.scores),
+        lambda run: (_name(run, runs), *(run.setting.get(k, "") for k in keys), *run.basis),
+    )
     if len(by_data) == 1:
         return [Comparison(members) for members in by_data.values()]
-    names = Counter(name for name, _, _ in by_data)
+    names = Counter(name for name, *_ in by_data)
     numbers: Counter[str] = Counter()
     comparisons: list[Comparison] = []
-    for (name, _, _), members in sorted(by_data.items(), key=lambda item: -len(item[1])):
+    for (name, *_), members in sorted(by_data.items(), key=lambda item: -len(item[1])):
         numbers[name] += 1
         title = name if names[name] == 1 else f"{name} {numbers[name]}"
         comparisons.append(Comparison(members, title, title if comparisons else ""))
     return comparisons
+
+
+def _name(run: Run, runs: Sequence[Run]) -> str:
+    """The data of a run, with the model and the suite where they differ."""
+    keys = ("model.name", "suite.name")
+    told = [run.setting.get(key, "") for key in keys if len({other.setting.get(key) for other in runs}) > 1]
+    return ", ".join(filter(None, [run.setting.get("data.name", ""), *told]))
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:

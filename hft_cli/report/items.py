@@ -9,8 +9,9 @@ from typing import Any
 
 from hft_cli.report.reading import finite
 from hft_cli.report.runs import Run
-from hft_cli.report.stats import Estimate, paired_bootstrap
-from hft_cli.report.tables import Record, estimate_fields
+from hft_cli.report.stats import Estimate, newcombe, paired_bootstrap, wilson
+from hft_cli.report.tables import Cell, Record, estimate_cell, estimate_fields, formatted
+from hft_cli.text import is_share
 
 
 def score_changes(run: Run) -> list[Record]:
@@ -21,7 +22,7 @@ def score_changes(run: Run) -> list[Record]:
         items = item_scores(run, task)
         change = None if before is None or after is None else Estimate(after - before, 0)
         if items:
-            change = paired_bootstrap(*items)
+            change = (newcombe if is_right_or_wrong(*items) else paired_bootstrap)(*items)
         records.append({
             "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task], "before": before,
             "after": after, **estimate_fields("change", change), **(flips(*items) if items else {}),
@@ -29,16 +30,46 @@ def score_changes(run: Run) -> list[Record]:
     return records
 
 
+def _is_share(record: Record) -> bool:
+    values = [value for key in ("before", "after") if isinstance(value := record.get(key), int | float)]
+    return all(is_share(str(record["metric"]), value) for value in values)
+
+
+def score_cell(when: str) -> Cell:
+    """The score before or after: a share in percent; another metric, such as perplexity, in its own unit."""
+    return lambda record: formatted(when, ".1%" if _is_share(record) else ".4g")(record)
+
+
+def change_cell(record: Record) -> str:
+    """The change of a share in points, with its interval; of another metric in its own unit."""
+    if _is_share(record):
+        return estimate_cell("change", signed=True, deviation=False)(record)
+    return formatted("change", "+.4g")(record)
+
+
+def is_right_or_wrong(before: Sequence[float], after: Sequence[float]) -> bool:
+    return {*before, *after} <= {0, 1}
+
+
 def flips(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
-    """How many right items are wrong afterwards, and how many wrong ones right; empty unless items are 0 or 1.
+    """How many right items are wrong afterwards, and how many wrong ones right, each with the interval of its share.
+
+    Empty unless items are 0 or 1.
 
     The net change hides them: a model that loses 30 facts and learns 30 others has the same score.
     """
-    if not {*before, *after} <= {0, 1}:
+    if not is_right_or_wrong(before, after):
         return {}
     pairs, right = list(zip(before, after, strict=True)), int(sum(before))
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
-    return {"lost": f"{lost:,} of {right:,}", "gained": f"{gained:,} of {len(pairs) - right:,}"}
+    return {"lost": _count(lost, right), "gained": _count(gained, len(pairs) - right)}
+
+
+def _count(count: int, n: int) -> str:
+    if not n:
+        return "0 of 0"
+    low, high = (100 * end for end in wilson(count, n))
+    return f"{count:,} of {n:,} [{low:.1f}, {high:.1f}]%"
 
 
 def item_scores(run: Run, task: str) -> tuple[list[float], list[float]] | None:

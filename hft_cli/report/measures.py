@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-from hft_cli.report import stats
+from hft_cli.report import mixed
 from hft_cli.report.figures import charts
 from hft_cli.report.figures.charts import Point, Series
 from hft_cli.report.groups import Group, grouped
@@ -32,19 +32,24 @@ class Measure:
         """The label of a difference of two such measures."""
         return self.label.split(" (")[0] + " (points)"
 
+    @property
+    def share(self) -> bool:
+        """Whether it is a share of 1, which no interval leaves."""
+        return not self.signed
+
 
 MEASURES = {
-    "skill": Measure("Skill learned (%)", lambda row: row.skill),
-    "retained": Measure("Retained (%)", lambda row: row.retained),
+    "skill": Measure("Learned (points)", lambda row: row.skill, signed=True),
+    "retained": Measure("Retained (% of before)", lambda row: row.retained),
     "op": Measure("OP (%)", lambda row: row.op),
     "bwt": Measure("BWT (points)", lambda row: row.bwt, signed=True),
 }
 
 INTERVAL_NOTE = (
-    "Intervals are at the 95% level: Student's t over one value for each pair of seeds. Where every data seed was "
-    "combined with every draw seed, runs share seeds and are not independent; the interval then comes from the "
-    "variances of the two seeds, with the smaller number of seeds less one as degrees of freedom. With two or three "
-    "seeds intervals are wide and may leave the scale of the measure."
+    "Intervals are at the 95% level: a mixed model in which data seeds and draw seeds are random, by restricted "
+    "maximum likelihood with Satterthwaite's degrees of freedom, also where runs are missing; Student's t where no "
+    "runs share a seed. Those of shares are intervals of logits and stay between 0 and 100. With fewer than five "
+    "values their range stands before the interval, which cannot know of modes that no run shows."
 )
 
 POINTS_NOTE = "Means over seeds with 95% intervals; each small dot is one run."
@@ -57,14 +62,22 @@ def seed_scores(group: Group, score: Score) -> dict[tuple[int, int], float]:
     return {seeds: fmean(values) for seeds, values in scores.items() if values}
 
 
-def over_seeds(group: Group, score: Score) -> tuple[Estimate | None, str]:
-    """The mean of a score over the seeds, and the kind of its interval: crossed, t, or none."""
-    scores = seed_scores(group, score)
-    rows, columns = sorted({row for row, _ in scores}), sorted({column for _, column in scores})
-    if min(len(rows), len(columns)) > 1 and len(scores) == len(rows) * len(columns):
-        return stats.crossed_estimate([[scores[row, column] for column in columns] for row in rows]), "crossed"
-    estimate = stats.estimate(list(scores.values()))
-    return estimate, "" if estimate is None else "t" if estimate.n > 1 else "none, n = 1"
+def over_seeds(group: Group, score: Score, share: bool = False) -> tuple[Estimate | None, str]:
+    """The mean of a score over the seeds, and what its interval is of: a mixed model, t, or none."""
+    return mixed.over_seeds(seed_scores(group, score), share)
+
+
+def differences(group: Group, other: Group, score: Score) -> dict[tuple[int, int], float]:
+    """(data seed, draw seed) -> the score of a group less that of the other with the same data seed.
+
+    If both have the draw, theirs are compared. Otherwise the other's mean over its draws of the data seed counts: full
+    fine-tuning has no draws. So draws that differ are seen in the interval.
+    """
+    theirs = seed_scores(other, score)
+    by_data = grouped(theirs.items(), lambda item: item[0][0])
+    means = {seed: fmean(value for _, value in items) for seed, items in by_data.items()}
+    ours = seed_scores(group, score)
+    return {seeds: value - theirs.get(seeds, means[seeds[0]]) for seeds, value in ours.items() if seeds[0] in means}
 
 
 def measured_in(groups: Iterable[Group]) -> list[str]:
@@ -78,7 +91,7 @@ def measure_fields(group: Group, keys: Iterable[str]) -> dict[str, Value]:
     """The estimates of measures as fields of a record."""
     fields: dict[str, Value] = {}
     for key in keys:
-        fields |= estimate_fields(key, over_seeds(group, MEASURES[key].score)[0])
+        fields |= estimate_fields(key, over_seeds(group, MEASURES[key].score, MEASURES[key].share)[0])
     return fields
 
 
@@ -125,7 +138,7 @@ def _first(values: Sequence[int]) -> str:
 def point(group: Group, key: str, x: float = 0) -> Point | None:
     """A measure over the seeds as a point of a figure, in percent or points."""
     score = MEASURES[key].score
-    estimate, _ = over_seeds(group, score)
+    estimate, _ = over_seeds(group, score, MEASURES[key].share)
     if estimate is None:
         return None
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))

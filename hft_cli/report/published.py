@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from hft_cli.report.groups import Comparison
 from hft_cli.report.tables import Table, columns, formatted
 
 SOURCE = "Results of the paper (Hui et al., ACL 2025; Llama 2; read from summaries of the paper), not of these runs."
@@ -15,6 +16,12 @@ GENERAL = {
     "humaneval": "HumanEval",
 }  # fmt: skip
 KNOWLEDGE = {"nq_open": "NQ", "triviaqa": "TriviaQA", "hotpotqa": "HotpotQA"}
+
+
+def is_the_papers(comparison: Comparison) -> bool:
+    """Whether these are models and data of the paper: only then its numbers stand beside ours."""
+    models, data = ({run.setting.get(f"{key}.name", "") for run in comparison.runs} for key in ("model", "data"))
+    return models <= {"llama2_7b", "llama2_13b"} and all(name.startswith(("tulu", "ultra", "trace")) for name in data)
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.method.selection import UNDRAWN
@@ -21,7 +22,7 @@ from hft_cli.report.runs import ANCHORS, Draw, Run, RunRow, Scores, TaskScores
 from hft_cli.report.setting import setting_of
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.sweeps import jobs
-from hft_cli.text import natural_order
+from hft_cli.text import is_loss, natural_order
 
 
 def find_runs(places: Iterable[Path]) -> list[Run]:
@@ -58,6 +59,46 @@ def read_run(run: RunDir) -> Run:
         return Run(RunRow(str(run.folder), "results.json is broken", note=reason), run.folder)
 
 
+def _relative_to_base(evaluation: Mapping[str, Any], scores: Scores, stage: str) -> dict[str, tuple[float, float]]:
+    """The scores before and after. A Half-Reset starts from a tuned model: before it is its base."""
+    pairs = {}
+    for task, pair in scores.items():
+        before, after = pair["before"], pair["after"]
+        if stage in WITHOUT_TRAINING:
+            suite, _, name = task.partition("/")
+            own = evaluation.get("base", {}).get(suite, {}).get(name)
+            before = finite(next(iter(own.values()))) if own else None
+        if before is not None and after is not None:
+            pairs[task] = (before, after)
+    return pairs
+
+
+def _learned(pair: tuple[float, float], metric: str) -> float:
+    before, after = pair
+    return before - after if is_loss(metric) else after - before
+
+
+def _kept(pair: tuple[float, float], metric: str) -> float | None:
+    """The share of a score that is left; None if there was nothing."""
+    whole, left = reversed(pair) if is_loss(metric) else pair
+    return left / whole if whole > 0 else None
+
+
+def _items(after: Mapping[str, Any]) -> int:
+    scored = (scores for suite, tasks in after.items() if suite != "data" for scores in tasks.values())
+    return sum(int(scores.get("items") or 0) for scores in scored)
+
+
+def _basis(run: RunDir, scores: Scores, stage: str) -> tuple[str, ...]:
+    """The hash of the base's weights, and the tasks of the suites."""
+    try:
+        plan = read_json(run.plan)
+        weights = plan["rounds"][0]["data_sha256"] if stage in WITHOUT_TRAINING else plan["base_sha256"]
+    except (UserError, KeyError, IndexError, TypeError):
+        weights = ""
+    return (str(weights), *sorted(task for task in scores if not task.startswith("data/")))
+
+
 def _anchor(record: Mapping[str, Any]) -> str:
     filtered = record.get("momentum_filter") is not None
     return " + ".join([*filter(None, [ANCHORS.get(str(record.get("name")))]), *["MoFO"] * filtered])
@@ -81,7 +122,7 @@ def _progress(run: RunDir) -> str:
 
 def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
     scores, metrics = _trained_scores(results["eval"])
-    after = {task: finite(pair["after"]) for task, pair in scores.items()}
+    relative = _relative_to_base(results["eval"], scores, str(results["stage"]))
     later_scores, records = _later_scores(run, scores, metrics)
     rounds, selection = results["rounds"], results["selection"]
     sequence = results.get("continual") or {}
@@ -101,8 +142,8 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         seed=results["seed"],
         draw_seed=selection["seed"],
         updated=_mean({entry["round"]: finite(entry["updated_fraction"]) for entry in rounds}.values()),
-        skill=_mean(score for task, score in after.items() if task.startswith("data/")),
-        retained=_mean(score for task, score in after.items() if not task.startswith("data/")),
+        skill=_mean(_learned(pair, metrics[task]) for task, pair in relative.items() if task.startswith("data/")),
+        retained=_mean(_kept(pair, metrics[task]) for task, pair in relative.items() if not task.startswith("data/")),
         train_seconds=sum(finite(entry["train_seconds"]) for entry in rounds),
         peak_memory_bytes=max((int(entry.get("peak_memory_bytes") or 0) for entry in rounds), default=0) or None,
         op=_finite_or_none(sequence.get("OP")),
@@ -125,6 +166,8 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         draws=draws,
         setting=setting_of(run.config, row, results),
         hardware=_hardware(run),
+        items=_items(results["eval"]["after"]),
+        basis=_basis(run, scores, str(results["stage"])),
     )
 
 
@@ -145,8 +188,8 @@ def _finite_or_none(value: Any) -> float | None:
     return None if value is None else finite(value)
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
+def _mean(values: Iterable[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
     return fmean(numbers) if numbers else None
 
 

@@ -24,8 +24,8 @@ class RunRow:
         status: verified, failed, no model written, unfinished, missing, or results.json is broken.
         draw_seed: the seed of the draws, None if it is the run's seed.
         updated: share of all elements that a round updated, mean over rounds.
-        skill: mean score after the last round on the test sets of what was trained, in [0, 1].
-        retained: mean score after the last round on the suites, in [0, 1].
+        skill: mean change of the score on the test sets of what was trained, better is positive.
+        retained: mean over the tasks of the suites of the score after the last round, as a share of that before.
         op, bwt: overall performance and backward transfer of a sequence of tasks, as shares.
         continual: seqft, replay, mixed_replay or gem for a sequence of tasks; mixed_replay always; else empty.
         ratio: the ratio of the selection that was requested.
@@ -99,6 +99,8 @@ class Run:
         records: SUITE/TASK -> the files of scores item by item, "before" and "after", where `hft eval` wrote them.
         setting: the flat configuration without seeds and folders; equal for runs of one setting.
         hardware: GPUs, or the number of CPUs.
+        items: number of items of the suites.
+        basis: the weights and the tasks that `retained` is about: only runs with the same are compared.
     """
 
     row: RunRow
@@ -110,6 +112,8 @@ class Run:
     draws: tuple[Draw, ...] = ()
     setting: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""
+    items: int = 0
+    basis: tuple[str, ...] = ()
 
     @property
     def counted(self) -> bool:

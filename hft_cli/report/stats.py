@@ -86,7 +86,7 @@ def interval(mean: float, error: float, freedom: float, values: Sequence[float],
     if share:
         inside = min(max(mean, LAST_DIGIT / 2), 1 - LAST_DIGIT / 2)
         slope = inside * (1 - inside)
-        low, high = (1 / (1 + math.exp(-_logit(inside) - sign * half / slope)) for sign in (-1, 1))
+        low, high = (_share(_logit(inside) + sign * half / slope) for sign in (-1, 1))
         low, high = min(low, mean), max(high, mean)
     p = float(2 * t.sf(abs(mean) / error, freedom)) if error else None
     return Estimate(mean, len(values), stdev(values), low, high, min(values), max(values), p)
@@ -97,6 +97,13 @@ LAST_DIGIT = 0.001  # of a share, as it is printed in percent
 
 def _logit(share: float) -> float:
     return math.log(share / (1 - share))
+
+
+def _share(logit: float) -> float:
+    return 1 / (1 + math.exp(-min(max(logit, -LARGEST_LOGIT), LARGEST_LOGIT)))
+
+
+LARGEST_LOGIT = 36.0  # whose share is 1 to the last bit
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -120,7 +127,7 @@ def newcombe(before: Sequence[float], after: Sequence[float]) -> Estimate:
     shares = [(both + lost) / n, (both + gained) / n]
     (low1, high1), (low2, high2) = wilson(both + lost, n), wilson(both + gained, n)
     product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
-    excess = both * neither - lost * gained
+    excess: float = both * neither - lost * gained
     excess = excess if excess < 0 else max(excess - n / 2, 0)
     correlation = excess / math.sqrt(product) if product else 0.0
 

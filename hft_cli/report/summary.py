@@ -9,11 +9,11 @@ from typing import Any
 from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.files import read_record
-from hft_cli.report.items import score_changes
+from hft_cli.report.items import change_cell, score_cell, score_changes
 from hft_cli.report.reading import read_run
-from hft_cli.report.tables import Column, Record, estimate_cell, formatted, plain
+from hft_cli.report.tables import Column, plain
 from hft_cli.run_dir import ResultsRecord, RunDir
-from hft_cli.text import is_share, mebibytes, text_table
+from hft_cli.text import mebibytes, text_table
 
 Entry = Mapping[str, Any]  # one of the rounds in results.json
 
@@ -33,9 +33,9 @@ COLUMNS_WITHOUT_TRAINING = ("round", "updated", "seconds")  # nothing was traine
 SCORE_COLUMNS: list[Column] = [
     ("score", plain("task")),
     ("metric", lambda record: str(record["metric"]).replace("_", " ")),
-    ("before", lambda record: _score(record, "before")),
-    ("after", lambda record: _score(record, "after")),
-    ("change in points [95%]", lambda record: _change(record)),
+    ("before", score_cell("before")),
+    ("after", score_cell("after")),
+    ("change in points [95%]", change_cell),
     ("lost", plain("lost")),
     ("gained", plain("gained")),
 ]
@@ -45,22 +45,6 @@ def _frozen(entry: Entry) -> str:
     if not entry["frozen_bit_identical"]:
         return "CHANGED"
     return "bit-identical" if entry["updated_fraction"] < 1 else "none"
-
-
-def _is_share(record: Record) -> bool:
-    values = [value for key in ("before", "after") if isinstance(value := record.get(key), int | float)]
-    return all(is_share(str(record["metric"]), value) for value in values)
-
-
-def _score(record: Record, when: str) -> str:
-    """A share in percent; another metric, such as perplexity, in its own unit."""
-    return formatted(when, ".1%" if _is_share(record) else ".4g")(record)
-
-
-def _change(record: Record) -> str:
-    if _is_share(record):
-        return estimate_cell("change", signed=True, deviation=False)(record)
-    return formatted("change", "+.4g")(record)
 
 
 def summary(run: RunDir) -> str:

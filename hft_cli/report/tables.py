@@ -18,7 +18,8 @@ Value = str | float | int | None
 Record = Mapping[str, Value]  # one row of a table as CSV and JSON hold it: raw values, shares in [0, 1]
 Cell = Callable[[Record], str]  # the text of a cell, for people
 Column = tuple[str, Cell]  # heading and cells
-ESTIMATE_FIELDS = ("mean", "n", "sd", "low", "high")
+ESTIMATE_FIELDS = ("mean", "n", "sd", "low", "high", "least", "most")
+FEW = 5  # values: with fewer, a standard deviation says less than their range
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,26 @@ def p_value(key: str) -> Cell:
 
 
 def estimate_cell(key: str, signed: bool = False, scale: float = 100, deviation: bool = True) -> Cell:
-    """An estimate of `estimate_fields` as mean ± standard deviation [interval], multiplied by `scale`."""
+    """An estimate of `estimate_fields` as mean ± standard deviation [interval], multiplied by `scale`.
+
+    With fewer than FEW values their range stands in the place of the deviation.
+    """
     form = "+.1f" if signed else ".1f"
 
     def cell(record: Record) -> str:
-        mean, low, high = (formatted(f"{key}{end}", form, scale)(record) for end in ("", "_low", "_high"))
-        sd = formatted(f"{key}_sd", ".1f", scale)(record) if deviation else ""
-        return mean + (f" ± {sd}" if sd else "") + (f" [{low}, {high}]" if low and high else "")
+        mean, low, high, least, most = (
+            formatted(f"{key}{end}", form, scale)(record) for end in ("", "_low", "_high", "_least", "_most")
+        )
+        sd, count = formatted(f"{key}_sd", ".1f", scale)(record), record.get(f"{key}_n")
+        spread = f" ± {sd}" if sd else ""
+        if isinstance(count, int) and 1 < count < FEW and least and most:
+            spread = f" ({least} to {most})"
+        return mean + spread * deviation + (f" [{low}, {high}]" if low and high else "")
 
     return cell
 
 
 def estimate_fields(key: str, estimate: Estimate | None) -> dict[str, Value]:
-    """An estimate as fields of a record: KEY, KEY_n, KEY_sd, KEY_low, KEY_high; all None without an estimate."""
+    """An estimate as fields of a record: KEY, KEY_n, KEY_sd, KEY_low, …; all None without an estimate."""
     names = (key, *(f"{key}_{field}" for field in ESTIMATE_FIELDS[1:]))
     return {name: getattr(estimate, field, None) for name, field in zip(names, ESTIMATE_FIELDS, strict=True)}

@@ -16,7 +16,7 @@ from hft_cli.text import plural
 
 # The files that the command names; the others are counted.
 MAIN_FILES = ("report.html", "report.md", "report.json", "runs.md", "runs.csv", "runs.json",
-              "tradeoff.png", "tradeoff.svg")  # fmt: skip
+              "frontier.png", "tradeoff.png")  # fmt: skip
 MOST_ROWS = 60  # of a table on the page; its CSV has all rows
 
 
@@ -28,7 +28,7 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
         norms: measure the size of the change of each matrix too, from the weights.
 
     Returns:
-        The table of runs as Markdown, and the names of the files.
+        The verdicts, the table of runs as Markdown, and the names of the files.
 
     Raises:
         UserError: a place has no run, or `out` is a file.
@@ -56,7 +56,8 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     })  # fmt: skip
     files = {*texts, "runs.json", "report.json", *(f"{name}.{end}" for name in pictures for end in ("png", "svg"))}
     named = [name for name in MAIN_FILES if name in files]
-    return (
+    verdicts = ["\n".join([entry.title, *entry.text, ""]) for entry in sections if entry.title.startswith("Verdict")]
+    return "\n".join(verdicts) + (
         f"{texts['runs.md']}\nIn {out}: {', '.join(named)} and {len(files) - len(named)} more. "
         "All on one page: report.html"
     )

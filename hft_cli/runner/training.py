@@ -180,7 +180,12 @@ def _walk(session: Session) -> RunDir:
     if config.method.save_model and not run.model.exists():
         position.model.rename(run.model)
     after = round_scores[-1] if round_scores else _score(session, "after", _final(session), tasks, position.steps)
-    return _finish(session, {"before": before, "after": after}, round_scores, position.steps)
+    scores = {"before": before, "after": after}
+    if not prepared.phases[0].trains:  # what is put back started from this model
+        folder = model_folder(resolve_path(str(config.model.base)), "model.base")
+        origin = ScoredModel(folder, config.model, known_weights_hash(folder), shared=True)
+        scores["base"] = _score(session, "base", origin, tasks, 0)
+    return _finish(session, scores, round_scores, position.steps)
 
 
 def _all_tasks(prepared: Prepared) -> TasksToScore:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from report_runs import write_run
 
 from hft_cli.report.groups import batches, compare, full_counterpart, group_runs
@@ -82,3 +84,17 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
 
 def test_batches_have_stems_of_their_own():
     assert [(stem, len(batch)) for stem, batch in batches("r", list(range(14)))] == [("r", 6), ("r_2", 6), ("r_3", 2)]
+
+
+def test_models_and_suites_are_never_compared(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "fft", model="smol")
+    (tmp_path / "b/plan.json").write_text('{"base_sha256": "1", "rounds": []}')
+    other = write_run(tmp_path / "c", seed=2)
+    results = json.loads((other / "results.json").read_text())
+    for scores in results["eval"].values():
+        scores["knowledge"] = {"nq": scores["pocket"]["facts"]}
+    (other / "results.json").write_text(json.dumps(results))
+    comparisons = compare(find_runs([tmp_path]))
+    assert sorted(len(c.runs) for c in comparisons) == [1, 1, 1]
+    assert {c.name for c in comparisons} >= {"pocket_capitals, smol"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import write_eval, write_items, write_run
@@ -19,7 +20,8 @@ def test_recorded_items_give_the_change_an_interval(tmp_path):
     write_items(write_run(tmp_path / "run", retained=0.5), "pocket/facts", before=[1, 1, 1, 1], after=[1, 0, 1, 0])
     changes = {record["task"]: record for record in score_changes(find_runs([tmp_path])[0])}
     facts, capitals = changes["pocket/facts"], changes["data/capitals"]
-    assert (facts["change"], facts["change_n"], facts["change_low"], facts["change_high"]) == (-0.5, 4, -1, 0)
+    assert (facts["change"], facts["change_n"]) == (-0.5, 4)
+    assert (facts["change_low"], facts["change_high"]) == pytest.approx((-0.85, 0.102), abs=0.001)
     assert (capitals["change"], capitals["change_low"]) == (0.9, None)
 
 
@@ -27,7 +29,7 @@ def test_recorded_items_give_the_change_an_interval(tmp_path):
 def test_what_is_lost_and_gained_makes_the_change(pairs):
     before, after = ([float(pair[part]) for pair in pairs] for part in (0, 1))
     counts = flips(before, after)
-    (lost, right), (gained, wrong) = (map(int, counts[key].split(" of ")) for key in ("lost", "gained"))
+    (lost, right), (gained, wrong) = (map(int, counts[key].split(" [")[0].split(" of ")) for key in ("lost", "gained"))
     assert (right, right + wrong) == (sum(before), len(pairs))
     assert gained - lost == sum(after) - sum(before)
     assert lost == sum(b > a for b, a in zip(before, after, strict=True))

@@ -32,7 +32,7 @@ def test_draws_of_one_data_seed_are_a_sample_of_draws():
     assert found.high - found.mean == pytest.approx(4.302653 * found.sd / math.sqrt(3))
 
 
-def test_a_factor_without_effect_leaves_the_interval_of_the_other():
+def test_a_seed_without_effect_changes_no_interval():
     values = {(data, draw): 0.3 + 0.1 * draw for data, draw in grid(3, 3)}
     found, kind = over_seeds(values)
     assert kind == "mixed model"

@@ -28,8 +28,14 @@ def test_backward_transfer_has_its_sign():
 
 
 def test_our_tables_do_not_mention_the_papers_model(tmp_path):
-    write_run(tmp_path / "run")
+    write_run(tmp_path / "run", model="llama2_7b", data="tulu_v2")
     sections = sections_of(tmp_path)
     ours = [part for entry in sections for part in entry.parts if not getattr(part, "paper", False)]
     assert not any("Llama" in part.caption for part in ours)
     assert table(sections, "paper_sft").paper
+
+
+def test_the_papers_numbers_need_its_models_and_data(tmp_path):
+    for name, model, data in (("a", "pocket", "tulu_v2"), ("b", "llama2_7b", "pocket_capitals")):
+        write_run(tmp_path / name / "run", model=model, data=data)
+        assert not any(getattr(part, "paper", False) for entry in sections_of(tmp_path / name) for part in entry.parts)

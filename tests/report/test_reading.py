@@ -104,3 +104,35 @@ def test_gpus_are_counted_by_name(tmp_path):
         json.dumps({"cpus": 8, "gpus": ["H100, 80 GiB", "H100, 80 GiB", "L4, 24 GiB"]})
     )
     assert find_runs([run])[0].hardware == "2 x H100, 1 x L4"
+
+
+def change_scores(run: Path, when: str, suite: str, scores: dict) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["eval"][when][suite] = scores
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def test_what_is_learned_and_retained_is_relative_to_before(tmp_path):
+    run = write_run(tmp_path / "run", skill=0.5, retained=0.6)
+    change_scores(run, "before", "data", {"capitals": {"exact_match": 0.2}})
+    change_scores(run, "before", "pocket", {"facts": {"exact_match": 0.8}, "text": {"bits_per_byte": 0.9}})
+    change_scores(run, "after", "pocket", {"facts": {"exact_match": 0.6}, "text": {"bits_per_byte": 1.2}})
+    row = rows(tmp_path)["run"]
+    assert row.skill == pytest.approx(0.3)
+    assert row.retained == pytest.approx(0.75)  # of both: less bits per byte are better
+
+
+def test_a_task_that_nothing_was_known_of_retains_nothing(tmp_path):
+    run = write_run(tmp_path / "run", retained=0.6)
+    change_scores(run, "before", "pocket", {"facts": {"exact_match": 0.0}})
+    assert rows(tmp_path)["run"].retained is None
+
+
+def test_a_half_reset_is_relative_to_its_base(tmp_path):
+    run = write_run(tmp_path / "run", "half_reset", skill=0.5, retained=0.6)
+    change_scores(run, "before", "pocket", {"facts": {"exact_match": 0.5}})  # of the tuned model
+    assert rows(tmp_path)["run"].retained == pytest.approx(0.6)
+    results = json.loads((run / "results.json").read_text())
+    del results["eval"]["base"]  # as earlier versions wrote it
+    (run / "results.json").write_text(json.dumps(results))
+    assert (rows(tmp_path)["run"].skill, rows(tmp_path)["run"].retained) == (None, None)

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from hft_cli.report.stats import (
     Estimate,
-    crossed_estimate,
+    attained,
     estimate,
     full_grid,
-    interpolate,
+    holm,
+    mean_gap,
+    newcombe,
     paired_bootstrap,
     regress,
     variance_components,
@@ -36,7 +38,7 @@ def test_one_value_has_no_interval():
 
 
 def test_equal_values_have_an_interval_without_width():
-    assert estimate([0.5, 0.5]) == Estimate(0.5, 2, 0.0, 0.5, 0.5)
+    assert estimate([0.5, 0.5]) == Estimate(0.5, 2, 0.0, 0.5, 0.5, 0.5, 0.5)
 
 
 def test_t_intervals_have_their_coverage():
@@ -124,18 +126,6 @@ def test_shares_do_not_depend_on_scale_and_zero(table, scale, shift):
     assert scaled.of_rows == pytest.approx(scale**2 * parts.of_rows, abs=1e-9)
 
 
-def test_crossed_intervals_have_their_coverage():
-    rng = np.random.default_rng(6)
-    naive = safe = 0
-    for _ in range(500):
-        table = rng.normal(0, 1, 4)[:, None] + rng.normal(0, 0.1, 4)[None, :] + rng.normal(0, 0.1, (4, 4))
-        one, other = estimate(list(table.ravel())), crossed_estimate(table)
-        naive += one.low <= 0 <= one.high
-        safe += other.low <= 0 <= other.high
-    assert naive / 500 < 0.85
-    assert safe / 500 == pytest.approx(0.95, abs=0.03)
-
-
 def test_a_grid_with_a_hole_has_a_full_part():
     cells = [(r, c) for r in (1, 2, 3) for c in (7, 8, 9)]
     assert full_grid(cells) == ([1, 2, 3], [7, 8, 9])
@@ -165,15 +155,47 @@ def test_fewer_runs_than_coefficients_give_no_effects():
     assert regress(np.eye(3), [0.1, 0.2, 0.3]) is None
 
 
-@given(st.floats(-3, 3), SCORES, st.lists(SCORES, min_size=2, max_size=6, unique=True), st.floats(0, 1))
-def test_interpolation_is_exact_on_a_line(slope, start, xs, where):
-    xs = sorted(xs)
-    x = min(max(xs[0] + where * (xs[-1] - xs[0]), xs[0]), xs[-1])
-    assert interpolate([(v, start + slope * v) for v in xs], x) == pytest.approx(start + slope * x, abs=1e-9)
+def test_what_is_attained_is_the_best_run_that_learned_so_much():
+    path = [(0.2, 0.9), (0.8, 0.7), (0.4, 0.95)]
+    assert [attained(path, x) for x in (0.0, 0.4, 0.41, 0.8, 0.81)] == [0.95, 0.95, 0.7, 0.7, None]
 
 
-def test_the_highest_crossing_counts_without_extrapolation():
-    path = [(0.2, 0.9), (0.8, 0.7), (0.4, 0.1)]
-    assert interpolate(path, 0.5) == pytest.approx(0.8)
-    assert interpolate(path, 0.1) is None
-    assert interpolate(path, 0.81) is None
+def test_a_mean_gap_is_the_area_between_the_steps():
+    # Between 0.2 and 0.6 of skill: 0.9 until 0.4, then 0.5; the other has 0.7 all the way.
+    assert mean_gap([(0.2, 0.9), (0.4, 0.9), (0.6, 0.5)], [(0.1, 0.7), (0.7, 0.7)]) == pytest.approx(0)
+    assert mean_gap([(0.5, 0.9)], [(0.5, 0.7)]) == pytest.approx(0.2)
+    assert mean_gap([], [(0.5, 0.7)]) is None
+
+
+POINTS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=6)
+
+
+@given(POINTS, POINTS, SCORES)
+def test_gaps_are_opposite_and_move_with_the_path(path, other, shift):
+    gap = mean_gap(path, other)
+    assert gap == pytest.approx(-mean_gap(other, path), abs=1e-9)
+    assert mean_gap([(x, y + shift) for x, y in path], other) == pytest.approx(gap + shift, abs=1e-9)
+
+
+def test_newcombe_is_the_published_example():
+    # Newcombe 1998 (Statistics in Medicine 17, 2635-2650), table II: 36, 12, 2, 0 of 50 pairs, method 10.
+    before = [1] * 36 + [1] * 12 + [0] * 2
+    after = [1] * 36 + [0] * 12 + [1] * 2
+    found = newcombe(before, after)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.3404, -0.0569), abs=5e-5)
+
+
+@pytest.mark.parametrize(("share", "lost", "gained"), [(0.97, 0.03, 0.5), (0.5, 0.1, 0.2), (0.02, 0.5, 0.01)])
+def test_newcombes_intervals_have_their_coverage(share, lost, gained):
+    rng, covered = np.random.default_rng(8), 0
+    for _ in range(500):
+        before = rng.random(60) < share
+        after = np.where(before, rng.random(60) >= lost, rng.random(60) < gained)
+        found = newcombe(before.astype(float).tolist(), after.astype(float).tolist())
+        covered += found.low <= (1 - share) * gained - share * lost <= found.high
+    assert covered / 500 >= 0.93
+
+
+def test_p_values_of_a_family_are_holms():
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]

@@ -7,16 +7,19 @@ from hft_cli.report.tables import Table, columns, csv_text, estimate_cell, estim
 
 
 def test_an_estimate_reads_as_mean_deviation_and_interval():
-    record = estimate_fields("x", Estimate(0.6, 3, 0.1, 0.352, 0.848))
-    assert record == {"x": 0.6, "x_n": 3, "x_sd": 0.1, "x_low": 0.352, "x_high": 0.848}
+    record = estimate_fields("x", Estimate(0.6, 5, 0.1, 0.352, 0.848, 0.5, 0.7))
+    assert record == {
+        "x": 0.6, "x_n": 5, "x_sd": 0.1, "x_low": 0.352, "x_high": 0.848, "x_least": 0.5, "x_most": 0.7
+    }  # fmt: skip
     assert estimate_cell("x")(record) == "60.0 ± 10.0 [35.2, 84.8]"
     assert estimate_cell("x", signed=True, deviation=False)(record) == "+60.0 [+35.2, +84.8]"
+    assert estimate_cell("x")(record | {"x_n": 4}) == "60.0 (50.0 to 70.0) [35.2, 84.8]"
     assert estimate_cell("x", scale=1)(estimate_fields("x", Estimate(2.0, 1))) == "2.0"
 
 
 def test_a_missing_estimate_is_an_empty_cell():
     record = estimate_fields("x", None)
-    assert list(record) == ["x", "x_n", "x_sd", "x_low", "x_high"]
+    assert list(record) == ["x", "x_n", "x_sd", "x_low", "x_high", "x_least", "x_most"]
     assert estimate_cell("x")(record) == percent("x")(record) == formatted("x")({}) == ""
 
 

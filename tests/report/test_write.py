@@ -81,7 +81,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 
 def test_columns_that_others_read_are_there(tmp_path):
-    write_run(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]])
+    write_run(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], model="llama2_7b", data="trace")
     said = report([tmp_path], tmp_path / "out")
     (row,) = csv.DictReader((tmp_path / "out/runs.csv").read_text().splitlines())
     assert {"run", "status", "method", "selection", "learning_rate", "seed", "draw_seed", "updated", "skill",

@@ -58,12 +58,18 @@ def curves(
     return figure
 
 
-def paths(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
-    """One panel ("path"), in which each series is a line through its points in the given order."""
+def frontiers(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
+    """The attained frontier of each series as thin steps, and its points ("path") as dots."""
     figure, (axes,) = axes_grid(1, 1, 1, (NARROW, 3.2))
     styles = styles_of([entry.style for entry in series])
     for entry in series:
-        _draw_means(axes, entry, entry.panels["path"], styles[entry.style])
+        colour, marker, line = styles[entry.style]
+        points = entry.panels["path"]
+        xs = sorted({point.x for point in points})
+        ys = [max(point.mean for point in points if point.x >= x) for x in xs]
+        axes.step(xs, ys, where="pre", color=colour, linestyle=line, linewidth=1)
+        axes.plot([point.x for point in points], [point.mean for point in points], color=colour, marker=marker,
+                  markersize=4, linestyle="none", alpha=0.8, label=entry.label)  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(0.06)
     add_legend(figure, [axes])
@@ -88,7 +94,7 @@ def tradeoff(series: Sequence[Series], rates: Sequence[float], skill: str, retai
         axes.set(xlabel="Learning rate")
         if rates:
             axes.set_xscale("log")
-            axes.set_xticks(rates, [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], rotation=0)
+            axes.set_xticks(rates, [_rate(rate) for rate in rates], rotation=0)
             axes.minorticks_off()
             axes.margins(x=0.1)
     grid[2].set(xlabel=skill, xlim=(-3, 103))
@@ -138,6 +144,12 @@ def stacked_bars(labels: Sequence[str], shares: Sequence[Sequence[float]], parts
     axes.grid(visible=False)
     add_legend(figure, [axes])
     return figure
+
+
+def _rate(rate: float) -> str:
+    """A learning rate with the digits that it has: 1.5e-3."""
+    digits, _, exponent = f"{rate:.3e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:

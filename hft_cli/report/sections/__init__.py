@@ -21,6 +21,7 @@ from hft_cli.report.sections import (
     ratio,
     sequences,
     variance,
+    verdict,
     weight_change,
 )
 from hft_cli.report.tables import Section, Table
@@ -37,7 +38,7 @@ class Scope(Enum):
 
 # In the order in which they are read. A section is None if the runs do not have what it needs.
 SECTIONS: tuple[tuple[Callable[[Comparison], Section | None], Scope], ...] = (
-    (overview.section, Scope.EVERY_RUN),
+    (verdict.section, Scope.COMPARISON),
     (methods.section, Scope.COMPARISON),
     (benchmarks.section, Scope.COMPARISON),
     (ratio.section, Scope.COMPARISON),
@@ -45,6 +46,7 @@ SECTIONS: tuple[tuple[Callable[[Comparison], Section | None], Scope], ...] = (
     (frontier.section, Scope.COMPARISON),
     (sequences.section, Scope.COMPARISON),
     (variance.section, Scope.COMPARISON),
+    (overview.section, Scope.EVERY_RUN),
     (draws.section, Scope.COUNTED),
     (weight_change.section, Scope.WEIGHTS),
     (before_after.section, Scope.COUNTED),

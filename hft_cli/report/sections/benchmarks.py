@@ -7,7 +7,7 @@ from statistics import fmean
 
 from hft_cli.report.groups import Comparison
 from hft_cli.report.measures import Score, over_seeds, sample_note, setting_fields
-from hft_cli.report.published import GENERAL, KNOWLEDGE, paper_table
+from hft_cli.report.published import GENERAL, KNOWLEDGE, is_the_papers, paper_table
 from hft_cli.report.runs import RunRow
 from hft_cli.report.tables import Record, Section, Table, columns, estimate_cell, estimate_fields
 
@@ -39,7 +39,7 @@ def section(comparison: Comparison) -> Section | None:
     shown = [*columns("setting"), *((heading, estimate_cell(heading)) for heading in scored)]
     caption = f"{CAPTION} {sample_note(comparison.groups)}"
     table = Table(comparison.stem("benchmarks"), caption, shown, records)
-    return Section(comparison.title("Benchmarks"), (), [table, paper_table("paper_sft")])
+    return Section(comparison.title("Benchmarks"), (), [table, *[paper_table("paper_sft")] * is_the_papers(comparison)])
 
 
 def _mean_of(tasks: Sequence[str], when: str) -> Score:

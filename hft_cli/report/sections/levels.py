@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hft_cli.report import measures
 from hft_cli.report.groups import Comparison, with_full_counterparts
-from hft_cli.report.published import paper_table
+from hft_cli.report.published import is_the_papers, paper_table
 from hft_cli.report.tables import Section, columns
 
 LEVELS = ("all", "model", "layer", "category")
@@ -32,4 +32,5 @@ def section(comparison: Comparison) -> Section | None:
         style = last.row.label if len(families) == 1 else label
         lines.append(measures.Line(label, style, points, joined=False))
     parts = measures.table_and_curves(comparison.stem("levels"), LEVEL, lines)
-    return Section(comparison.title("Level of selection"), (), [*parts, paper_table("paper_levels")])
+    parts += [paper_table("paper_levels")] * is_the_papers(comparison)
+    return Section(comparison.title("Level of selection"), (), parts)

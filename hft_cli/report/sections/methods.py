@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from statistics import fmean
 
-from hft_cli.report import measures
+from hft_cli.report import measures, mixed
 from hft_cli.report.figures import charts
-from hft_cli.report.groups import Comparison, Group, families, full_counterpart, grouped, method_order
+from hft_cli.report.groups import Comparison, Group, families, full_counterpart, method_order
 from hft_cli.report.measures import MEASURES, sample_note
-from hft_cli.report.published import paper_table
-from hft_cli.report.stats import estimate
-from hft_cli.report.tables import Plot, Record, Section, Table, Value, columns, estimate_cell, estimate_fields, plain
+from hft_cli.report.published import is_the_papers, paper_table
+from hft_cli.report.stats import holm
+from hft_cli.report.tables import (
+    Column,
+    Plot,
+    Record,
+    Section,
+    Table,
+    Value,
+    columns,
+    estimate_cell,
+    estimate_fields,
+    p_value,
+    plain,
+)
 
 MOST_FOREST_ROWS = 40
 
@@ -26,8 +37,9 @@ METHODS_CAPTION = "Each setting over its seeds: mean ± standard deviation [95% 
 
 DIFFERENCES_CAPTION = (
     "The difference between each setting and full fine-tuning with the same other settings, in points, paired by data "
-    "seed: mean ± standard deviation [95% t interval]. A data seed with several draws counts by their mean. Methods do "
-    "not learn equally much at the same learning rate; see the section on retention at equal skill."
+    "seed: mean ± standard deviation [95% interval]. p is that of no difference, adjusted over all differences of the "
+    "table (Holm). Methods do not learn equally much at the same learning rate; see the section on retention at equal "
+    "skill."
 )
 
 FOREST_CAPTION = (
@@ -46,9 +58,10 @@ def section(comparison: Comparison) -> Section | None:
     parts = [_methods_table(comparison, keys), _differences_table(comparison, keys), _forest_plot(comparison, keys),
              _tradeoff_plot(comparison)]  # fmt: skip
     stages = {stage for run in comparison.runs for stage in run.stages}
-    if "sft" in stages and not any(run.tasks for run in comparison.runs):
+    of_the_paper = is_the_papers(comparison)
+    if of_the_paper and "sft" in stages and not any(run.tasks for run in comparison.runs):
         parts.append(paper_table("paper_sft"))
-    if "dpo" in stages:
+    if of_the_paper and "dpo" in stages:
         parts.append(paper_table("paper_dpo"))
     text = [HALF_RESET_TEXT] if any(run.row.method == "half_reset" for run in comparison.runs) else []
     return Section(comparison.title("Methods"), text, [part for part in parts if part])
@@ -59,7 +72,7 @@ def _methods_table(comparison: Comparison, keys: Sequence[str]) -> Table:
     for group in comparison.groups:
         record = measures.setting_fields(group)
         for key, measure in MEASURES.items():
-            mean, interval = measures.over_seeds(group, measure.score)
+            mean, interval = measures.over_seeds(group, measure.score, measure.share)
             record |= estimate_fields(key, mean)
             record["interval"] = record.get("interval") or interval or None
         records.append(record)
@@ -71,7 +84,7 @@ def _methods_table(comparison: Comparison, keys: Sequence[str]) -> Table:
 
 def _differences_table(comparison: Comparison, keys: Sequence[str]) -> Table | None:
     """Each group minus its counterpart that updates everything, paired by data seed."""
-    records: list[Record] = []
+    records: list[dict[str, Value]] = []
     compared: list[Group] = []
     for group in comparison.groups:
         full = None if group.row.level == "all" else full_counterpart(group, comparison.groups)
@@ -79,24 +92,22 @@ def _differences_table(comparison: Comparison, keys: Sequence[str]) -> Table | N
             continue
         record: dict[str, Value] = {"setting": group.label, "against": full.label}
         for key in keys:
-            ours, theirs = (_by_data_seed(g, MEASURES[key].score) for g in (group, full))
-            differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-            record |= estimate_fields(key, estimate(differences))
+            difference, _ = mixed.over_seeds(measures.differences(group, full, MEASURES[key].score))
+            record |= {**estimate_fields(key, difference), f"{key}_p": difference.p if difference else None}
         if any(record[key] is not None for key in keys):
             records.append(record)
             compared += [group] if full in compared else [group, full]
     if not records:
         return None
-    shown = [*columns("setting"), ("minus", plain("against")),
-             *((MEASURES[key].points, estimate_cell(key, signed=True)) for key in keys),
-             ("seeds", plain(f"{keys[0]}_n"))]  # fmt: skip
+    names = [(record, f"{key}_p") for record in records for key in keys]
+    adjusted = holm([float(p) if (p := record[name]) is not None else None for record, name in names])
+    for (record, name), p in zip(names, adjusted, strict=True):
+        record[name] = p
+    shown: list[Column] = [*columns("setting"), ("minus", plain("against"))]
+    for key in keys:
+        shown += [(MEASURES[key].points, estimate_cell(key, signed=True)), ("p", p_value(f"{key}_p"))]
+    shown.append(("runs", plain(f"{keys[0]}_n")))
     return Table(comparison.stem("differences"), f"{DIFFERENCES_CAPTION} {sample_note(compared)}", shown, records)
-
-
-def _by_data_seed(group: Group, score: measures.Score) -> dict[int, float]:
-    """Data seed -> the mean score over its draws."""
-    scores = grouped(measures.seed_scores(group, score).items(), lambda item: item[0][0])
-    return {seed: fmean(value for _, value in items) for seed, items in scores.items()}
 
 
 def _forest_plot(comparison: Comparison, keys: Sequence[str]) -> Plot:

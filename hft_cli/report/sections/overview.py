@@ -12,9 +12,10 @@ from hft_cli.report.tables import Column, Record, Section, Table, columns, forma
 from hft_cli.text import mebibytes, natural_order
 
 TEXT = (
-    "Skill is the mean score on the test sets of the data that was trained on. Retention is the mean score on the "
-    "evaluation suites. Both are measured after the last round. The means in the sections below include only runs that "
-    "are verified, and runs that were scored without writing a model."
+    "Learned is the change of the score on the test sets of the data that was trained on, in points. Retained is what "
+    "is left of the score on the evaluation suites, in percent of that before (of a loss or bits per byte: before as "
+    "percent of after). Both are means over tasks, measured after the last round. The means in the sections below "
+    "include only runs that are verified, and runs that were scored without writing a model."
 )
 
 PROBLEMS_CAPTION = "Runs with a problem. Runs that are not verified are left out of all means below."
@@ -45,8 +46,8 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
         *columns("selection"),
         ("learning rate", formatted("learning_rate")),
         ("seed", _seed),
-        ("skill learned", formatted("skill", ".1%")),
-        ("facts retained", formatted("retained", ".1%")),
+        ("learned", formatted("skill", "+.1f", 100)),
+        ("retained", formatted("retained", ".1%")),
         ("updated", formatted("updated", ".1%")),
         ("seconds", formatted("train_seconds", ".1f")),
         ("peak memory", _memory),

@@ -9,7 +9,7 @@ from statistics import fmean
 from hft_cli.report import measures
 from hft_cli.report.figures.heatmaps import Heatmap, heatmaps
 from hft_cli.report.groups import Comparison, Group, batches, group_runs
-from hft_cli.report.published import paper_table
+from hft_cli.report.published import is_the_papers, paper_table
 from hft_cli.report.runs import Matrix
 from hft_cli.report.tables import Plot, Record, Section, Table, columns, percent
 
@@ -38,7 +38,7 @@ def section(comparison: Comparison) -> Section | None:
     cells = [cell for group in groups for cell in _cells(group)]
     shown = [*columns("setting", "seed", "after", "task"), ("score", percent("score"))]
     parts.append(Table(comparison.stem("r"), "Every cell of R, run by run.", shown, cells, csv_only=True))
-    parts.append(paper_table("paper_trace"))
+    parts += [paper_table("paper_trace")] * is_the_papers(comparison)
     return Section(comparison.title("Sequences of tasks"), (), parts)
 
 

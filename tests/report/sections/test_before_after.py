@@ -10,8 +10,9 @@ def test_each_task_of_each_run_is_a_row(tmp_path):
     write_run(tmp_path / "b")
     body = table(sections_of(tmp_path), "before_after").body
     assert [line[1:] for line in body] == [
-        ["FFT", "pocket/facts", "exact_match", "100.0", "50.0", "-50.0 [-100.0, +0.0]", "4", "2 of 4", "0 of 0"],
-        ["FFT", "data/capitals", "exact_match", "0.0", "90.0", "+90.0", "", "", ""],
-        ["HFT", "pocket/facts", "exact_match", "100.0", "70.0", "-30.0", "", "", ""],
-        ["HFT", "data/capitals", "exact_match", "0.0", "90.0", "+90.0", "", "", ""],
-    ]
+        ["FFT", "pocket/facts", "exact_match", "100.0%", "50.0%", "-50.0 [-85.0, +10.2]", "4",
+         "2 of 4 [15.0, 85.0]%", "0 of 0"],
+        ["FFT", "data/capitals", "exact_match", "0.0%", "90.0%", "+90.0", "", "", ""],
+        ["HFT", "pocket/facts", "exact_match", "100.0%", "70.0%", "-30.0", "", "", ""],
+        ["HFT", "data/capitals", "exact_match", "0.0%", "90.0%", "+90.0", "", "", ""],
+    ]  # fmt: skip

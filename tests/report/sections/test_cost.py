@@ -12,7 +12,7 @@ def test_cost_is_over_runs_with_their_hardware(tmp_path):
     (record,) = cost.records
     assert (record["train_seconds"], record["tokens_per_second"]) == (2, 1000)
     assert (record["peak_memory_bytes"], record["hardware"], record["runs"]) == (3 << 20, "2 CPUs", 2)
-    assert cost.body == [["HFT", "2", "2 CPUs", "2.0 ± 0.0 [2.0, 2.0]", "1,000", "3"]]
+    assert cost.body == [["HFT", "2", "2 CPUs", "2.0 (2.0 to 2.0) [2.0, 2.0]", "1,000", "3"]]
 
 
 def test_runs_that_trained_nothing_have_no_cost(tmp_path):

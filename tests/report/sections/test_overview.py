@@ -29,7 +29,7 @@ def test_every_run_is_a_row_in_order(tmp_path):
         ["hft", "category 0.5", "0.001", "1"],
         [str(tmp_path / "d"), "", "", ""],
     ]
-    assert body[0][4:] == ["90.0%", "70.0%", "59.0%", "2.0", "3 MiB", "verified"]
+    assert body[0][4:] == ["+90.0", "70.0%", "59.0%", "2.0", "3 MiB", "verified"]
 
 
 def test_sequences_have_their_measures(tmp_path):

@@ -10,9 +10,10 @@ from hft_cli.report.sections.sequences import mean_matrix
 
 
 def test_r_is_averaged_cell_by_cell(tmp_path):
-    write_run(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], seed=1)
-    write_run(tmp_path / "b", r=[[0.6, None], [0.6, 0.8]], seed=2)
-    write_run(tmp_path / "c", r=[[0.6, 0.1], [0.5, 0.7]], continual="replay")
+    paper = {"model": "llama2_7b", "data": "trace"}
+    write_run(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], seed=1, **paper)
+    write_run(tmp_path / "b", r=[[0.6, None], [0.6, 0.8]], seed=2, **paper)
+    write_run(tmp_path / "c", r=[[0.6, 0.1], [0.5, 0.7]], continual="replay", **paper)
     sections = sections_of(tmp_path)
     plain, replay = table(sections, "sequences").records
     assert (plain["op"], plain["bwt"]) == pytest.approx((0.6, -0.2))
