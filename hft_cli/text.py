@@ -76,6 +76,14 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A LaTeX table for the package booktabs."""
+    from tabulate import tabulate
+
+    text: str = tabulate(rows, heads, tablefmt="latex_booktabs", disable_numparse=True)
+    return text
+
+
 def _aligned(rows: Sequence[Sequence[str]], width: int = 0) -> list[list[str]]:
     """The cells padded to the width of their column, at least `width`."""
     widths = [max(width, *map(len, column)) for column in zip(*rows, strict=True)]

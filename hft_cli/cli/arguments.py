@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         """`out=DIR` as `--out=DIR`. Other words are returned as they are: names of a sweep's folders contain `=`."""
         key, equals, _ = word.partition("=")
         keys = [name.removeprefix("--") for name in option_names(self) if name not in ("-h", "--help")]
-        if not equals or not key.isidentifier() or (key not in keys and Path(word).exists()):
+        if not equals or not key.replace("-", "_").isidentifier() or (key not in keys and Path(word).exists()):
             return word
         return f"--{choose('key', key, keys)}{word.removeprefix(key)}"
 
@@ -70,6 +71,21 @@ def path(text: str) -> Path:
     if not text:
         raise UserError("A path is empty: give a folder, for instance --out models/first.")
     return Path(text).expanduser()
+
+
+def points(text: str) -> float:
+    """The type of an argument in points of a score.
+
+    Raises:
+        UserError: if it is no number from 0 to 100.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 100:
+        raise UserError(f"{text} is no number of points from 0 to 100.")
+    return value
 
 
 def round_number(text: str) -> int:

@@ -57,6 +57,11 @@ COMMANDS = {
         "RUN [--base BASE] [--model FOLDER]",
         "Prove from the files of a run that every round kept its frozen matrices bit-identical.",
     ),
+    "gate": Command(
+        file_commands.gate_run,
+        "RUN [--max-loss POINTS] [--min-gain POINTS] [--suite SUITE]",
+        "Check what a run's model lost and gained, for scripts: exit status 0 (ship) or 3 (do not).",
+    ),
     "show": Command(
         file_commands.show,
         "draws RUN | tokens method=METHOD [KEY=VALUE …]",
@@ -75,6 +80,6 @@ COMMANDS = {
     "report": Command(
         file_commands.report_runs,
         "RUN… [--out FOLDER] [--norms]",
-        "Compare runs and sweeps: tables (Markdown, CSV, JSON), figures (PNG, SVG) and one HTML page.",
+        "Compare runs and sweeps: tables (Markdown, CSV, LaTeX, JSON), figures (PNG, SVG) and one HTML page.",
     ),
 }

@@ -1,4 +1,4 @@
-"""The sub-commands that read the files of runs: verify, show, materialize, publish, report."""
+"""The sub-commands that read the files of runs: verify, gate, show, materialize, publish, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from hft_cli.cli.arguments import Parser, path, round_number
+from hft_cli.cli.arguments import Parser, path, points, round_number
 from hft_cli.cli.show_tokens import show_tokens
 from hft_cli.errors import UserError, choose
 
@@ -115,6 +115,24 @@ def publish_delta(parser: Parser, words: list[str]) -> int:
     publish(RunDir(options.run), options.round, options.out)
     print(f"Delta with its model card: {options.out}")
     return 0
+
+
+def gate_run(parser: Parser, words: list[str]) -> int:
+    """`hft gate`: exit status 0 if all limits hold, 3 if not, or if the scores cannot tell."""
+    from hft_cli.report.gate import checks, gate_text, ships
+    from hft_cli.report.reading import read_run
+    from hft_cli.run_dir import finished
+
+    parser.add_argument("run", type=path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--max-loss", type=points, metavar="POINTS", help="most that a task of a suite may lose")
+    parser.add_argument("--min-gain", type=points, metavar="POINTS", help="least that a test set must gain")
+    parser.add_argument("--suite", action="append", default=[], metavar="SUITE", help="suite to check (default: all)")
+    options = parser.parse(words)
+    if options.max_loss is None and options.min_gain is None:
+        raise UserError("Give a limit: --max-loss 2, --min-gain 5, or both.")
+    found = checks(read_run(finished(options.run)), options.max_loss, options.min_gain, options.suite)
+    print(gate_text(found))
+    return 0 if ships(found) else 3
 
 
 def report_runs(parser: Parser, words: list[str]) -> int:

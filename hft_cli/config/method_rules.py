@@ -36,8 +36,8 @@ def _importance_has_rows(config: RunConfig) -> str | None:
         return None
     if selection.importance_rows is None:
         return (
-            "selection=importance needs selection.importance_rows=PATH, a few rows of what the model is to keep (for "
-            "the embedded model pocket:facts.jsonl)."
+            "selection=importance needs data.general=PATH, a few rows of what the model is to keep (for the embedded "
+            "model pocket:facts.jsonl)."
         )
     if (selection.redraw, selection.balance) != NO_DRAW[1:]:
         return "selection=importance draws nothing at random: leave out selection.redraw and selection.balance."
@@ -137,7 +137,7 @@ def _continual_suits_the_method(config: RunConfig) -> str | None:
         return f"continual={name} is for SFT by method=fft, hft or lora, not for DPO or Half-Reset."
     if name == "mixed_replay" and rounds < 2 and config.continual.replay_general is None:
         return (
-            "continual=mixed_replay has nothing to replay in one round: give continual.replay_general=PATH, or several "
+            "continual=mixed_replay has nothing to replay in one round: give data.general=PATH, or several "
             "training sets (data.path=[…])."
         )
     if name in ("replay", "gem") and rounds < 2:

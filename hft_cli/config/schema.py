@@ -125,6 +125,11 @@ class DataConfig:
         "0.01}]. Of each set, share is its part of the round's rows, and rows a number that is drawn; without both all "
         "rows are used. It may have its own split, subset, revision, format, columns and roles.",
     )
+    general: str | None = setting(
+        None,
+        "Rows of what the model is to keep, as in data.path. continual=mixed_replay trains on them, and "
+        "selection=importance ranks the matrices by them; other methods do not read them.",
+    )
     deduplicate: bool = setting(
         False, "Leave out training rows that equal an earlier row of the round, of any of its sets."
     )

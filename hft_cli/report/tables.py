@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hft_cli.report.stats import Estimate
-from hft_cli.text import markdown_table
+from hft_cli.text import latex_table, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +61,9 @@ class Table:
 
     def markdown(self) -> str:
         return markdown_table(self.headings, self.body)
+
+    def latex(self) -> str:
+        return latex_table(self.headings, self.body)
 
     def csv(self) -> str:
         return csv_text(self.records)

@@ -41,6 +41,7 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     tables = {part.name: part for part in parts if isinstance(part, Table)}
     out.mkdir(parents=True, exist_ok=True)
     texts = {f"{name}.csv": table.csv() for name, table in tables.items()}
+    texts |= {f"{name}.tex": table.latex() + "\n" for name, table in tables.items() if not table.csv_only}
     texts["runs.csv"] = csv_text([vars(run.row) | {"scores": json.dumps(run.row.scores)} for run in runs])
     texts["runs.md"] = tables["runs"].markdown() + "\n"
     pictures = _write_plots([part for part in parts if isinstance(part, Plot)], out)

@@ -43,8 +43,8 @@ def file_cases():
                 rest = ["data=trace", "data.path=F"]
             if group == "anchor":
                 method = ["+method=hft"]
-            if option == "importance":
-                rest = ["selection.importance_rows=F"]
+            if option == "importance" or (group, option) == ("method", "replay"):
+                rest = ["data.general=F"]
             if option == "names":
                 rest = ["selection.names=[q_proj]"]
             if option == "tulu2_packed":

@@ -51,7 +51,7 @@ BROKEN = {
         ("+method=hft_dpo", "engine=zero3", "dpo.reference=shared"),
         r"dpo\.reference=shared does not work on engine=zero3",
     ),
-    "_importance_has_rows": ((HFT, "selection=importance"), r"needs selection\.importance_rows=PATH"),
+    "_importance_has_rows": ((HFT, "selection=importance"), r"needs data\.general=PATH"),
     "_names_are_given": ((HFT, "selection=names"), r"give both selection=names and selection\.names=\[PATTERN"),
     "_optimizer_suits_the_engine": ((HFT, "engine=zero2", "train.optimizer=sgd"), r"sgd is for engine=single"),
     "_rows_have_one_order": (

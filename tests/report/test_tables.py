@@ -36,3 +36,9 @@ def test_the_head_of_a_long_table_says_what_is_left_out():
     assert table.head(9) is table
     assert table.head(2).body == [["0"], ["1"]]
     assert table.head(2).caption == "Numbers. Shown are the first 2 of 9 rows; t.csv has all of them."
+
+
+def test_a_latex_table_has_its_characters_escaped():
+    table = Table("t", "Numbers.", columns("share_of"), [{"share_of": "5% of $x_1$ & more ± 2"}])
+    assert r"5\% of \$x\_1\$ \& more ± 2" in table.latex()
+    assert r"\toprule" in table.latex()

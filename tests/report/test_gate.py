@@ -1,0 +1,101 @@
+"""`hft gate`: limits on what was lost and gained, with their intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report_runs import write_eval, write_items, write_run
+
+from hft_cli.cli.commands import run_command
+from hft_cli.errors import UserError
+from hft_cli.report.gate import Check, checks, gate_text, ships
+from hft_cli.report.reading import find_runs
+
+
+def items(lost: int, n: int = 200) -> tuple[list[float], list[float]]:
+    return [1.0] * n, [0.0] * lost + [1.0] * (n - lost)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    folder = write_run(tmp_path / "run", skill=0.9)
+    write_items(folder, "pocket/facts", *items(20))
+    write_items(folder, "data/capitals", [0.0] * 200, [1.0] * 180 + [0.0] * 20)
+    return folder
+
+
+def gate(run: Path, *words: str) -> int:
+    return run_command("gate", [str(run), *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("--max-loss", "16", "--min-gain", "80"), 0, "ship"),
+        (("--max-loss", "5"), 3, "do not ship: pocket/facts fails"),
+        (("--max-loss", "10"), 3, "pocket/facts cannot tell"),  # 10 points were lost, between 6 and 15
+        (("--min-gain", "95"), 3, "data/capitals fails"),
+        (("max-loss=16", "--suite", "pocket"), 0, "ship"),
+    ],
+)
+def test_a_limit_holds_with_its_whole_interval(run, words, status, said, capsys):
+    assert gate(run, *words) == status
+    assert said in capsys.readouterr().out
+
+
+def test_more_items_tell_what_few_cannot(tmp_path):
+    for n in (200, 5000):
+        write_items(write_run(tmp_path / str(n), seed=n), "pocket/facts", *items(n // 50, n))
+    few, many = (checks(run, 3.0, None)[0] for run in sorted(find_runs([tmp_path]), key=lambda run: run.row.seed))
+    assert (few.change, many.change) == pytest.approx((-2, -2))
+    assert (few.result, many.result) == ("cannot tell", "passes")
+
+
+def test_bits_per_byte_lose_when_they_rise_in_percent_of_before(tmp_path):
+    run = write_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    for when, value in (("before", 0.8), ("after", 0.84)):
+        results["eval"][when]["text"] = {"book": {"bits_per_byte": value}}
+    (run / "results.json").write_text(json.dumps(results))
+    (found,) = [check for check in checks(find_runs([run])[0], 4.0, None) if check.task == "text/book"]
+    assert found == Check("text/book", pytest.approx(-5), pytest.approx(-5), pytest.approx(-5), -4.0, 0)
+    assert found.result == "fails"
+
+
+def test_suites_of_later_evaluations_are_checked_by_name(run):
+    write_eval(run, "knowledge", {"nq": [1.0] * 300}, {"nq": [1.0] * 299 + [0.0]})
+    found = checks(find_runs([run])[0], 5.0, None, ["knowledge"])
+    assert [check.task for check in found] == ["knowledge/nq"]
+    assert ships(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Give a limit: --max-loss 2, --min-gain 5, or both"),
+        (("--max-loss", "two"), "two is no number of points"),
+        (("--max-loss", "-1"), "-1"),
+        (("--max-loss", "2", "--suite", "knowlege"), "Unknown suite 'knowlege'. Available: pocket"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line(run, words, said):
+    with pytest.raises(UserError) as error:
+        gate(run, *words)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_scores_has_nothing_to_check(tmp_path):
+    run = write_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    results["eval"] = {}
+    (run / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"nothing to check in .* --max-loss needs scores of a suite"):
+        gate(run, "--max-loss", "1")
+
+
+def test_the_table_has_a_row_for_each_check(run):
+    text = gate_text(checks(find_runs([run])[0], 16.0, 80.0))
+    assert [line.split()[0] for line in text.splitlines()[1:3]] == ["pocket/facts", "data/capitals"]
