@@ -33,7 +33,7 @@ PATHS = (
 )
 
 # Keys that may be new.
-MAP_KEY = re.compile(r"(suite\.(?:benchmarks|probe|tasks)[.\w]*|model\.kinds|data\.(?:columns|roles)(?:\.\w+)?)=")
+MAP_KEY = re.compile(r"(suite\.(?:benchmarks|probe|tasks|text)[.\w]*|model\.kinds|data\.(?:columns|roles)(?:\.\w+)?)=")
 
 
 def hydra_arguments(command: str, argv: Sequence[str]) -> list[str]:

@@ -16,6 +16,11 @@ class SuiteConfig:
     tasks: dict[str, str] = setting(
         {}, "Map from task to rows (as in data.path). A row counts if greedy decoding gives exactly its answer."
     )
+    text: dict[str, str] = setting(
+        {},
+        "Map from task to plain text that is not trained on, a .txt file or rows of {text: …}: its bits per byte are "
+        "measured.",
+    )
     batch_size: int | str = setting(
         64,
         "Rows scored or prompts answered at once. auto: as many as the memory of the GPU takes, up to 64.",
@@ -50,7 +55,8 @@ class SuiteConfig:
     )
     limit: int | None = setting(
         None,
-        "Items of each task of a benchmark (MMLU: subject; probe: relation). suite.tasks has no limit. null: all.",
+        "Items of each task of a benchmark (MMLU: subject; probe: relation). suite.tasks and suite.text have no limit. "
+        "null: all.",
         unit="items",
         range="[1, inf)",
     )

@@ -26,6 +26,7 @@ from hft_cli.data.tokenization import tokenize
 from hft_cli.evaluation.compat import use_generation_settings_only
 from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.evaluation.score_files import write_scores
+from hft_cli.evaluation.texts import METRIC, read_texts, score_texts
 from hft_cli.evaluation.workers import (
     LoadedModel,
     by_length,
@@ -61,7 +62,7 @@ def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
     tasks = {
         folder.score(suite, name): (
             task,
-            read_chats(resolve_path(task.path), format=task.format, split="test", hub=task.hub),
+            _read(task),
         )
         for suite, suite_tasks in job.tasks.items()
         for name, task in suite_tasks.items()
@@ -75,18 +76,29 @@ def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
         loaded = _load(job)
         progress.begin(-(-sum(len(chats) for _, chats in tasks.values()) // ranks.count))
         for file, (task, chats) in tasks.items():
-            score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
-            scores, items = score_task(loaded, chats, task, job, progress)
+            if task.metric == METRIC:
+                scores, items = score_texts(loaded, chats, progress)
+            else:
+                score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
+                scores, items = score_task(loaded, chats, task, job, progress)
             if ranks.first:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_scores(file, scores, items)
+
+
+def _read(task: RowsTask) -> Sequence[Any]:
+    """The rows of a task as chats, or its texts."""
+    if task.metric == METRIC:
+        return read_texts(resolve_path(task.path), task.hub)
+    return read_chats(resolve_path(task.path), format=task.format, split="test", hub=task.hub)
 
 
 def _load(job: RowsJob) -> LoadedModel:
     import torch
 
     loaded = load_model(job.path, job.model, device_of_rank())
-    chat_template(None, loaded.tokenizer)  # raises an error if there is none
+    if any(task.metric != METRIC for tasks in job.tasks.values() for task in tasks.values()):
+        chat_template(None, loaded.tokenizer)  # raises an error if there is none
     if job.base is not None:
         with torch.no_grad():
             _put_back(loaded.model, job, job.base)

@@ -22,6 +22,7 @@ from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig
 from hft_cli.config.training import GenerationConfig
+from hft_cli.evaluation import texts
 from hft_cli.evaluation.score_files import (
     add_to_cache,
     cache_folder,
@@ -155,7 +156,8 @@ def _entries(suite: Suite, model: ScoredModel, tests: HeldOutSets) -> list[_Entr
 
 
 def _rows_entry(suite: str, name: str, task: RowsTask, rows: str, tests: HeldOutSets) -> _Entry:
-    generation = None if task.metric == "exact_match" else [asdict(tests.generation), tests.seed]
+    generates = task.metric not in ("exact_match", texts.METRIC)
+    generation = [asdict(tests.generation), tests.seed] if generates else None
     return _Entry(suite, name, task, ("rows", task.metric, rows, generation))
 
 

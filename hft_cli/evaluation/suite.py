@@ -13,7 +13,7 @@ from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
-from hft_cli.evaluation import local_files, probe
+from hft_cli.evaluation import local_files, probe, texts
 from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import RowsTask
@@ -26,7 +26,7 @@ class Suite:
 
     Attributes:
         config: its settings.
-        tasks: name -> set of rows, scored by exact match.
+        tasks: name -> set of rows, scored by exact match, or of texts.
         benchmarks: name -> settings; None for a task of lm-evaluation-harness without settings of ours.
         probes: name -> settings with resolved paths.
         hashes: name -> hash of the rows; "hub" if the rows come from there.
@@ -47,7 +47,7 @@ def read_suite(config: SuiteConfig) -> Suite:
     Raises:
         UserError: for a missing file or package, or a setting that cannot work.
     """
-    names = [*config.tasks, *config.benchmarks, *config.probe, *config.harness]
+    names = [*config.tasks, *config.text, *config.benchmarks, *config.probe, *config.harness]
     for name in config.only:
         choose(f"benchmark of suite={config.name}", name, names)
     if config.data_dir is not None and config.harness:
@@ -65,7 +65,10 @@ def read_suite(config: SuiteConfig) -> Suite:
     _check_code(config, benchmarks, names)
     data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
     probes, left_out = _read_probes(config, data_dir)
+    if both := sorted(config.tasks.keys() & config.text.keys()):
+        raise UserError(f"suite.tasks and suite.text both have {both[0]}: give another name to one of them.")
     tasks = {name: RowsTask(config.tasks[name]) for name in _wanted(config, config.tasks)}
+    tasks |= {name: RowsTask(config.text[name], texts.METRIC) for name in _wanted(config, config.text)}
     return Suite(
         config=config,
         tasks=tasks,
@@ -139,6 +142,8 @@ def _read_probes(config: SuiteConfig, data_dir: Path | None) -> tuple[dict[str, 
 
 def rows_hash(task: RowsTask) -> str:
     """SHA-256 of the rows of a task."""
+    if task.metric == texts.METRIC:
+        return hashlib.sha256("\0".join(texts.read_texts(resolve_path(task.path), task.hub)).encode()).hexdigest()
     return read_chats(resolve_path(task.path), format=task.format, split="test", hub=task.hub).sha256()
 
 

@@ -80,9 +80,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page. One of the `appendix` is folded until it is asked for."""
+
     title: str
     text: Sequence[str] = ()
     parts: Sequence[Table | Plot] = ()
+    appendix: bool = False
 
 
 def csv_text(records: Iterable[Record]) -> str:

@@ -128,7 +128,7 @@ def test_every_experiment_of_the_paper_has_its_line(where):
     words = [str(ROOT / "scripts/experiments.sh"), where]
     lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     named = {found[1] for line in lines if (found := re.search(r"experiment=(\w+)", line))}
-    ours = {"frontier", "variance", "half_reset_explorer"}
+    ours = {"forgetting", "frontier", "variance", "half_reset_explorer"}
     assert named == set(group_options("experiment/paper")) - ours
     assert all(line.startswith("hft train ") and "output_dir=" in line for line in lines)
     assert all(("submitit_slurm" in line) == (where == "slurm") for line in lines)

@@ -28,7 +28,7 @@ from hft_cli.report.tables import Section, Table
 
 
 class Scope(Enum):
-    """The runs that a section is made from."""
+    """The runs that a section is made from. What is not about one comparison is in the appendix."""
 
     EVERY_RUN = "all runs, also those that are not counted"
     COUNTED = "all counted runs"
@@ -72,6 +72,7 @@ def build_sections(runs: Sequence[Run], norms: bool = False) -> list[Section]:
         builders = [build for build, _ in rows]
         for section in (build(comparison) for comparison in comparisons[scope] for build in builders):
             if section is not None:
-                sections.append(replace(section, parts=[part for part in section.parts if part not in papers_tables]))
+                parts = [part for part in section.parts if part not in papers_tables]
+                sections.append(replace(section, parts=parts, appendix=scope is not Scope.COMPARISON))
                 papers_tables += [part for part in section.parts if isinstance(part, Table) and part.paper]
     return sections
