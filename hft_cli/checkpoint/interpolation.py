@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes
 from hft_cli.errors import UserError
@@ -104,16 +103,19 @@ def is_blend(tensor: StoredTensor, blend: Blend) -> bool:
     return True
 
 
-def blends(
-    params: tuple[Sequence[Param], Sequence[Param]],
-    folders: tuple[Path, Path],
-    kept: Mapping[str, float],
-    shared_rows: bool,
-) -> dict[str, Blend]:
+@dataclass(frozen=True)
+class StoredModel:
+    """The parameters of a model and the tensors of its files. `folder` names it in errors."""
+
+    folder: Path
+    params: Sequence[Param]
+    tensors: Mapping[str, StoredTensor]
+
+
+def blends(tuned: StoredModel, base: StoredModel, kept: Mapping[str, float], shared_rows: bool) -> dict[str, Blend]:
     """What becomes of the tensors of a tuned model that is put back to its base, wholly or in part.
 
     Args:
-        params, folders: of the tuned model and of its base.
         kept: parameter -> share of its change that it keeps. Others are not in the result.
         shared_rows: whether to put back only the rows that both models have, if the tuned one has more (a longer
             vocabulary).
@@ -124,8 +126,7 @@ def blends(
     Raises:
         UserError: if names, shapes or dtypes do not fit.
     """
-    tuned_tensors, base_tensors = stored_tensors(folders[0]), stored_tensors(folders[1])
-    tuned_names, base_names = ({p.name: p.stored for p in part} for part in params)
+    tuned_names, base_names = ({p.name: p.stored for p in model.params} for model in (tuned, base))
     result: dict[str, Blend] = {}
     mismatches: list[str] = []
     for name, share in kept.items():
@@ -134,16 +135,15 @@ def blends(
             mismatches.append(f"{name} ({plural(here, 'tensor')} here, {plural(there, 'tensor')} in the base)")
             continue
         for target, source in zip(tuned_names[name], base_names[name], strict=True):
-            blend = Blend(tuned_tensors[target], base_tensors[source], share)
-            tuned, base = blend.tuned, blend.base
-            if tuned.shape == base.shape or (shared_rows and tuned.extends(base)):
-                result[target] = blend
+            old, new = tuned.tensors[target], base.tensors[source]
+            if old.shape == new.shape or (shared_rows and old.extends(new)):
+                result[target] = Blend(old, new, share)
             else:
-                mismatches.append(f"{target} ({list(tuned.shape)}, in the base {list(base.shape)})")
+                mismatches.append(f"{target} ({list(old.shape)}, in the base {list(new.shape)})")
     if mismatches:
         more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
         raise UserError(
-            f"{folders[0]} cannot be set back to {folders[1]}: {', '.join(mismatches[:3])}{more}. Keep "
+            f"{tuned.folder} cannot be set back to {base.folder}: {', '.join(mismatches[:3])}{more}. Keep "
             "embeddings and head tuned (selection.embeddings=freeze selection.head=freeze) or, if only the vocabulary "
             "is longer, set back the rows that both models have (method.shared_rows=true)."
         )

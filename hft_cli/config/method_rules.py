@@ -94,8 +94,10 @@ def _ranks_train(config: RunConfig) -> str | None:
 
 def _method_has_its_keys(config: RunConfig) -> str | None:
     method = config.method
-    if method.name != "interpolate" and (method.alpha or method.alpha_last is not None):
-        return f"method.alpha and method.alpha_last are for method=interpolate; method={method.name} has no such share."
+    if method.name == "half_reset" and (method.alpha is not None or method.alpha_last is not None):
+        return "method=half_reset keeps nothing of a change: use method=interpolate for method.alpha."
+    if method.alpha is None and (method.name == "interpolate" or method.alpha_last is not None):
+        return f"method={method.name} needs method.alpha=…, the share of its change that each matrix keeps."
     if not method.trains:
         return None
     if config.model.base is not None:

@@ -195,9 +195,10 @@ class MethodConfig:
         "How each round trains: one stage for all rounds, or one for each training set.",
         choices=("sft", "dpo"),
     )
-    alpha: float = setting(
-        0.0,
-        "Interpolation: the share of its change that each matrix keeps; 0 is the base, 1 the tuned model.",
+    alpha: float | None = setting(
+        None,
+        "Interpolation: the share of its change that each matrix keeps; 0 is the base, 1 the tuned model. After a "
+        "method that trains, the base is the model that it began with.",
         range="[0, 1]",
     )
     alpha_last: float | None = setting(

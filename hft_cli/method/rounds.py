@@ -19,7 +19,7 @@ from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
-from hft_cli.method.selection import Draw, Importance, draw, lora_draw
+from hft_cli.method.selection import Draw, Importance, draw, lora_draw, union_draw
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
@@ -39,6 +39,9 @@ PACKABLE = (
 )  # fmt: skip
 
 
+INTERPOLATION = "interpolate"  # stage and name of a phase that puts tensors a part of the way back
+
+
 @dataclass(frozen=True)
 class Phase:
     """One training of a run, or one Half-Reset or interpolation.
@@ -48,7 +51,7 @@ class Phase:
         round: number of the draw, from 1. A replay has the round of the task before it.
         name: label in tables and in the name of its directory.
         stage: how it trains, "sft" or "dpo", or one of WITHOUT_TRAINING.
-        sources: the training rows; without training the base model.
+        sources: the training rows; without training the base model, empty for that of the run.
         test: the rows that the model is scored on afterwards.
         metric: the metric of that score.
         epochs: passes over the training rows, unless train.max_steps is set.
@@ -106,9 +109,15 @@ def draws(config: RunConfig, params: Sequence[Param], importance: Importance | N
         UserError: if the model cannot satisfy the selection.
     """
     seed = config.seed if config.selection.seed is None else config.selection.seed
-    if config.method.name == "lora":
-        return tuple(lora_draw(params, config.selection, phase.round, seed) for phase in phases(config))
-    return tuple(draw(params, config.selection, phase.round, seed, importance) for phase in phases(config))
+    drawn: list[Draw] = []
+    for phase in phases(config):
+        if config.method.trains and not phase.trains:
+            drawn.append(union_draw(params, drawn))
+        elif config.method.name == "lora":
+            drawn.append(lora_draw(params, config.selection, phase.round, seed))
+        else:
+            drawn.append(draw(params, config.selection, phase.round, seed, importance))
+    return tuple(drawn)
 
 
 def phase_config(config: AnyRun, phase: Phase) -> AnyRun:
@@ -191,6 +200,8 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
             replay = replace(replay, validation=None)
             run.append(replace(replay, epochs=continual.replay_epochs))
+    if config.method.alpha is not None:  # what all rounds have changed goes a part of the way back
+        run.append(Phase(len(run) + 1, rounds, INTERPOLATION, INTERPOLATION, ()))
     return tuple(run)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import floor
@@ -108,6 +108,13 @@ def lora_draw(params: Sequence[Param], config: SelectionConfig, round: int, seed
     if not adapted:
         raise UserError("method=lora finds no attention or feed-forward matrices. Map parameters by model.kinds.")
     return Draw(round=round, seed=seed, level="lora", ratio=config.ratio, **_shares(params, adapted, adapted))
+
+
+def union_draw(params: Sequence[Param], draws: Sequence[Draw]) -> Draw:
+    """What any of several rounds updates, as a draw of the last of them."""
+    last, updated = draws[-1], {name for each in draws for name in each.updated}
+    selected = [param.name for param in params if param.layer is not None and param.name in updated]
+    return replace(last, **_shares(params, updated, selected))
 
 
 def _shares(params: Sequence[Param], updated: Collection[str], selected: Collection[str]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def plan(config: PlanConfig, row_counts: Mapping[int, int] | None = None) -> Pla
     if trains and not drawn[0].updated:
         raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     if row_counts is None:
-        counts = {phase.number: _count_rows(phase, config) for phase in run if trains}
+        counts = {phase.number: _count_rows(phase, config) for phase in run if phase.trains}
     else:
         counts = dict(row_counts)
     planned = tuple(
@@ -325,6 +325,7 @@ def engine_fits(config: PlanConfig) -> tuple[Fit, ...]:
 
 def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequence[Draw]) -> Iterable[Fit]:
     """The memory with each engine, with and without checkpointing, of the heaviest phase under the worst draw."""
+    trained = [(phase, each) for phase, each in zip(run, drawn, strict=True) if phase.trains]
     machines = {key: getattr(config.engine, key) for key in ("num_processes", "num_nodes", "node_rank")}
     for name, values in options_of("engine").items():
         if name == AUTO:
@@ -339,8 +340,7 @@ def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequenc
             except UserError:
                 yield Fit(name, checkpointing, None)
                 continue
-            setups = [make_setup(phase_config(variant, phase), phase, model) for phase in run]
-            drawn_setups = list(zip(drawn, setups, strict=True))
+            drawn_setups = [(each, make_setup(phase_config(variant, phase), phase, model)) for phase, each in trained]
             peaks = [_worst_memory(variant, model, draw, setup).total for draw, setup in drawn_setups]
             works = [workload(variant, model, draw.updated, setup) for draw, setup in drawn_setups]
             yield Fit(name, checkpointing, max(peaks), max(step_seconds(work, train.batch_size) for work in works))

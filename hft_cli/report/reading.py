@@ -100,8 +100,12 @@ def _basis(run: RunDir, scores: Scores, stage: str) -> tuple[str, ...]:
 
 
 def _anchor(record: Mapping[str, Any]) -> str:
-    filtered = record.get("momentum_filter") is not None
-    return " + ".join([*filter(None, [ANCHORS.get(str(record.get("name")))]), *["MoFO"] * filtered])
+    parts = [
+        ANCHORS.get(str(record.get("name"))),
+        "MoFO" if record.get("momentum_filter") is not None else None,
+        "WiSE-FT" if record.get("alpha") is not None else None,
+    ]
+    return " + ".join(filter(None, parts))
 
 
 def _progress(run: RunDir) -> str:

@@ -29,7 +29,7 @@ class RunRow:
         op, bwt: overall performance and backward transfer of a sequence of tasks, as shares.
         continual: seqft, replay, mixed_replay or gem for a sequence of tasks; mixed_replay always; else empty.
         ratio: the ratio of the selection that was requested.
-        anchor: L2-SP, KL, MoFO, or empty.
+        anchor: L2-SP, KL, MoFO, WiSE-FT (an interpolation after training), or empty.
         note: what is wrong with the run.
         scores: every score.
     """

@@ -52,7 +52,8 @@ def summary(run: RunDir) -> str:
     results = read_record(run.results, ResultsRecord)
     rounds, sequence = results["rounds"], results["continual"]
     names = COLUMNS_WITHOUT_TRAINING if results["stage"] in WITHOUT_TRAINING else tuple(ROUND_COLUMNS)
-    parts = [text_table(names, [[ROUND_COLUMNS[name](entry) for name in names] for entry in rounds])]
+    shown_rounds = [entry for entry in rounds if results["stage"] in WITHOUT_TRAINING or "steps" in entry]
+    parts = [text_table(names, [[ROUND_COLUMNS[name](entry) for name in names] for entry in shown_rounds])]
     if changes := score_changes(read_run(run)):
         shown = [column for column in SCORE_COLUMNS if any(column[1](change) for change in changes)]
         cells = [[cell(change) for _, cell in shown] for change in changes]

@@ -13,7 +13,7 @@ from pathlib import Path
 from hft_cli.checkpoint.deltas import apply_deltas
 from hft_cli.checkpoint.interpolation import write_blends
 from hft_cli.errors import Stopped
-from hft_cli.files import read_json, write_json
+from hft_cli.files import read_json, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob
 from hft_cli.launch.rendezvous import Followers
 from hft_cli.launch.worker import WorkerRun, run_worker
@@ -21,7 +21,7 @@ from hft_cli.method.rounds import Phase, phase_config
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.companions import companions
-from hft_cli.runner.prepare import Prepared, blended_tensors
+from hft_cli.runner.prepare import Prepared, blended_tensors, stored_model
 from hft_cli.runner.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,15 @@ def _put_back(session: Session, phase: Phase, draw: Draw, start: Position) -> No
     """Write the delta of a phase without training, unless the model is only scored (method.save_model=false)."""
     config, folder = session.prepared.config, session.run.round(phase.number, phase.name)
     what = "set back" if phase.stage == "half_reset" else "put a part of the way back"
-    logger.info(f"{_size(draw)} {what} to {phase.data}")
+    logger.info(f"{_size(draw)} {what} to {phase.data or 'the model that the run began with'}")
+    for earlier in session.prepared.phases[: phase.number - 1]:  # the model keeps the template of the last training
+        trained = session.run.round(earlier.number, earlier.name)
+        for source, target in ((trained.template, folder.template), (trained.answer_end, folder.answer_end)):
+            if source.exists():
+                write_text(target, source.read_text())
     start_time = time.perf_counter()
     if config.method.save_model:
-        tensors = blended_tensors(phase, draw, start.model, config)
+        tensors = blended_tensors(config, draw, stored_model(start.model, config), session.prepared.base)
         write_blends(tensors, folder.delta, {"base_sha256": session.prepared.record["base_sha256"]})
     write_json(folder.outcome, {"train_seconds": round(time.perf_counter() - start_time, 3)})
 

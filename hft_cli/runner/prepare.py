@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import known_weights_hash, model_folder
-from hft_cli.checkpoint.interpolation import Blend, blends
+from hft_cli.checkpoint.folders import known_weights_hash, model_folder, stored_tensors
+from hft_cli.checkpoint.interpolation import Blend, StoredModel, blends
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder, require_trainable
 from hft_cli.checkpoint.same_function import require_same_function
@@ -89,8 +89,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     check_companions(base)
     plan, drawn = phases(config), draws(config, params)
     if not plan[0].trains:
-        blended_tensors(plan[0], drawn[0], base, config)  # raises if the two models do not fit
-        ignored = require_same_function(base, model_folder(resolve_path(plan[0].data), "model.base"), config.model.part)
+        blended_tensors(config, drawn[0], stored_model(base, config), base)  # raises if the two models do not fit
+        ignored = require_same_function(base, base_folder(config, base), config.model.part)
         if ignored:
             logger.info(f"config.json has other values than the base's, without an effect: {', '.join(ignored)}.")
     else:
@@ -102,7 +102,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     check_thinking(config.model, base)
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
-    rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config) for phase in plan]
+    rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config, base) for phase in plan]
     row_counts = {phase.number: row["rows"] for phase, row in zip(plan, rounds, strict=True) if "rows" in row}
     local = replace(config, model=replace(config.model, path=str(base)))  # not the hub's name: nothing to fetch
     costs = make_plan(PlanConfig(**vars(local)), row_counts)
@@ -135,16 +135,30 @@ def node_facts(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def blended_tensors(phase: Phase, draw: Draw, tuned: Path, config: RunConfig) -> dict[str, Blend]:
-    """What a Half-Reset or an interpolation makes of the model in `tuned`; UserError if the models do not fit."""
-    folders = (tuned, model_folder(resolve_path(phase.data), "model.base"))
-    kinds, part = config.model.kinds, config.model.part
-    tuned_params, base_params = (parameters_from_folder(folder, kinds, part) for folder in folders)
-    kept = kept_changes(tuned_params, draw.updated, config.method)
-    return blends((tuned_params, base_params), folders, kept, config.method.shared_rows)
+def blended_tensors(config: RunConfig, draw: Draw, tuned: StoredModel, start: Path) -> dict[str, Blend]:
+    """What a Half-Reset or an interpolation makes of a tuned model; UserError if it and its base do not fit.
+
+    `start` is the folder of the model that the run began with. It is the base, unless there is model.base.
+    """
+    folder = base_folder(config, start)
+    params = parameters_from_folder(folder, config.model.kinds, config.model.part)
+    kept = kept_changes(tuned.params, draw.updated, config.method)
+    return blends(tuned, StoredModel(folder, params, stored_tensors(folder)), kept, config.method.shared_rows)
 
 
-def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
+def stored_model(folder: Path, config: RunConfig) -> StoredModel:
+    params = parameters_from_folder(folder, config.model.kinds, config.model.part)
+    return StoredModel(folder, params, stored_tensors(folder))
+
+
+def base_folder(config: RunConfig, start: Path) -> Path:
+    """The folder of the model that tensors go back to."""
+    if config.model.base is None:
+        return start
+    return model_folder(resolve_path(config.model.base), "model.base")
+
+
+def rows_record(phase: Phase, config: RunConfig, base: Path) -> dict[str, Any]:
     """What plan.json records of a phase's data; UserError for a bad row.
 
     These are `data_sha256` (without training: the hash of the base's weights), `rows`, `parts` (what is taken of
@@ -153,8 +167,7 @@ def rows_record(phase: Phase, config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     if not phase.trains:
-        folder = model_folder(resolve_path(phase.data), "model.base")
-        record: dict[str, Any] = {"data_sha256": known_weights_hash(folder)}
+        record: dict[str, Any] = {"data_sha256": known_weights_hash(base_folder(config, base))}
     else:
         mixed = read_mixed(phase.stage, phase.sources, config, phase.validation)
         chats = mixed.rows

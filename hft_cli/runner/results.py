@@ -41,7 +41,11 @@ def results(
         "learning_rate": phase_config(config, first).train.learning_rate if trained else None,
         "rounds": list(_round_results(prepared, outcomes, proofs)),
         "eval": before_after,
-        "anchor": {"name": config.anchor.name, "momentum_filter": config.train.momentum_filter},
+        "anchor": {
+            "name": config.anchor.name,
+            "momentum_filter": config.train.momentum_filter,
+            "alpha": config.method.alpha if trained else None,
+        },
         "continual": {"name": config.continual.name, **continual_measures(prepared.phases, round_scores)},
         "verification": {"passed": not faults if proofs else None, "faults": faults},
     }
@@ -71,7 +75,7 @@ def continual_measures(phases: Sequence[Phase], scores: Sequence[Scores]) -> dic
 
     Empty unless there are several rounds and each has a test set of its own. A task that was not scored is None in R.
     """
-    rounds = [phase for phase in phases if not phase.replays]
+    rounds = [phase for phase in phases if phase.trains and not phase.replays]
     if len(rounds) < 2 or len({phase.test for phase in rounds} - {None}) < len(rounds):
         return {}
     matrix = [[row["data"].get(phase.task, {}).get(phase.metric) for phase in rounds] for row in scores]

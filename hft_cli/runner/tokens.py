@@ -83,7 +83,7 @@ def shown_phases(config: RunConfig) -> list[ShownPhase]:
     config = with_model_limits(config, model, config.model.name)
     tokenizer = load_tokenizer(path, revision)
     use_template(config.model, tokenizer)
-    return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config)]
+    return [_shown_phase(phase, phase_config(config, phase), tokenizer) for phase in phases(config) if phase.trains]
 
 
 def _shown_phase(phase: Phase, config: RunConfig, tokenizer: Any) -> ShownPhase:

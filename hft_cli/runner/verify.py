@@ -18,7 +18,7 @@ from typing import Any
 
 from hft_cli.checkpoint.digests import tensor_sha256
 from hft_cli.checkpoint.folders import stored_tensors, weights_hash
-from hft_cli.checkpoint.interpolation import is_blend
+from hft_cli.checkpoint.interpolation import StoredModel, is_blend
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import THREADS, StoredTensor, read_header, same_each
@@ -168,18 +168,19 @@ class _Replay:
         faults = _fault("the delta holds tensors that the draw freezes", delta.keys() - drawn)
         faults += _fault("the delta lacks tensors that the draw updates", drawn - delta.keys())
         if not phase.trains:
-            return faults + self._blend_faults(phase, draw, delta)
+            return faults + self._blend_faults(draw, delta)
         misfits = {name for name, tensor in delta.items() if not self._fits(name, tensor)}
         return faults + _fault("the delta has another dtype or shape than the model for", misfits)
 
-    def _blend_faults(self, phase: Phase, draw: Draw, delta: Mapping[str, StoredTensor]) -> list[str]:
-        """Check that the delta of a phase without training is what the tuned model and its base give."""
-        expected = blended_tensors(phase, draw, self.start, self.config)
+    def _blend_faults(self, draw: Draw, delta: Mapping[str, StoredTensor]) -> list[str]:
+        """Check that the delta of a phase without training is what the model before it and the base give."""
+        tuned = StoredModel(self.start, self.params, self.tensors)
+        expected = blended_tensors(self.config, draw, tuned, self.start)
         names = [name for name in delta if name in expected]
         with ThreadPoolExecutor(THREADS) as pool:
             same = list(pool.map(lambda name: is_blend(delta[name], expected[name]), names))
         different = (name for name, fits in zip(names, same, strict=True) if not fits)
-        return _fault("the delta differs from what model.base gives in", different)
+        return _fault("the delta differs from what the base gives in", different)
 
     def _fits(self, name: str, tensor: StoredTensor) -> bool:
         return name in self.tensors and self.tensors[name].layout == tensor.layout

@@ -146,6 +146,8 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
+                if not phase.trains:
+                    continue
                 later = phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
                 _require_known_tokens(job, tokenizer, later, validated_rows(phase, later, job.config, tokenizer))
         rows, counts = procedure.rows(job, tokenizer)

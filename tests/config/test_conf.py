@@ -161,7 +161,7 @@ def test_a_small_experiment_starts_from_the_papers():
 
 
 def test_every_entry_of_a_registry_has_an_option():
-    presets = {"importance", "kl", "l2_sp", "mofo", "replay"}  # of fft and hft
+    presets = {"importance", "kl", "l2_sp", "mofo", "replay", "wise_ft"}  # of fft and hft
     assert set(group_options("method")) == set(METHODS) | presets
     assert set(group_options("selection")) == set(STRATEGIES)
     assert set(group_options("tracking")) == set(TRACKERS)

@@ -13,7 +13,8 @@ from helpers import hft, results
 from safetensors.torch import load_file, save_file
 
 from hft_cli.checkpoint.deltas import apply_deltas
-from hft_cli.checkpoint.interpolation import blends, write_blends
+from hft_cli.checkpoint.folders import stored_tensors
+from hft_cli.checkpoint.interpolation import StoredModel, blends, write_blends
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import SelectionConfig
 from hft_cli.errors import UserError
@@ -46,7 +47,8 @@ def reset(tuned: Path, base: Path, out: Path, config: SelectionConfig, seed: int
     own, theirs = parameters_from_folder(tuned), parameters_from_folder(base)
     names = draw(own, config, 1, seed).updated
     delta = out.with_name("delta.safetensors")
-    write_blends(blends((own, theirs), (tuned, base), dict.fromkeys(names, 0.0), join), delta, {})
+    models = (StoredModel(tuned, own, stored_tensors(tuned)), StoredModel(base, theirs, stored_tensors(base)))
+    write_blends(blends(*models, dict.fromkeys(names, 0.0), join), delta, {})
     apply_deltas(tuned, [delta], out)
     return set(names)
 
@@ -152,7 +154,7 @@ def test_verify_fails_a_reset_to_something_other_than_the_base(run, tmp_path):
     save_file(everything(broken / "model") | held, broken / "model/model.safetensors", metadata={"format": "pt"})
     ended = hft("verify", broken)
     assert ended.status == 1
-    assert f"the delta differs from what model.base gives in: {name}" in ended.out
+    assert f"the delta differs from what the base gives in: {name}" in ended.out
 
 
 def test_a_draw_is_scored_without_a_model_as_its_model_would_be(run, tuned, tmp_path):

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import hft, results
+from helpers import QUICK, composed, hft, ledger, results, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hft_cli.checkpoint.interpolation import Blend, blends, is_blend, write_blends
+from hft_cli.checkpoint.folders import stored_tensors
+from hft_cli.checkpoint.interpolation import Blend, StoredModel, blends, is_blend, write_blends
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.checkpoint.tensors import read_header
 from hft_cli.config.schema import MethodConfig
+from hft_cli.config.validate import check
 from hft_cli.errors import UserError
 from hft_cli.method.interpolation import kept_changes
 from hft_cli.paths import resolve_path
@@ -97,9 +99,9 @@ def test_numbers_that_cannot_be_computed_with_are_refused(tmp_path, tuned):
     name = "model.norm.weight"
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
-    params = parameters_from_folder(folder), parameters_from_folder(BASE)
+    models = (StoredModel(each, parameters_from_folder(each), stored_tensors(each)) for each in (folder, BASE))
     with pytest.raises(UserError, match="F8_E4M3, which cannot be interpolated"):
-        blends(params, (folder, BASE), {name: 0.5}, False)
+        blends(*models, {name: 0.5}, False)
 
 
 def test_by_depth_the_shares_of_layers_are_on_a_line():
@@ -142,7 +144,7 @@ def test_verify_fails_another_share(run, tmp_path):
     config.write_text(config.read_text().replace("alpha: 0.3", "alpha: 0.31"))
     ended = hft("verify", broken)
     assert ended.status == 1
-    assert "the delta differs from what model.base gives in" in ended.out
+    assert "the delta differs from what the base gives in" in ended.out
 
 
 def test_a_share_is_scored_without_a_model_as_its_model_would_be(run, tuned, tmp_path):
@@ -152,3 +154,75 @@ def test_a_share_is_scored_without_a_model_as_its_model_would_be(run, tuned, tmp
     assert ended.status == 0, ended.err
     assert results(tmp_path / "run")["eval"] == results(run)["eval"]
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+ROUNDS = {  # after one round and after two, for draws that differ, and for adapters
+    "fft": ("+method=wise_ft", "data=pocket_capitals"),
+    "two rounds of hft": ("+method=hft", "data=pocket_two_tasks", "method.alpha=0.4", "method.alpha_last=0.8"),
+    "lora": ("+method=lora", "data=pocket_capitals", "method.alpha=0.4", "model.chat_template=plain"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_what_was_trained_goes_back_to_where_it_began(name, tmp_path):
+    run, whole = (
+        train(tmp_path / kind, *ROUNDS[name], "train.learning_rate=1e-3", *more)
+        for kind, more in (("run", ()), ("whole", ("method.alpha=1", "method.alpha_last=null")))
+    )
+    assert hft("verify", run).out.endswith(f"verified: {len(ledger(run))} rounds\n")
+    base, made, tuned = (load_file(f / "model.safetensors") for f in (BASE, run / "model", whole / "model"))
+    plain = apply_rounds(whole, len(ledger(whole)) - 1)
+    updated = {each for entry in ledger(run)[:-1] for each in entry["updated"]}
+    assert updated == {each for each in made if not torch.equal(made[each], base[each])}
+    assert set(ledger(run)[-1]["updated"]) == updated
+    assert all(torch.equal(tuned[each], value) for each, value in plain.items())  # a share of 1 changes nothing
+    first = next(each for each in sorted(updated) if ".layers.0." in each)
+    share = 0.5 if name == "fft" else 0.4
+    expected = (base[first].double() * (1 - share) + plain[first].double() * share).float()
+    assert torch.equal(made[first], expected)
+    assert (run / "model/chat_template.jinja").read_text() == (whole / "model/chat_template.jinja").read_text()
+    assert results(run)["eval"]["after"].keys() == results(whole)["eval"]["after"].keys()
+
+
+def apply_rounds(run: Path, count: int) -> dict[str, torch.Tensor]:
+    """The model after the first rounds of a run, from the base and the deltas."""
+    model = load_file(BASE / "model.safetensors")
+    for folder in sorted((run / "rounds").iterdir())[:count]:
+        model |= load_file(folder / "delta.safetensors")
+    return model
+
+
+def test_a_sequence_keeps_its_matrix_of_scores(tmp_path):
+    tests = "data.test_path=[pocket:skills/backwards/test.jsonl,pocket:skills/larger/test.jsonl]"
+    run = train(tmp_path / "run", "+method=fft", "data=pocket_two_tasks", tests, "method.alpha=0.5")
+    matrix = results(run)["continual"]["R"]
+    assert [len(row) for row in matrix] == [2, 2]
+    text = hft("report", run, "--out", tmp_path / "report").out
+    assert "fft + WiSE-FT" in text
+
+
+def test_a_run_stopped_before_the_interpolation_continues(tmp_path):
+    run = train(tmp_path / "run", *ROUNDS["fft"])
+    model = (run / "model/model.safetensors").read_bytes()
+    shutil.rmtree(run / "rounds/02-interpolate")
+    shutil.move(run / "model", run / "rounds/01-capitals/model")
+    tensors = load_file(BASE / "model.safetensors") | load_file(run / "rounds/01-capitals/delta.safetensors")
+    save_file(tensors, run / "rounds/01-capitals/model/model.safetensors", metadata={"format": "pt"})
+    for file in (run / "DONE", run / "results.json"):
+        file.unlink()
+    assert hft("train", *QUICK, *ROUNDS["fft"], f"output_dir={run}").status == 0
+    assert (run / "model/model.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("+method=half_reset", "model.base=x", "model.path=y", "method.alpha=0.5"), "half_reset keeps nothing"),
+        (("+method=fft", "method.alpha_last=0.5"), r"method=fft needs method\.alpha="),
+        (("+method=interpolate", "model.base=x", "model.path=y", "method.alpha=null"), r"needs method\.alpha="),
+        (("+method=fft", "method.alpha=2"), r"method\.alpha"),
+    ],
+)
+def test_a_share_that_cannot_be_kept_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        check(composed(*words))
