@@ -16,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+SIMULATIONS = 400  # of a table of variances
+PERMUTATIONS = 2000
 RESAMPLES = 2000  # of the bootstrap: the ends of an interval then vary by a few hundredths of its width
+
+
+Ends = tuple[float, float]  # of an interval
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,24 @@ def variance_components(table: Sequence[Sequence[float]]) -> VarianceComponents:
     )
 
 
+def share_intervals(parts: VarianceComponents, rows: int, columns: int, seed: int = 0) -> tuple[Ends, Ends, Ends]:
+    """Intervals of the shares of rows, columns and the rest, by a parametric bootstrap of a table of this size.
+
+    With few rows or columns they are nearly everything between 0 and 1, which is what such a table says.
+    """
+    rng = np.random.default_rng(seed)
+    deviations = [math.sqrt(part) for part in (parts.of_rows, parts.of_columns, parts.rest)]
+    shares = []
+    for _ in range(SIMULATIONS):
+        table = deviations[0] * rng.normal(size=(rows, 1)) + deviations[1] * rng.normal(size=(1, columns))
+        found = variance_components((table + deviations[2] * rng.normal(size=(rows, columns))).tolist())
+        if found.total > 0:
+            shares.append([part / found.total for part in (found.of_rows, found.of_columns, found.rest)])
+    ends = np.percentile(shares, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2], axis=0)
+    first, second, third = ((float(low), float(high)) for low, high in ends.T)
+    return first, second, third
+
+
 def full_grid(cells: Collection[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Rows and columns of a full table within the (row, column) cells, found by dropping the emptiest line each time.
 
@@ -259,6 +282,32 @@ def regress(features: NDArray[np.float64], values: Sequence[float]) -> list[Esti
     ends = zip(slopes.tolist(), (slopes - halves).tolist(), (slopes + halves).tolist(), strict=True)
     effects = iter([Estimate(slope, len(y), None, low, high) for slope, low, high in ends])
     return [next(effects) if varying else None for varying in varies]
+
+
+def max_t(features: NDArray[np.float64], values: Sequence[float], seed: int = 0) -> list[float | None] | None:
+    """p values of the effects of `regress`, adjusted for all of them by permutations (Westfall and Young 1993).
+
+    Each is the share of permutations of the values in which the largest |t| of any effect is at least that of the
+    effect. So if nothing has an effect, one of them is below 0.05 one time in twenty, whatever the values are like.
+
+    Returns:
+        As `regress`.
+    """
+    effects = regress(features, values)
+    if effects is None:
+        return None
+    x, y, rng = np.asarray(features, float), np.asarray(values, float), np.random.default_rng(seed)
+    tables = np.stack([y, *(rng.permutation(y) for _ in range(PERMUTATIONS))], axis=1) - y.mean()
+    centred = x[:, np.ptp(x, axis=0) > 0]
+    centred = centred - centred.mean(0)
+    inverse = np.linalg.pinv(centred, rcond=1e-5)
+    freedom = len(y) - 1 - int(np.linalg.matrix_rank(centred))
+    slopes = inverse @ tables
+    noise = ((tables - centred @ slopes) ** 2).sum(0) / freedom
+    sizes = np.abs(slopes) / np.sqrt(np.outer((inverse**2).sum(1), noise) + 1e-30)
+    largest = sizes.max(axis=0)  # of each permutation; the first is the values as they are
+    adjusted = iter([float((largest >= size * (1 - 1e-9)).mean()) for size in sizes[:, 0]])
+    return [next(adjusted) if effect else None for effect in effects]
 
 
 def attained(path: Sequence[tuple[float, float]], x: float) -> float | None:

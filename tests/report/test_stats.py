@@ -15,10 +15,12 @@ from hft_cli.report.stats import (
     estimate,
     full_grid,
     holm,
+    max_t,
     mean_gap,
     newcombe,
     paired_bootstrap,
     regress,
+    share_intervals,
     variance_components,
 )
 
@@ -199,3 +201,33 @@ def test_newcombes_intervals_have_their_coverage(share, lost, gained):
 def test_p_values_of_a_family_are_holms():
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_one_true_effect_is_found_among_many_without():
+    rng = np.random.default_rng(9)
+    x = rng.integers(0, 2, (20, 6)).astype(float)
+    adjusted = max_t(x, 0.5 + 0.1 * x[:, 2] + rng.normal(0, 0.03, 20))
+    assert adjusted[2] < 0.01
+    assert min(p for i, p in enumerate(adjusted) if i != 2) > 0.05
+
+
+def test_without_effects_one_of_twenty_tables_has_a_small_p():
+    rng, found = np.random.default_rng(10), 0
+    for i in range(300):
+        x = rng.integers(0, 2, (12, 5)).astype(float)
+        adjusted = max_t(x, list(rng.exponential(size=12)), seed=i)
+        found += min(p for p in adjusted if p is not None) < 0.05
+    assert found / 300 == pytest.approx(0.05, abs=0.04)
+
+
+def test_shares_of_a_small_table_are_hardly_known():
+    rng = np.random.default_rng(11)
+    widths = []
+    for size in (3, 12):
+        table = rng.normal(0, 2, (size, 1)) + rng.normal(0, 1, (1, size)) + rng.normal(0, 1, (size, size))
+        parts = variance_components(table)
+        ends = share_intervals(parts, size, size)
+        assert all(0 <= low <= high <= 1 for low, high in ends)
+        widths.append(ends[0][1] - ends[0][0])
+    assert widths[1] < widths[0]
+    assert widths[0] > 0.5

@@ -15,8 +15,8 @@ from hft_cli.report.figures.charts import Point
 from hft_cli.report.groups import Comparison, Group, grouped
 from hft_cli.report.measures import MEASURES, measured_in, sample_note, seed_scores
 from hft_cli.report.runs import Run
-from hft_cli.report.stats import full_grid, regress, variance_components
-from hft_cli.report.tables import Plot, Record, Section, Table, columns, estimate_cell, p_value, percent, plain
+from hft_cli.report.stats import full_grid, max_t, regress, share_intervals, variance_components
+from hft_cli.report.tables import Plot, Record, Section, Table, Value, columns, estimate_cell, p_value, percent, plain
 from hft_cli.text import natural_order
 
 # What the effects of matrices are summed by: from a layer and a matrix to a term of the regression.
@@ -26,22 +26,22 @@ FAMILIES: dict[str, Callable[[int, str], str]] = {
     "matrix": lambda layer, matrix: matrix.rsplit(".", 1)[-1],
 }
 
-FEWEST_DRAWS = 3  # for effects
+FEWEST_DRAWS = 5  # for effects: of four, a permutation test cannot tell anything at the 5% level
 MOST_EFFECTS = 60  # in the figure
 
 VARIANCE_CAPTION = (
     "Shares of the variance between runs that come from the draw (selection.seed), from the data (seed: order and "
     "replay), and from the rest, which is their interaction and the noise. Two-way random-effects analysis of variance "
-    "by expected mean squares; a negative estimate is set to 0 and noted. p: F test of no effect. With few seeds the "
-    "shares are rough."
+    "by expected mean squares; a negative estimate is set to 0 and noted. In brackets 95% intervals by a parametric "
+    "bootstrap of a table of this size. p: F test of no effect."
 )
 
 EFFECTS_CAPTION = (
     "The effect of updating one more matrix in one more round, in points, with 95% t intervals: least squares over the "
     "draws, of each draw's mean over its data seeds. The draws are random, so this is a randomised experiment. A draw "
     "that updates one matrix more updates another one less; effects are therefore relative to the mean of the matrices "
-    "that replace each other. If the level of selection fixes a number, its effect cannot be estimated. One of twenty "
-    "intervals excludes 0 by chance."
+    "that replace each other. If the level of selection fixes a number, its effect cannot be estimated. p is that of a "
+    "permutation of the draws, adjusted over all terms of a measure and a way to sum them (max-t)."
 )
 
 
@@ -75,6 +75,11 @@ def _variance_records(group: Group) -> list[Record]:
         parts = variance_components([[cells[row, column] for column in columns] for row in rows])
         names = {"rows": "draw", "columns": "data"}
         notes = [f"the estimate of the {names[factor]} was negative and is set to 0" for factor in parts.floored]
+        ends: dict[str, Value] = {}
+        if parts.total > 0:
+            intervals = share_intervals(parts, len(rows), len(columns))
+            for part, (low, high) in zip(("draw", "data", "rest"), intervals, strict=True):
+                ends |= {f"{part}_low": low, f"{part}_high": high}
         if left_out := len(cells) - len(rows) * len(columns):
             notes.append(f"{left_out} runs outside the full grid are left out")
         if parts.total == 0:
@@ -83,7 +88,7 @@ def _variance_records(group: Group) -> list[Record]:
             "setting": group.label, "measure": key, "grid": f"{len(rows)} x {len(columns)}", "draws": len(rows),
             "data_seeds": len(columns), "sd": parts.total**0.5, "draw": parts.share(parts.of_rows),
             "data": parts.share(parts.of_columns), "rest": parts.share(parts.rest), "p_draw": parts.p_rows,
-            "p_data": parts.p_columns, "note": "; ".join(notes) or None,
+            "p_data": parts.p_columns, "note": "; ".join(notes) or None, **ends,
         })  # fmt: skip
     return records
 
@@ -91,7 +96,7 @@ def _variance_records(group: Group) -> list[Record]:
 def _variance_parts(stem: str, caption: str, records: Sequence[Record]) -> list[Table | Plot]:
     shown = [
         *columns("setting", "measure"), ("draws x data", plain("grid")), ("sd (points)", percent("sd")),
-        ("draw (%)", percent("draw")), ("data (%)", percent("data")), ("rest (%)", percent("rest")),
+        ("draw (%)", estimate_cell("draw")), ("data (%)", estimate_cell("data")), ("rest (%)", estimate_cell("rest")),
         ("p draw", p_value("p_draw")), ("p data", p_value("p_data")), *columns("note"),
     ]  # fmt: skip
     varying = [record for record in records if record["draw"] is not None]
@@ -120,17 +125,17 @@ def _effect_records(group: Group) -> tuple[list[Record], list[str]]:
             counts = [updates(same[0], family) for same in by_draw]
             terms = sorted({term for count in counts for term in count}, key=natural_order)
             features = np.array([[count[term] for term in terms] for count in counts], float)
-            effects = regress(features, means)
-            if effects is None:
+            effects, adjusted = regress(features, means), max_t(features, means)
+            if effects is None or adjusted is None:
                 varying = int((np.ptp(features, axis=0) > 0).sum())
-                needed |= {family: varying + 2} if varying else {}
+                needed |= {family: max(varying + 2, FEWEST_DRAWS)} if varying else {}
                 continue
-            for term, effect in zip(terms, effects, strict=True):
+            for term, effect, p in zip(terms, effects, adjusted, strict=True):
                 records.append({
                     "setting": group.label, "measure": key, "family": family, "term": term,
                     "effect": effect.mean if effect else None, "effect_low": effect.low if effect else None,
                     "effect_high": effect.high if effect else None, "draws": len(by_draw),
-                    "note": None if effect else "the same in every draw",
+                    "p": p, "note": None if effect else "the same in every draw",
                 })  # fmt: skip
     drawn = len({run.updated_by_round for run in group.runs})
     notes = [f"{group.label}: effects by {family} need {number} different draws or more; there are {drawn}."
@@ -152,7 +157,7 @@ def updates(run: Run, family: str) -> Counter[str]:
 def _effect_parts(stem: str, records: Sequence[Record]) -> list[Table | Plot]:
     shown = [
         *columns("setting", "measure"), ("by", plain("family")), ("updated", plain("term")),
-        ("effect (points)", estimate_cell("effect", signed=True)), *columns("draws", "note"),
+        ("effect (points)", estimate_cell("effect", signed=True)), ("p", p_value("p")), *columns("draws", "note"),
     ]  # fmt: skip
     estimated = [record for record in records if record["effect"] is not None]
     rows = grouped(zip(_labels(estimated, estimated, "term"), estimated, strict=True), lambda pair: pair[0])

@@ -20,6 +20,7 @@ def test_crossed_seeds_give_shares_of_the_variance(tmp_path):
     assert (skill["draw"], skill["data"], skill["rest"]) == pytest.approx((0, 1, 0))
     assert (retained["draw"], retained["data"], retained["rest"]) == pytest.approx((1, 0, 0))
     assert retained["sd"] == pytest.approx(0.1)
+    assert 0 <= retained["draw_low"] <= 1 == pytest.approx(retained["draw_high"])
     (axes,) = figure(sections, "variance").axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 100, 100, 0, 0, 0])
 
@@ -41,6 +42,7 @@ def test_the_effect_of_updating_a_layer_is_recovered(tmp_path):
     layers = {r["term"]: r for r in records if r["family"] == "layer" and r["measure"] == "retained"}
     assert layers["layer 1"]["effect"] == pytest.approx(-0.05)
     assert layers["layer 0"]["effect"] == pytest.approx(0)
+    assert layers["layer 1"]["p"] < 0.01 < 0.2 < layers["layer 0"]["p"]
     assert {r["term"] for r in records if r["family"] == "category"} == {"attention", "feed-forward", "norm"}
 
 
@@ -54,7 +56,8 @@ def test_a_draw_counts_once_over_its_data_seeds(tmp_path):
 
 
 def test_too_few_draws_for_effects_are_noted(tmp_path):
-    for seed in range(3):
+    for seed in range(5):
         write_run(tmp_path / str(seed), level="model", draw_seed=seed, updated=NAMES[seed : 2 * seed + 5])
     text = section(sections_of(tmp_path), TITLE).text
-    assert "HFT: effects by layer need 4 different draws or more; there are 3." in text
+    assert "HFT: effects by category need 5 different draws or more; there are 5." not in text
+    assert any("effects by matrix need" in line for line in text)
