@@ -135,7 +135,7 @@ def _label_keys(runs: Sequence[Run]) -> list[str]:
 
 def _label_part(run: Run, key: str) -> str:
     value = run.setting.get(key, "")
-    if value in ("", "None") or (key == "selection.level" and run.row.method in ("fft", "dpo")):  # implied
+    if value in ("", "None") or (key == "selection.level" and run.row.method in ("fft", "dpo", "lora")):  # implied
         return ""
     if key == "train.learning_rate":
         return f"lr {value}"

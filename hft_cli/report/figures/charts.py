@@ -67,7 +67,7 @@ def frontiers(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
         points = entry.panels["path"]
         xs = sorted({point.x for point in points})
         ys = [max(point.mean for point in points if point.x >= x) for x in xs]
-        axes.step(xs, ys, where="pre", color=colour, linestyle=line, linewidth=1)
+        axes.step(xs, ys, where="pre", color=colour, linestyle=line, linewidth=0.8, alpha=0.8)
         axes.plot([point.x for point in points], [point.mean for point in points], color=colour, marker=marker,
                   markersize=4, linestyle="none", alpha=0.8, label=entry.label)  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)

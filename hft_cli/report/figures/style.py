@@ -25,12 +25,13 @@ SETTINGS = Path(__file__).parent / "hft.mplstyle"
 METHOD_STYLES: dict[str, Style] = {
     "FFT": ("#D55E00", "o", "-"), "HFT": ("#0072B2", "s", "--"), "Half-Reset": ("#CC79A7", "D", ":"),
     "Interpolation": ("#999999", "h", ":"), "LoRA": ("#009E73", "^", "-."), "DPO": ("#E69F00", "v", "-"),
-    "HFT-DPO": ("#56B4E9", "P", "--"),
+    "HFT-DPO": ("#56B4E9", "P", "--"), "FFT + L2-SP": ("#7B3294", ">", "-."), "FFT + KL": ("#A6761D", "<", ":"),
+    "FFT + MoFO": ("#666666", "*", "-."), "FFT + WiSE-FT": ("#E69F00", "d", "--"),
+    "FFT + mixed replay": ("#CC79A7", "v", "-."),
 }  # fmt: skip
 
 # Marker and line of a method that is combined with a measure against forgetting.
-SEQUENCE_STYLES = {"replay": ("^", "-."), "mixed replay": ("v", "-."), "gem": ("X", ":"),
-                   "L2-SP": (">", "-."), "KL": ("<", ":"), "MoFO": ("*", "-.")}  # fmt: skip
+SEQUENCE_STYLES = {"replay": ("^", "-."), "mixed replay": ("v", "-."), "gem": ("X", ":")}
 
 OTHER_STYLES: list[Style] = [
     (colour, marker, line)
@@ -57,7 +58,7 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
     styles = {name: METHOD_STYLES[name] for name in names if name in METHOD_STYLES}
     for name in names:
         method, _, sequence = name.partition(" + ")
-        if method in METHOD_STYLES and sequence in SEQUENCE_STYLES:
+        if name not in styles and method in METHOD_STYLES and sequence in SEQUENCE_STYLES:
             styles[name] = (METHOD_STYLES[method][0], *SEQUENCE_STYLES[sequence])
     used = {colour for colour, _, _ in styles.values()}
     free = sorted(OTHER_STYLES, key=lambda style: style[0] in used)

@@ -64,7 +64,7 @@ def section(comparison: Comparison) -> Section | None:
     low, high = max(start for start, _ in spans), min(end for _, end in spans)
     note = sample_note([group for sweep in sweeps for group in sweep])
     tables = [_gaps_table(comparison.stem("gaps"), gaps(paths), note)]
-    text = [TEXT, _resolution(paths)]
+    text = [TEXT, _resolution_text(resolution(paths))]
     if low > high:
         text.append(
             f"No skill was reached by every method and seed: the lowest skill of one is {low:.1%}, the highest skill "
@@ -128,16 +128,41 @@ def _same_seed(paths: Paths, seeds: tuple[int, int]) -> list[tuple[float, float]
     return next((path for (data, _), path in paths.items() if data == seeds[0]), None)
 
 
-def _resolution(paths: NamedPaths) -> str:
-    """How fine the grid of learning rates is, and what to do if it is coarse."""
+@dataclass(frozen=True)
+class Resolution:
+    """How fine the grid of learning rates is.
+
+    Attributes:
+        fewest: rates of a path, at least.
+        step: of skill between neighbouring rates, at most.
+        equal: whether all paths have as many.
+    """
+
+    fewest: int
+    step: float
+    equal: bool
+
+    @property
+    def coarse(self) -> bool:
+        return self.fewest < FEWEST_RATES or self.step > LARGEST_STEP
+
+
+def resolution(paths: NamedPaths) -> Resolution:
     every = [path for _, by_seed in paths for path in by_seed.values()]
-    fewest = min(len(path) for path in every)
     skills = [sorted(skill for skill, _ in path) for path in every]
     step = max((high - low for each in skills for low, high in pairwise(each)), default=0.0)
-    text = f"A path has {fewest} learning rates at least; the largest step of skill between two of them is {step:.1%}."
-    if len({len(path) for path in every}) > 1:
+    return Resolution(min(map(len, every)), step, len({len(path) for path in every}) == 1)
+
+
+def _resolution_text(grid: Resolution) -> str:
+    """How fine the grid is, and what to do if it is coarse."""
+    text = (
+        f"A path has {grid.fewest} learning rates at least; the largest step of skill between two of them is "
+        f"{grid.step:.1%}."
+    )
+    if not grid.equal:
         text += " Methods have unequal numbers of rates, which favours those with more: run the same for all."
-    if fewest < FEWEST_RATES or step > LARGEST_STEP:
+    if grid.coarse:
         text += (
             f" The grid is coarse: gaps can be off by as much as a step. Run {FEWEST_RATES} rates or more, closer "
             "where skill changes."

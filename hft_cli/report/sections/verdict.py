@@ -9,7 +9,7 @@ from statistics import fmean
 from hft_cli.report import mixed
 from hft_cli.report.groups import Comparison, Group
 from hft_cli.report.measures import MEASURES, differences
-from hft_cli.report.sections.frontier import Gap, frontier_plot, gaps, named_paths, sweeps_of_rates
+from hft_cli.report.sections.frontier import Gap, frontier_plot, gaps, named_paths, resolution, sweeps_of_rates
 from hft_cli.report.stats import LEVEL, Estimate, holm
 from hft_cli.report.tables import Section
 from hft_cli.text import plural
@@ -46,9 +46,16 @@ def judge(comparison: Comparison) -> Verdict | None:
     if len({_method(group) for group in groups}) < 2:
         return None
     sweeps = sweeps_of_rates(comparison)
-    found = gaps(named_paths(sweeps)) if len(sweeps) > 1 else []
+    paths = named_paths(sweeps)
+    found = gaps(paths) if len(sweeps) > 1 else []
+    note = ""
+    if found and (grid := resolution(paths)).coarse:
+        note = (
+            f" The grid of learning rates is coarse, with steps of up to {100 * grid.step:.0f} points of skill: a "
+            "method whose skill rises within a step looks worse than it is."
+        )
     judged = dict(zip((gap.method for gap in found), _judgements(found), strict=True))
-    lines = (_at_one_rate(groups), _at_equal_skill(found), _size(groups), _power(found), _summary(judged))
+    lines = (_at_one_rate(groups), _at_equal_skill(found) + note, _size(groups), _power(found), _summary(judged))
     return Verdict(lines, judged)
 
 

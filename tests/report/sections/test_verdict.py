@@ -41,6 +41,16 @@ def test_the_verdict_is_that_at_equal_skill(tmp_path, better, word):
     assert figure(sections_of(tmp_path), "frontier")
 
 
+def test_a_coarse_grid_is_said_in_the_verdict(tmp_path):
+    for method in ("fft", "hft"):
+        for i, rate in enumerate((1e-4, 1e-3)):
+            write_run(tmp_path / f"{method}{i}", method, rate=rate, skill=0.2 + 0.6 * i, retained=0.9 - 0.3 * i)
+    assert "coarse, with steps of up to 60 points of skill" in lines(tmp_path)[1]
+    write_sweep(tmp_path / "fine", "fft", 0)
+    write_sweep(tmp_path / "fine", "hft", 0)
+    assert "coarse" not in lines(tmp_path / "fine")[1]
+
+
 def test_what_a_design_could_have_seen_shrinks_with_its_seeds(tmp_path):
     found = {}
     for seeds in (3, 8):
