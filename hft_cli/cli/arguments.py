@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         """`out=DIR` as `--out=DIR`. Other words are returned as they are: names of a sweep's folders contain `=`."""
         key, equals, _ = word.partition("=")
         keys = [name.removeprefix("--") for name in option_names(self) if name not in ("-h", "--help")]
-        if not equals or not key.replace("-", "_").isidentifier() or (key not in keys and Path(word).exists()):
+        if not equals or not re.fullmatch(r"[a-z][a-z-]*", key) or (key not in keys and Path(word).exists()):
             return word
         return f"--{choose('key', key, keys)}{word.removeprefix(key)}"
 

@@ -9,7 +9,7 @@ from helpers import hft
 
 # ruff: noqa: E501
 MISTAKES = {
-    "no method": ((), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo\. For instance: hft train \+method=hft"),
+    "no method": ((), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo, .* For instance: hft train \+method=hft"),
     "sweep without -m": (("experiment=level_ablation",), r"experiment=level_ablation is a sweep: hft train -m experiment=level_ablation"),
     "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
     "key of another group": (("+method=hft", "generation.thinking=false"), r"Did you mean 'model\.thinking'\?"),
@@ -29,7 +29,7 @@ MISTAKES = {
     ),
     "resume nothing": (("+method=hft", "resume=true"), r"no unfinished run of this configuration"),
     "resume elsewhere": (("+method=hft", "resume=true", "output_dir=there"), r"resume=true, but there is no run in there"),
-    "sweep without method": (("-m", "train.learning_rate=1,2"), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo\."),
+    "sweep without method": (("-m", "train.learning_rate=1,2"), r"No method: .* Available: dpo, fft, half_reset, hft, hft_dpo, "),
     "accents": (("+method=hft", "data.path=données.jsonl"), r"No such file or folder: 'données\.jsonl'"),
     "spaces": (("+method=hft", "data.path=a (1) = b's.jsonl"), r"No such file or folder: 'a \(1\) = b's\.jsonl'"),
     "positions": (("+method=hft", "train.max_length=4096"), r"more than the 512 positions of model\. Set train\.max_length=512"),
