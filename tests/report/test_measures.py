@@ -6,7 +6,7 @@ import pytest
 from report_runs import write_run
 
 from hft_cli.report.groups import group_runs
-from hft_cli.report.measures import MEASURES, measured_in, over_seeds, sample_note, seed_scores
+from hft_cli.report.measures import MEASURES, measure_fields, measured_in, over_seeds, point, sample_note, seed_scores
 from hft_cli.report.reading import find_runs
 
 RETAINED = MEASURES["retained"].score
@@ -33,6 +33,24 @@ def test_seeds_that_are_not_crossed_give_a_t_interval(tmp_path):
     estimate, interval = over_seeds(group, RETAINED)
     assert (interval, estimate.n) == ("t", 3)
     assert estimate.high - 0.2 == pytest.approx(4.302653 * 0.1 / 3**0.5)
+
+
+def test_a_point_has_the_interval_of_the_table(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path / str(seed), seed=seed, retained=0.2 + 0.1 * seed)
+    (group,) = groups_of(tmp_path)
+    fields, found = measure_fields(group, ["retained"]), point(group, "retained", 2)
+    assert (found.x, found.mean) == (2, pytest.approx(40))
+    ends = (100 * fields["retained_low"], 100 * fields["retained_high"])
+    assert (found.low, found.high) == pytest.approx(ends)
+    assert sorted(found.values) == pytest.approx([30, 40, 50])
+
+
+def test_measures_are_labelled_with_their_units():
+    assert {key: measure.label for key, measure in MEASURES.items()} == {
+        "skill": "Learned (points)", "retained": "Retained (% of before)", "op": "OP (%)", "bwt": "BWT (points)",
+    }  # fmt: skip
+    assert [key for key, measure in MEASURES.items() if not measure.share] == ["skill", "bwt"]
 
 
 def test_seeds_that_were_run_twice_count_once(tmp_path):

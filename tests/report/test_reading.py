@@ -122,6 +122,13 @@ def test_what_is_learned_and_retained_is_relative_to_before(tmp_path):
     assert row.retained == pytest.approx(0.75)  # of both: less bits per byte are better
 
 
+def test_a_test_set_learns_when_its_loss_falls(tmp_path):
+    run = write_run(tmp_path / "run")
+    change_scores(run, "before", "data", {"capitals": {"perplexity": 0.9}})
+    change_scores(run, "after", "data", {"capitals": {"perplexity": 0.7}})
+    assert rows(tmp_path)["run"].skill == pytest.approx(0.2)
+
+
 def test_a_task_that_nothing_was_known_of_retains_nothing(tmp_path):
     run = write_run(tmp_path / "run", retained=0.6)
     change_scores(run, "before", "pocket", {"facts": {"exact_match": 0.0}})

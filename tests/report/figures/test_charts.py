@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hft_cli.report.figures.charts import Point, Series, curves, forest
+from hft_cli.report.figures.charts import Point, Series, curves, forest, frontiers, tradeoff
 
 
 def test_axes_end_where_the_measure_ends():
@@ -27,3 +27,35 @@ def test_each_run_of_several_is_a_dot():
     assert list(mean.get_ydata()) == [50.0]
     assert list(interval.get_ydata()) == [40.0, 60.0]
     assert list(dots.get_ydata()) == [45.0, 55.0]
+
+
+def swept(label: str, points: list[tuple[float, float]]) -> Series:
+    return Series(label, label, {"path": tuple(Point(x, y) for x, y in points)})
+
+
+def test_a_frontier_has_its_labels_and_is_the_best_so_far():
+    (axes,) = frontiers([swept("FFT", [(20.0, 90.0), (40.0, 95.0), (80.0, 50.0)])], "Learned", "Retained").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Learned", "Retained")
+    steps, dots = axes.lines
+    assert list(steps.get_ydata()) == [95.0, 95.0, 50.0]  # the run at 40 learned at least 20
+    assert list(dots.get_ydata()) == [90.0, 95.0, 50.0]
+
+
+def test_a_tradeoff_has_each_measure_on_its_own_axis():
+    panels = {"skill": (Point(1.5e-3, 60.0), Point(2e-3, 70.0)), "retained": (Point(1.5e-3, 90.0), Point(2e-3, 80.0))}
+    left, middle, right = tradeoff([Series("HFT", "HFT", panels)], [1.5e-3, 2e-3], "Learned", "Retained").axes
+    assert [axes.get_ylabel() for axes in (left, middle, right)] == ["Learned", "Retained", "Retained"]
+    assert [axes.get_xlabel() for axes in (left, middle, right)] == ["Learning rate", "Learning rate", "Learned"]
+    assert list(left.lines[0].get_ydata()) == [60.0, 70.0]
+    assert list(middle.lines[0].get_ydata()) == [90.0, 80.0]
+    assert right.lines[0].get_xydata().tolist() == [[60.0, 90.0], [70.0, 80.0]]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1.5e-3", "2e-3"]  # not two of 2e-3
+
+
+def test_curves_are_labelled_on_both_axes():
+    points = (Point(0.3, 50.0), Point(0.5, 60.0))
+    figure = curves([Series("HFT", "HFT", {"skill": points})], {"skill": "Learned (points)"}, "Ratio", {0.3: "0.3"})
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Ratio", "Learned (points)")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.3"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["HFT"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_runs import figure, section, sections_of, write_run
+from report_runs import figure, section, sections_of, table, write_run
 
 from hft_cli.report.groups import compare
 from hft_cli.report.reading import find_runs
@@ -58,6 +58,14 @@ def test_what_a_design_could_have_seen_shrinks_with_its_seeds(tmp_path):
         write_sweep(tmp_path / str(seeds), "hft", 0.02, seeds)
         found[seeds] = float(lines(tmp_path / str(seeds))[3].split(" of ")[1].split()[0])
     assert found[8] < found[3]
+
+
+def test_what_could_have_been_seen_is_more_than_the_half_width(tmp_path):
+    write_sweep(tmp_path, "fft", 0)
+    write_sweep(tmp_path, "hft", 0.02)
+    (gap,) = table(sections_of(tmp_path), "gaps").records
+    half = 100 * (gap["gap_high"] - gap["gap_low"]) / 2
+    assert float(lines(tmp_path)[3].split(" of ")[1].split()[0]) == pytest.approx(half * (1.96 + 0.84) / 1.96, abs=0.06)
 
 
 def test_many_methods_are_judged_together(tmp_path):
