@@ -69,27 +69,30 @@ class Comparison:
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """The scored runs by their data, their base model and their suites, the largest comparison first."""
-    keys = ("data.path", "data.test_path")
+    keys = ("data.name", "data.path", "data.test_path")
     by_data = grouped(
         (run for run in runs if run.row.scores),
-        lambda run: (_name(run, runs), *(run.setting.get(k, "") for k in keys), *run.basis),
+        lambda run: (*(run.setting.get(key, "") for key in keys), *run.basis),
     )
     if len(by_data) == 1:
         return [Comparison(members) for members in by_data.values()]
-    names = Counter(name for name, *_ in by_data)
+    members_of = sorted(by_data.values(), key=lambda members: -len(members))
+    firsts = [members[0] for members in members_of]
+    names = Counter(_name(run, firsts) for run in firsts)
     numbers: Counter[str] = Counter()
     comparisons: list[Comparison] = []
-    for (name, *_), members in sorted(by_data.items(), key=lambda item: -len(item[1])):
+    for members in members_of:
+        name = _name(members[0], firsts)
         numbers[name] += 1
         title = name if names[name] == 1 else f"{name} {numbers[name]}"
         comparisons.append(Comparison(members, title, title if comparisons else ""))
     return comparisons
 
 
-def _name(run: Run, runs: Sequence[Run]) -> str:
-    """The data of a run, with the model and the suite where they differ."""
+def _name(run: Run, others: Sequence[Run]) -> str:
+    """The data of a run, with the model and the suite where those of the others differ."""
     keys = ("model.name", "suite.name")
-    told = [run.setting.get(key, "") for key in keys if len({other.setting.get(key) for other in runs}) > 1]
+    told = [run.setting.get(key, "") for key in keys if len({other.setting.get(key) for other in others}) > 1]
     return ", ".join(filter(None, [run.setting.get("data.name", ""), *told]))
 
 

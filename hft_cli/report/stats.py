@@ -315,17 +315,21 @@ def attained(path: Sequence[tuple[float, float]], x: float) -> float | None:
     return max((y for point, y in path if point >= x), default=None)
 
 
-def mean_gap(path: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float | None:
-    """The mean of `attained(path, x) - attained(other, x)` over the x that both reach, from the lower of their starts.
+LEAST_RANGE = 0.05
 
-    Both are steps, so that the mean is exact. None if one of them has no points.
+
+def mean_gap(path: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float | None:
+    """The mean of `attained(path, x) - attained(other, x)` over the x from the higher start to the lower end.
+
+    Both are steps, so that the mean is exact. None if those x span less than LEAST_RANGE: the ends of two grids say
+    little of what lies between them.
     """
     if not path or not other:
         return None
     start = max(min(x for x, _ in path), min(x for x, _ in other))
     end = min(max(x for x, _ in path), max(x for x, _ in other))
-    if end <= start:
-        return _gap_at(path, other, end)
+    if end - start < LEAST_RANGE:
+        return None
     ends = [start, *sorted({x for x, _ in (*path, *other) if start < x < end}), end]
     return sum(_gap_at(path, other, high) * (high - low) for low, high in pairwise(ends)) / (end - start)
 

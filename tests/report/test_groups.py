@@ -86,6 +86,13 @@ def test_batches_have_stems_of_their_own():
     assert [(stem, len(batch)) for stem, batch in batches("r", list(range(14)))] == [("r", 6), ("r_2", 6), ("r_3", 2)]
 
 
+def test_a_half_reset_is_compared_with_the_runs_of_its_base(tmp_path):
+    write_run(tmp_path / "a", "fft")
+    write_run(tmp_path / "b", "half_reset", model="local")  # which starts from a model that was tuned
+    (comparison,) = compare(find_runs([tmp_path]))
+    assert len(comparison.runs) == 2
+
+
 def test_models_and_suites_are_never_compared(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", "fft", model="smol")

@@ -93,7 +93,10 @@ def _at_one_rate(groups: Sequence[Group]) -> str:
 
 def _at_equal_skill(found: Sequence[Gap]) -> str:
     if not found:
-        return "At equal skill: not known. Run two learning rates or more of each method, better six."
+        return (
+            "At equal skill: not known. Run several learning rates of each method, so that the skills that both reach "
+            "span 5 points or more."
+        )
     parts = [
         f"{gap.method} retains {_points(gap.estimate)}, more in {gap.wins} of {plural(gap.estimate.n, 'seed')}"
         for gap in found

@@ -82,7 +82,7 @@ def test_one_rate_and_one_seed_tell_nothing_of_equal_skill(tmp_path):
     write_run(tmp_path / "h", "hft", skill=0.8, retained=0.6)
     one_rate, equal_skill, _, power, verdict = lines(tmp_path)
     assert one_rate.endswith("against FFT: HFT retains +20.0 points and learns -10.0 points.")
-    assert equal_skill.startswith("At equal skill: not known. Run two learning rates")
+    assert equal_skill.startswith("At equal skill: not known. Run several learning rates")
     assert "not known" in power
     assert verdict == "Verdict: cannot tell."
 
