@@ -82,13 +82,14 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def interval(mean: float, error: float, freedom: float, values: Sequence[float], share: bool = False) -> Estimate:
     """The interval of a mean with that standard error.
 
-    That of a share is one of its logit, so that it ends between 0 and 1 and is longer on the side of the middle.
+    That of a share is one of its logit, so that it ends between 0 and 1 and is longer on the side of the middle. A model
+    can retain more than all of a score, which is no share then.
     """
     from scipy.stats import t
 
     half = t_quantile(freedom) * error
     low, high = mean - half, mean + half
-    if share:
+    if share and max(values) <= 1:
         inside = min(max(mean, LAST_DIGIT / 2), 1 - LAST_DIGIT / 2)
         slope = inside * (1 - inside)
         low, high = (_share(_logit(inside) + sign * half / slope) for sign in (-1, 1))

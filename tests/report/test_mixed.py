@@ -57,6 +57,11 @@ def test_an_interval_of_a_share_stays_in_it_and_has_a_width(scores, same):
     assert (found.least, found.most) == (min(scores), max(scores))
 
 
+def test_more_than_all_of_a_score_can_be_retained():
+    found, _ = over_seeds({(1, 1): 1.02, (2, 2): 1.05, (3, 3): 0.99}, share=True)
+    assert found.low < 1 < found.mean < found.high
+
+
 def test_one_value_has_no_interval():
     assert over_seeds({(1, 1): 0.4})[1] == "none, n = 1"
     assert over_seeds({}) == (None, "")

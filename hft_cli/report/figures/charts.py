@@ -89,7 +89,7 @@ def tradeoff(series: Sequence[Series], rates: Sequence[float], skill: str, retai
         pairs = zip(entry.panels["skill"], entry.panels["retained"], strict=True)
         _draw_means(grid[2], entry, [Point(x.mean, y.mean) for x, y in pairs], styles[entry.style])
     for axes, ylabel in zip(grid, (skill, retained, retained), strict=True):
-        axes.set(ylabel=ylabel, ylim=(-3, 103))
+        axes.set(ylabel=ylabel, ylim=_scale(axes.get_ylim()))
     for axes in grid[:2]:
         axes.set(xlabel="Learning rate")
         if rates:
@@ -97,7 +97,7 @@ def tradeoff(series: Sequence[Series], rates: Sequence[float], skill: str, retai
             axes.set_xticks(rates, [_rate(rate) for rate in rates], rotation=0)
             axes.minorticks_off()
             axes.margins(x=0.1)
-    grid[2].set(xlabel=skill, xlim=(-3, 103))
+    grid[2].set(xlabel=skill, xlim=_scale(grid[2].get_xlim()))
     add_legend(figure, grid)
     return figure
 
@@ -159,9 +159,14 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return axes_grid(down, across, count, (WIDTH if count > 1 else NARROW, down * height))
 
 
+def _scale(ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an axis from 0 to 100, and further where there are points: a model may retain more than all."""
+    return min(ends[0], -3), max(ends[1], 103)
+
+
 def _clipped(low: float, high: float, label: str) -> tuple[float, float]:
     """The ends of an axis within what its measure can be. The interval of two runs can leave that by far."""
-    return max(low, -3 if "(%)" in label else -103), min(high, 103)
+    return max(low, -3 if "(%" in label else -103), min(high, 203 if "of before" in label else 103)
 
 
 def _draw_series(axes: Axes, series: Series, points: Sequence[Point], style: Style) -> None:

@@ -52,6 +52,15 @@ def test_a_tradeoff_has_each_measure_on_its_own_axis():
     assert [label.get_text() for label in left.get_xticklabels()] == ["1.5e-3", "2e-3"]  # not two of 2e-3
 
 
+def test_no_point_is_outside_of_the_axes():
+    panels = {"skill": (Point(1e-3, -12.0),), "retained": (Point(1e-3, 118.0),)}
+    left, middle, right = tradeoff([Series("HFT", "HFT", panels)], [1e-3], "Learned", "Retained").axes
+    assert left.get_ylim()[0] < -12
+    assert middle.get_ylim()[1] > 118
+    assert right.get_xlim()[0] < -12
+    assert right.get_ylim()[1] > 118
+
+
 def test_curves_are_labelled_on_both_axes():
     points = (Point(0.3, 50.0), Point(0.5, 60.0))
     figure = curves([Series("HFT", "HFT", {"skill": points})], {"skill": "Learned (points)"}, "Ratio", {0.3: "0.3"})
