@@ -82,8 +82,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def interval(mean: float, error: float, freedom: float, values: Sequence[float], share: bool = False) -> Estimate:
     """The interval of a mean with that standard error.
 
-    That of a share is one of its logit, so that it ends between 0 and 1 and is longer on the side of the middle. A model
-    can retain more than all of a score, which is no share then.
+    That of a share is one of its logit: it ends between 0 and 1 and is longer on the side of the middle. A model can
+    retain more than all of a score; that is no share.
     """
     from scipy.stats import t
 
