@@ -140,10 +140,8 @@ def blended_tensors(config: RunConfig, draw: Draw, tuned: StoredModel, start: Pa
 
     `start` is the folder of the model that the run began with. It is the base, unless there is model.base.
     """
-    folder = base_folder(config, start)
-    params = parameters_from_folder(folder, config.model.kinds, config.model.part)
     kept = kept_changes(tuned.params, draw.updated, config.method)
-    return blends(tuned, StoredModel(folder, params, stored_tensors(folder)), kept, config.method.shared_rows)
+    return blends(tuned, stored_model(base_folder(config, start), config), kept, config.method.shared_rows)
 
 
 def stored_model(folder: Path, config: RunConfig) -> StoredModel:

@@ -44,7 +44,7 @@ class OnOptimizer(SessionCallback):
         self.function = function
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.function(torch_optimizer(self.trainer))
+        self.function(torch_optimizer(self.trainer.optimizer))
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, weight: float) -> None:

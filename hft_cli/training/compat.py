@@ -248,13 +248,12 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
 KL = "kl"  # the divergence in logs, and in lines of metrics.jsonl
 
 
-def torch_optimizer(trainer: Any) -> torch.optim.Optimizer:
-    """The optimizer that takes the steps, of whole tensors or of a rank's shards.
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps, of whole tensors or of a rank's shards, within that of a trainer.
 
     UPSTREAM: deepspeed 0.19.8: torch's optimizer is within DeepSpeed's, and that within
     accelerate's, each as `optimizer`. Its hooks are called for each step.
     """
-    optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     found: torch.optim.Optimizer = optimizer
@@ -460,12 +459,12 @@ def repair_step_counts(optimizer: Any, step: int) -> None:
     """Give each parameter group its own step count, on its device, after a universal checkpoint was loaded.
 
     UPSTREAM: deepspeed 0.19.8: the loaders leave the counts on the CPU, and that of ZeRO-3 gives all groups one tensor,
-    which each group would count up. torch's optimizer is within DeepSpeed's, and that within accelerate's.
+    which each group would count up.
 
     Raises:
         RuntimeError: if a count is not `step`.
     """
-    for parameter, state in optimizer.optimizer.optimizer.state.items():
+    for parameter, state in torch_optimizer(optimizer).state.items():
         state["step"] = torch.as_tensor(state["step"]).to(parameter.device, copy=True)
         if state["step"] != step:
             raise RuntimeError(f"DeepSpeed restored step {int(state['step'])} of a checkpoint at step {step}.")

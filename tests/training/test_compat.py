@@ -273,7 +273,7 @@ def test_the_optimizer_of_torch_is_within_the_others() -> None:
     zero = SimpleNamespace(optimizer=inner)  # a ZeRO optimizer has it under this name (tests/training/test_anchors.py)
     wrapped = AcceleratedOptimizer(inner)
     for outer in (inner, wrapped, SimpleNamespace(optimizer=zero)):
-        assert compat.torch_optimizer(SimpleNamespace(optimizer=outer)) is inner
+        assert compat.torch_optimizer(outer) is inner
     calls: list[str] = []
     inner.register_step_pre_hook(lambda *_: calls.append("before"))
     wrapped.step()
