@@ -130,6 +130,12 @@ class DataConfig:
         "Rows of what the model is to keep, as in data.path. continual=mixed_replay trains on them, and "
         "selection=importance ranks the matrices by them; other methods do not read them.",
     )
+    rounds_per_set: int = setting(
+        1,
+        "Rounds on each training set. The training on the set, in one order of its rows over all epochs, is divided "
+        "into so many equal parts; each is a round with a draw, an optimizer and a schedule of its own.",
+        range="[1, inf)",
+    )
     deduplicate: bool = setting(
         False, "Leave out training rows that equal an earlier row of the round, of any of its sets."
     )

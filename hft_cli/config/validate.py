@@ -148,6 +148,18 @@ def _test_sets_match_training_sets(config: RunConfig) -> str | None:
     return f"data.test_path names {tests} sets for {rounds} training sets: give none, one, or one for each."
 
 
+def _sets_can_be_divided(config: RunConfig) -> str | None:
+    if config.data.rounds_per_set == 1:
+        return None
+    name = config.method.name
+    if not config.method.trains or name == "lora":
+        why = "does not train" if name != "lora" else "trains the same adapters in all rounds"
+        return f"method={name} {why}: leave out data.rounds_per_set."
+    if config.train.packing or config.train.group_by_length:
+        return "data.rounds_per_set fixes the order of rows: set train.packing=false and train.group_by_length=false."
+    return None
+
+
 def _stages_match_training_sets(config: RunConfig) -> str | None:
     stages, rounds = len(config.method.stages), count_rounds(config.data)
     if not config.method.trains or stages in (1, rounds):
@@ -265,6 +277,7 @@ RULES: tuple[Rule, ...] = (
     _offload_needs_its_zero_stage,
     _deepspeed_file_needs_deepspeed,
     _nodes_can_meet,
+    _sets_can_be_divided,
     _stages_match_training_sets,
     _optimizer_suits_the_engine,
     _rows_have_one_order,

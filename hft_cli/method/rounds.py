@@ -58,6 +58,7 @@ class Phase:
         memories: the rows of past tasks that GEM keeps.
         replays: whether it trains on rows of past tasks.
         validation: the rows whose loss is measured while it trains.
+        part: which of the `parts` of the training on its set it is, from 1: data.rounds_per_set.
     """
 
     number: int
@@ -71,11 +72,18 @@ class Phase:
     memories: tuple[Source, ...] = ()
     replays: bool = False
     validation: ValidationSet | None = None
+    part: int = 1
+    parts: int = 1
 
     @property
     def trains(self) -> bool:
         """Whether it trains, and not only computes with files."""
         return self.stage not in WITHOUT_TRAINING
+
+    @property
+    def ends_set(self) -> bool:
+        """Whether the training on its set is complete after it, so that the model is scored."""
+        return self.part == self.parts
 
     @property
     def data(self) -> str:
@@ -184,7 +192,7 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
         past = sources[:index]
         phase = Phase(
             number=len(run) + 1,
-            round=index + 1,
+            round=index * data.rounds_per_set + 1,
             name=name,
             stage=stage,
             sources=(*sources[index : index + 1], *mix, *_mixed_replay(config, past)),
@@ -195,14 +203,30 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
         )
         if continual.name == "gem":
             phase = replace(phase, memories=tuple(replace(source, at_most=continual.gem_memory) for source in past))
-        run.append(phase)
+        run += _in_parts(phase, data.rounds_per_set)
+        phase = run[-1]
         if continual.name == "replay" and (replayed := _replayed(config, past)):
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
-            replay = replace(replay, validation=None)
+            replay = replace(replay, validation=None, part=1, parts=1)
             run.append(replace(replay, epochs=continual.replay_epochs))
     if config.method.alpha is not None:  # what all rounds have changed goes a part of the way back
-        run.append(Phase(len(run) + 1, rounds, INTERPOLATION, INTERPOLATION, ()))
+        run.append(Phase(len(run) + 1, run[-1].round, INTERPOLATION, INTERPOLATION, ()))
     return tuple(run)
+
+
+def _in_parts(phase: Phase, parts: int) -> list[Phase]:
+    """The parts of the training on a set, each a round. The model is scored after the last one."""
+    return [
+        replace(
+            phase,
+            number=phase.number + index,
+            round=phase.round + index,
+            test=phase.test if index + 1 == parts else None,
+            part=index + 1,
+            parts=parts,
+        )
+        for index in range(parts)
+    ]
 
 
 def _replayed(config: RunConfig, past: Iterable[Source]) -> tuple[Source, ...]:

@@ -242,6 +242,8 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
     tokens = setup.length if train.packing else min(config.row_tokens or setup.length, setup.length)
     step_flops = flops(work, train.batch_size, tokens)
     steps = _count_steps(phase_settings, rows)
+    if steps is not None:
+        steps = steps * phase.part // phase.parts - steps * (phase.part - 1) // phase.parts
     duration = None
     if config.tflops is not None and steps is not None:
         operations = step_flops.total * steps

@@ -75,7 +75,7 @@ def continual_measures(phases: Sequence[Phase], scores: Sequence[Scores]) -> dic
 
     Empty unless there are several rounds and each has a test set of its own. A task that was not scored is None in R.
     """
-    rounds = [phase for phase in phases if phase.trains and not phase.replays]
+    rounds = [phase for phase in phases if phase.trains and not phase.replays and phase.ends_set]
     if len(rounds) < 2 or len({phase.test for phase in rounds} - {None}) < len(rounds):
         return {}
     matrix = [[row["data"].get(phase.task, {}).get(phase.metric) for phase in rounds] for row in scores]

@@ -199,14 +199,15 @@ def _all_tasks(prepared: Prepared) -> TasksToScore:
 
 
 def tasks_after(phase: Phase, prepared: Prepared) -> TasksToScore | None:
-    """What the model after a phase is scored on; None between the phases of a round, and if there is one round only.
+    """What the model after a phase is scored on; None within a set, and if there is one set only.
 
-    After each round these are the suite's sets of rows and the test sets of the tasks so far (with
+    After each set these are the suite's sets of rows and the test sets of the tasks so far (with
     continual.score_unseen, of all tasks). The suite's benchmarks and probes follow after the last round.
     """
     plan, tasks = prepared.phases, _all_tasks(prepared)
-    last_round = plan[-1].round
-    if last_round == 1 or any(other.round == phase.round and other.number > phase.number for other in plan):
+    last_round, scored_rounds = plan[-1].round, {each.round for each in plan if each.ends_set}
+    follows = any(other.round == phase.round and other.number > phase.number for other in plan)
+    if len(scored_rounds) == 1 or not phase.ends_set or follows:
         return None
     seen = {other.task for other in plan if other.round <= phase.round}
     unseen = prepared.config.continual.score_unseen

@@ -18,15 +18,16 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
     config, train = job.config, job.config.train
     gpu = torch.cuda.is_available()
     arguments, settings = procedure.settings(config)
-    if job.phase.replays and not config.continual.replay_shuffle:
+    in_parts = job.phase.parts > 1  # the rows are in their order, over all epochs
+    if in_parts or (job.phase.replays and not config.continual.replay_shuffle):
         settings["train_sampling_strategy"] = "sequential"
     return arguments(
         **settings,
         output_dir=str(folder.checkpoints),
         seed=config.seed,
         learning_rate=train.learning_rate,
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
+        num_train_epochs=1 if in_parts else train.epochs,
+        max_steps=-1 if in_parts else train.max_steps or -1,
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=config.accumulation,
         max_length=train.max_length,

@@ -1,7 +1,8 @@
-"""Rows of tokens as padded batches, for what computes losses beside the trainer; batches of rows of similar lengths."""
+"""Batches: padded, for what computes losses beside the trainer; of rows of similar lengths; those of a part."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,26 @@ class ByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+
+
+def rows_of_part(rows: int, length: int, batch: int, seed: int, part: tuple[int, int]) -> list[int]:
+    """The rows of one part of a training, in their order. The parts of a training together are the whole.
+
+    Args:
+        rows: of the data set. Each epoch has them in an order of its own, which depends on seed and epoch alone.
+        length: rows of the whole training, over all epochs.
+        batch: rows of an optimizer step. Parts end where a step does, and differ by one step at most.
+        part: its number, from 1, and the number of parts.
+    """
+    number, parts = part
+    steps = math.ceil(length / batch)
+    start, end = steps * (number - 1) // parts * batch, min(steps * number // parts * batch, length)
+    order: list[int] = []
+    for epoch in range(start // rows, math.ceil(end / rows)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        epoch_rows = torch.randperm(rows, generator=generator).tolist()
+        order += epoch_rows[max(start - epoch * rows, 0) : end - epoch * rows]
+    return order
 
 
 def row_lengths(dataset: Any) -> list[int]:

@@ -31,7 +31,7 @@ from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.anchors import require_same_layout
 from hft_cli.training.arguments import trainer_arguments
-from hft_cli.training.batches import ByLength, row_lengths
+from hft_cli.training.batches import ByLength, row_lengths, rows_of_part
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
 from hft_cli.training.compat import (
     leave_frozen_out_of_checkpoints,
@@ -146,7 +146,7 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
-                if not phase.trains:
+                if not phase.trains or phase.part > 1:
                     continue
                 later = phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
                 _require_known_tokens(job, tokenizer, later, validated_rows(phase, later, job.config, tokenizer))
@@ -157,13 +157,33 @@ def load_rows(
         write_json(folder.data, rows.summary.to_json() | summaries)
         if (end := templates.answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
             write_json(folder.answer_end, {"token": end[0], "id": end[1]})
-        rows.dataset.save_to_disk(str(folder.tokens))
+        _rows_in_order(job, rows.dataset).save_to_disk(str(folder.tokens))
         if validated:
             validated.dataset.save_to_disk(str(folder.validation_tokens))
         sync_tree(folder.tokens)
         write_json(counts_file, counts)
     ranks.barrier()
     return load_from_disk(str(folder.tokens)), read_json(counts_file)
+
+
+def _rows_in_order(job: PhaseJob, dataset: Dataset) -> Dataset:
+    """The rows of the phase's part of the training on its set, in their order; all of them if there is one part.
+
+    Raises:
+        UserError: if the part has no step.
+    """
+    phase, train = job.phase, job.config.train
+    if phase.parts == 1:
+        return dataset
+    length = train.max_steps * train.batch_size if train.max_steps else round(float(train.epochs) * len(dataset))
+    part = rows_of_part(len(dataset), length, train.batch_size, job.config.seed, (phase.part, phase.parts))
+    if not part:
+        steps = math.ceil(length / train.batch_size)
+        raise UserError(
+            f"data.rounds_per_set={phase.parts} is more than the {steps} optimizer steps of {phase.name}. Set "
+            f"data.rounds_per_set={steps} or less."
+        )
+    return dataset.select(part)
 
 
 def _require_known_tokens(

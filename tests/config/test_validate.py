@@ -27,6 +27,10 @@ BROKEN = {
         r"No data: give data\.path=FILE\|FOLDER\|HUB_NAME or data=NAME",
     ),
     "_selection_has_a_ratio_to_meet": ((HFT, "selection=all", "selection.ratio=0.3"), r"no meaning with selection=all"),
+    "_sets_can_be_divided": (
+        ("+method=lora", "data.rounds_per_set=2"),
+        r"method=lora trains the same adapters in all rounds: leave out data\.rounds_per_set",
+    ),
     "_base_is_named": (RESET[:2], r"method=half_reset needs model\.base"),
     "_method_has_its_keys": ((HFT, "model.base=x"), r"model\.base is for method=half_reset and method=interpolate"),
     "_benchmarks_need_a_model_on_disk": (
@@ -96,6 +100,8 @@ def test_every_rule_has_a_case_above():
     ("overrides", "message"),
     [
         ((HFT, "selection.redraw=balanced", "selection.balance=elements"), r"needs selection\.balance=matrices"),
+        ((*RESET, "data.rounds_per_set=2"), r"method=half_reset does not train: leave out data\.rounds_per_set"),
+        ((HFT, "data.rounds_per_set=2", "train.packing=true"), r"fixes the order of rows: set train\.packing=false"),
         (("+method=fft", "selection.head=freeze"), r"method=fft updates every matrix, so selection\.head=freeze"),
         (("+method=dpo", "selection=layer"), r"method=dpo updates .* Use method=hft_dpo"),
         ((HFT, "method.save_model=false"), r"are not for method=hft"),

@@ -71,6 +71,25 @@ def test_every_round_has_the_sets_of_a_mix():
     assert [(p.name, p.data) for p in phases(alone)] == [("mix", "a, b")]
 
 
+def test_a_set_is_divided_into_rounds_and_scored_at_its_end():
+    run = phases(trace("data.rounds_per_set=2", "continual=replay"))
+    assert [(p.number, p.round, p.name, p.part, p.parts, p.test is None) for p in run] == [
+        (1, 1, "C-STANCE", 1, 2, True), (2, 2, "C-STANCE", 2, 2, False), (3, 3, "Py150", 1, 2, True),
+        (4, 4, "Py150", 2, 2, False), (5, 4, "Py150-replay", 1, 1, False), (6, 5, "20Minuten", 1, 2, True),
+        (7, 6, "20Minuten", 2, 2, False), (8, 6, "20Minuten-replay", 1, 1, False),
+    ]  # fmt: skip
+    assert [p.round for p in phases(trace("data.rounds_per_set=2", "method.alpha=0.5"))] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_each_part_of_a_set_has_a_draw_of_its_own():
+    config = composed("+method=hft", "data=pocket_capitals", "data.rounds_per_set=2")
+    again = composed("+method=hft", "data=pocket_two_tasks")
+    params = parameters_from_folder(resolve_path("pocket:model"))
+    first, second = draws(config, params)
+    assert first.updated != second.updated
+    assert draws(again, params) == (first, second)
+
+
 def test_validation_rows_are_read_like_the_rounds_own():
     config = trace("data.validation=[a,0.1,root/20Minuten]", "continual=replay", "data.validation_split=eval")
     run = [phase for phase in phases(config) if not phase.replays]

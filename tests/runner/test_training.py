@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from helpers import BASE
 
 from hft_cli.config.schema import RunConfig
@@ -50,6 +52,15 @@ def test_unseen_tasks_are_scored_after_each_round_on_request():
 
 def test_a_round_with_replay_is_scored_after_its_replay():
     assert list(scored_after(prepared(["a", "b"], name="replay"))) == ["a", "b-replay"]
+
+
+def test_parts_of_a_set_are_scored_at_its_end():
+    config = prepared(["a", "b"]).config
+    config.data.rounds_per_set = 3
+    divided = replace(prepared(["a", "b"]), config=config, phases=phases(config))
+    assert [phase.number for phase in divided.phases if tasks_after(phase, divided)] == [3, 6]
+    config.data.path, config.data.test_path = ["a.jsonl"], ["a-test.jsonl"]
+    assert scored_after(replace(divided, phases=phases(config))) == {}
 
 
 def test_a_single_round_is_scored_at_the_end_only():

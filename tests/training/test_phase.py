@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from helpers import BASE, phase_job, save_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hft_cli.config.optimizers import OPTIMIZERS
+from hft_cli.errors import UserError
+from hft_cli.files import read_json
 from hft_cli.launch.jobs import Progress
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
-from hft_cli.training.batches import ByLength, row_lengths
+from hft_cli.training.batches import ByLength, row_lengths, rows_of_part
 from hft_cli.training.resume import MARKER
 
 QUICK = (
@@ -114,6 +118,47 @@ def test_rows_by_length_are_a_permutation_of_each_epoch(lengths, batch):
     assert list(ByLength(lengths, batch, seed=3)) == first
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(len(lengths)))
+
+
+@given(
+    rows=st.integers(1, 40), length=st.integers(1, 200), batch=st.integers(1, 9), parts=st.integers(1, 6)
+)
+def test_the_parts_of_a_training_are_the_whole(rows, length, batch, parts):
+    in_parts = [rows_of_part(rows, length, batch, 5, (number, parts)) for number in range(1, parts + 1)]
+    whole = [row for part in in_parts for row in part]
+    assert whole == rows_of_part(rows, length, batch, 5, (1, 1))
+    assert len(whole) == length
+    epochs = [whole[start : start + rows] for start in range(0, length, rows)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs[:-1])
+    steps = [math.ceil(len(part) / batch) for part in in_parts]
+    assert max(steps) - min(steps) <= 1
+    full = [len(part) % batch == 0 for part in in_parts if part]
+    assert all(full[:-1])
+
+
+def test_a_part_trains_on_its_rows_once_and_in_order(tmp_path):
+    made = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        job = phase_job(folder, BASE, *QUICK, "train.max_steps=6", "train.save_every=1", "train.save_limit=9")
+        run = RoundDir(folder)
+        phase.train_phase(replace(job, phase=replace(job.phase, part=number, parts=2)), run, Progress(run.progress))
+        made.append(run)
+    whole = train(tmp_path / "whole", BASE)
+    rows = load_from_disk(str(whole.tokens))["input_ids"]
+    order = rows_of_part(16, 24, 4, 42, (1, 1))
+    for run, expected in zip(made, (order[:12], order[12:]), strict=True):
+        assert load_from_disk(str(run.tokens))["input_ids"] == [rows[row] for row in expected]
+        assert read_json(run.outcome)["steps"] == 3
+
+
+def test_more_parts_than_steps_are_refused(tmp_path):
+    job = phase_job(tmp_path, BASE, *QUICK, "train.epochs=1", "train.max_steps=null")
+    run = RoundDir(tmp_path)
+    with pytest.raises(UserError, match=r"=5 is more than the 4 optimizer steps of order\. Set .*=4 or less"):
+        phase.train_phase(replace(job, phase=replace(job.phase, parts=5)), run, Progress(run.progress))
 
 
 def test_batches_by_length_have_less_padding():
