@@ -36,8 +36,10 @@ def write_run(
     data: str = "pocket_capitals",
     model: str = "pocket",
     config: dict | None = None,
+    losses: dict[str, list[tuple[int, float]]] | None = None,
 ) -> Path:
-    """A run's directory, with the files that a report reads. `r` is the matrix R of a sequence of tasks."""
+    """A run's directory, with the files that a report reads. `r` is the matrix R of a sequence of tasks, and
+    `losses` the entries (step, loss) of metrics.jsonl by round."""
     folder.mkdir(parents=True)
     level = "all" if method == "fft" else level
     updated = updated or (NAMES if level == "all" else NAMES[::2])
@@ -72,6 +74,10 @@ def write_run(
     ):  # fmt: skip
         (folder / name).write_text(json.dumps(value))
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    if losses:
+        logged = ((name, *entry) for name, entries in losses.items() for entry in entries)
+        entries = [{"name": name, "step": step, "loss": loss} for name, step, loss in logged]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     if done:
         (folder / "DONE").write_text("now\n")
     return folder

@@ -59,6 +59,7 @@ class Phase:
         replays: whether it trains on rows of past tasks.
         validation: the rows whose loss is measured while it trains.
         part: which of the `parts` of the training on its set it is, from 1: data.rounds_per_set.
+        set_name: the name of its set, where that of the phase has the part too.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Phase:
     validation: ValidationSet | None = None
     part: int = 1
     parts: int = 1
+    set_name: str = ""
 
     @property
     def trains(self) -> bool:
@@ -99,7 +101,7 @@ class Phase:
     @property
     def task(self) -> str:
         """The name of its score in tables."""
-        return self.name if self.trains else _label(str(self.test))
+        return (self.set_name or self.name) if self.trains else _label(str(self.test))
 
 
 def phases(config: RunConfig) -> tuple[Phase, ...]:
@@ -207,7 +209,7 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
         phase = run[-1]
         if continual.name == "replay" and (replayed := _replayed(config, past)):
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
-            replay = replace(replay, validation=None, part=1, parts=1)
+            replay = replace(replay, validation=None, part=1, parts=1, set_name="")
             run.append(replace(replay, epochs=continual.replay_epochs))
     if config.method.alpha is not None:  # what all rounds have changed goes a part of the way back
         run.append(Phase(len(run) + 1, run[-1].round, INTERPOLATION, INTERPOLATION, ()))
@@ -216,11 +218,15 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
 
 def _in_parts(phase: Phase, parts: int) -> list[Phase]:
     """The parts of the training on a set, each a round. The model is scored after the last one."""
+    if parts == 1:
+        return [phase]
     return [
         replace(
             phase,
             number=phase.number + index,
             round=phase.round + index,
+            name=f"{phase.name}-{index + 1}of{parts}",
+            set_name=phase.name,
             test=phase.test if index + 1 == parts else None,
             part=index + 1,
             parts=parts,

@@ -5,6 +5,7 @@ A run that is unfinished, broken, unverified or was never started is a run here 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -137,6 +138,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
     level, ratio = str(selection["level"]), finite(selection["ratio"])
     status, note = _status(run, results["verification"])
     draws, draws_note = _draws(run)
+    losses, losses_note = _losses(run)
     row = RunRow(
         run=str(run.folder),
         status=status,
@@ -157,7 +159,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         level=level,
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),
-        note="; ".join(filter(None, (note, draws_note))),
+        note="; ".join(filter(None, (note, draws_note, losses_note))),
         scores=scores | later_scores,
     )
     return Run(
@@ -171,8 +173,26 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         setting=setting_of(run.config, row, results),
         hardware=_hardware(run),
         items=_items(results["eval"]["after"]),
+        losses=losses,
         basis=_basis(run, scores, str(results["stage"])),
     )
+
+
+def _losses(run: RunDir) -> tuple[tuple[tuple[int, float], ...], str]:
+    """The losses in metrics.jsonl, and a note if it cannot be read. Of entries for one step the last one holds."""
+    by_phase: dict[str, dict[int, float]] = {}
+    try:
+        for line in run.metrics.read_text().splitlines() if run.metrics.exists() else ():
+            entry = json.loads(line)
+            if "loss" in entry:
+                by_phase.setdefault(entry["name"], {})[int(entry["step"])] = finite(entry["loss"])
+    except (KeyError, TypeError, ValueError, OSError):
+        return (), "metrics.jsonl is broken"
+    losses: list[tuple[int, float]] = []
+    for phase in by_phase.values():
+        before = losses[-1][0] if losses else 0
+        losses += [(before + step, phase[step]) for step in sorted(phase)]
+    return tuple(losses), ""
 
 
 def finite(value: Any) -> float:

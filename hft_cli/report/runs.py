@@ -100,6 +100,7 @@ class Run:
         setting: the flat configuration without seeds and folders; equal for runs of one setting.
         hardware: GPUs, or the number of CPUs.
         items: number of items of the suites.
+        losses: optimizer step, over all rounds -> training loss since the entry before.
         basis: the weights and the tasks that `retained` is about: only runs with the same are compared.
     """
 
@@ -113,6 +114,7 @@ class Run:
     setting: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""
     items: int = 0
+    losses: tuple[tuple[int, float], ...] = ()
     basis: tuple[str, ...] = ()
 
     @property

@@ -98,6 +98,19 @@ def test_later_scores_are_no_part_of_retention(tmp_path):
     assert read.row.scores["knowledge/nq_open"] == {"before": 1.0, "after": 0.5}
 
 
+def test_losses_are_over_all_rounds_and_the_last_entry_holds(tmp_path):
+    losses = {"a": [(1, 3.0), (4, 9.0), (4, 2.0)], "b": [(1, 5.0), (2, 4.0)]}
+    (run,) = find_runs([write_run(tmp_path / "run", losses=losses)])
+    assert run.losses == ((1, 3.0), (4, 2.0), (5, 5.0), (6, 4.0))
+
+
+def test_broken_losses_are_noted_and_the_run_counts(tmp_path):
+    folder = write_run(tmp_path / "run", losses={"a": [(1, 3.0)]})
+    (folder / "metrics.jsonl").write_text('{"name": "a", "st')
+    (run,) = find_runs([folder])
+    assert (run.row.note, run.losses, run.counted) == ("metrics.jsonl is broken", (), True)
+
+
 def test_gpus_are_counted_by_name(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "environment.json").write_text(

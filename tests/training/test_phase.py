@@ -120,9 +120,7 @@ def test_rows_by_length_are_a_permutation_of_each_epoch(lengths, batch):
     assert sorted(sampler) == list(range(len(lengths)))
 
 
-@given(
-    rows=st.integers(1, 40), length=st.integers(1, 200), batch=st.integers(1, 9), parts=st.integers(1, 6)
-)
+@given(rows=st.integers(1, 40), length=st.integers(1, 200), batch=st.integers(1, 9), parts=st.integers(1, 6))
 def test_the_parts_of_a_training_are_the_whole(rows, length, batch, parts):
     in_parts = [rows_of_part(rows, length, batch, 5, (number, parts)) for number in range(1, parts + 1)]
     whole = [row for part in in_parts for row in part]

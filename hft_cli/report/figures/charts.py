@@ -29,6 +29,14 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Line:
+    """The points (x, y) of one run."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Series:
     """The points of one method in each panel, joined by a line if `joined`. Series of one `style` look the same."""
 
@@ -73,6 +81,24 @@ def frontiers(series: Sequence[Series], xlabel: str, ylabel: str) -> Figure:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(0.06)
     add_legend(figure, [axes])
+    return figure
+
+
+def lines(panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str) -> Figure:
+    """Thin lines in panels (title -> lines), on one logarithmic scale. Lines of one label look the same."""
+    figure, grid = _panels(len(panels), 2.1)
+    styles = styles_of([line.label for entries in panels.values() for line in entries])
+    values = [y for entries in panels.values() for line in entries for _, y in line.points]
+    for axes, (title, entries) in zip(grid, panels.items(), strict=True):
+        for line in entries:
+            colour, _, dashes = styles[line.label]
+            axes.plot(*zip(*line.points, strict=True), color=colour, linestyle=dashes, linewidth=0.8, alpha=0.8,
+                      label=line.label)  # fmt: skip
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, fontsize=FONT_SIZE)
+        if min(values) > 0:
+            axes.set(yscale="log", ylim=(0.8 * min(values), 1.25 * max(values)))
+    add_legend(figure, grid)
     return figure
 
 
