@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_bytes(value: float) -> str:
@@ -41,6 +41,13 @@ def format_score(metric: str, value: float) -> str:
 def plural(number: int, what: str, ending: str = "s") -> str:
     """A number with its noun: 1 GPU, 64 GPUs."""
     return f"{number:,} {what}{ending * (number != 1)}"
+
+
+def first_of(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    ordered = list(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return f"{', '.join(ordered[:most])}{more}"
 
 
 def format_count(elements: float) -> str:

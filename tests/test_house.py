@@ -23,16 +23,17 @@ REQUIREMENTS = [Requirement(line) for line in sum(PROJECT["optional-dependencies
 DEPENDENCIES_OF_EXTRAS = {"submitit"}  # not declared, because another package brings them
 # A package imports only from itself and from those before it; `root` is the files of hft_cli/ itself.
 ORDER = (
-    "root", "config", "checkpoint", "data", "method", "launch", "plan", "training", "evaluation", "runner", "report",
-    "cli",
+    "root", "config", "checkpoint", "data", "method", "launch", "plan", "live", "training", "evaluation", "runner",
+    "report", "integrations", "cli",
 )  # fmt: skip
 LONGEST_FILE, MEDIAN_FILE, LONGEST_FUNCTION, LONGEST_README = 500, 200, 60, 260  # lines
 LONGEST_TEST_NAME = 60  # characters
 ENTRY = PACKAGE / "__main__.py"
+FACE = PACKAGE / "__init__.py"  # names what other packages offer, and imports it when it is used
 
 
 def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != ENTRY)
+    return sorted(path for path in PACKAGE.rglob("*.py") if path not in (ENTRY, FACE))
 
 
 def module(path: Path) -> str:

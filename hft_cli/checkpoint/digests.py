@@ -11,7 +11,8 @@ from hft_cli.errors import UserError
 
 
 def tensor_sha256(tensor: StoredTensor, dtype: str | None = None) -> str:
-    """SHA-256 of the bytes of a tensor, after rounding to nearest (ties to even) if `dtype` is another one.
+    """SHA-256 of the bytes of a tensor, after rounding to nearest (ties to even) if `dtype` is another one. A wider one
+    changes no value.
 
     Raises:
         UserError: for a dtype that the tensor cannot be rounded to.
@@ -24,11 +25,13 @@ def tensor_sha256(tensor: StoredTensor, dtype: str | None = None) -> str:
 
 
 def _rounding(source: str, target: str) -> Callable[[bytearray], Any]:
-    """The function that converts bytes of finite numbers of one dtype to another."""
+    """The function that converts the bytes of finite numbers from one dtype to another."""
     import numpy as np
 
     if source == target:
         return lambda chunk: chunk
+    if (source, target) == ("BF16", "F32"):  # the upper half of a float32
+        return lambda chunk: (np.frombuffer(chunk, "<u2").astype("<u4") << 16).tobytes()
     numbers = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
     if source not in numbers or target not in ("F32", "BF16"):
         raise UserError(f"A tensor of {source} cannot be compared with {target} in memory.")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hft_cli.cli import file_commands, hydra_commands
+from hft_cli.cli import file_commands, hydra_commands, model_commands
 from hft_cli.cli.arguments import Parser
 from hft_cli.config.help import help_text
 from hft_cli.config.schema import SCHEMAS
@@ -54,8 +54,13 @@ COMMANDS = {
     "eval": Command(hydra_commands.evaluate, EVAL, "Score a run's models, or any model, on benchmarks and probes."),
     "verify": Command(
         file_commands.verify_run,
-        "RUN [--base BASE] [--model FOLDER]",
-        "Prove from the files of a run that every round kept its frozen matrices bit-identical.",
+        "RUN [--base BASE] [--model FOLDER] | BASE TUNED --draw FILE|--infer",
+        "Prove from files that every round of a run, or a training elsewhere, kept its frozen matrices bit-identical.",
+    ),
+    "draw": Command(
+        model_commands.draw_matrices,
+        "MODEL [--ratio R] [--seed N] [--round K] [--level LEVEL] [--format FORMAT]",
+        "Print which matrices a round updates, for another trainer.",
     ),
     "gate": Command(
         file_commands.gate_run,

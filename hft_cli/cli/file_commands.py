@@ -10,31 +10,42 @@ from typing import TYPE_CHECKING
 from hft_cli.cli.arguments import Parser, path, points, round_number
 from hft_cli.cli.show_tokens import show_tokens
 from hft_cli.errors import UserError, choose
+from hft_cli.text import first_of
 
 if TYPE_CHECKING:
     from hft_cli.runner.verify import RoundProof
 
 logger = logging.getLogger(__name__)
 
-MOST_NAMES = 5  # tensors that a line names
-
 
 def verify_run(parser: Parser, words: list[str]) -> int:
-    """`hft verify`: exit status 1 if a round is not proven."""
+    """`hft verify`, of a run or of two models: exit status 1 if something is not proven."""
     from tqdm import tqdm
 
+    from hft_cli.cli.model_commands import verify_models
     from hft_cli.run_dir import finished
     from hft_cli.runner.verify import verify
 
-    parser.add_argument("run", type=path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("run", metavar="RUN|BASE", help="directory of a finished run, or the model before a training")
+    parser.add_argument("tuned", nargs="?", metavar="TUNED", help="the model after it, wherever it was trained")
+    parser.add_argument("--draw", type=path, metavar="FILE", help="the draws that TUNED must follow (a draws.json)")
+    parser.add_argument("--infer", action="store_true", help="which draw explains what moved between BASE and TUNED")
     parser.add_argument(
         "--base", type=os.path.expanduser, metavar="BASE", help="the model that the run started from, if it has moved"
     )
     parser.add_argument("--model", type=path, metavar="FOLDER", help="check this final model instead of RUN/model")
     options = parser.parse(words)
+    if options.tuned is not None:
+        if options.infer == (options.draw is not None) or options.base or options.model:
+            raise UserError("For two models give --draw FILE or --infer: hft verify BASE TUNED --infer.")
+        return verify_models(options.run, options.tuned, options.draw)
+    if options.draw or options.infer:
+        raise UserError("--draw and --infer are for two models: hft verify BASE TUNED --infer.")
     silent = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
     with tqdm(desc="verify", unit=" tensors", leave=False, disable=silent) as bar:
-        proofs = verify(finished(options.run), options.model, options.base, tick=lambda name: bar.update() and None)
+        proofs = verify(
+            finished(path(options.run)), options.model, options.base, tick=lambda name: bar.update() and None
+        )
     for proof in proofs:
         print(_proof_text(proof))
     failed = any(proof.faults for proof in proofs)
@@ -50,9 +61,7 @@ def _proof_text(proof: RoundProof) -> str:
     counts = f"{proof.updated} tensors updated, {proof.frozen} frozen"
     lines = [f"round {proof.round} {proof.name}: {counts}: {verdict}"]
     if proof.unmoved:
-        rest = len(proof.unmoved) - MOST_NAMES
-        names = ", ".join(proof.unmoved[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-        lines.append(f"  updated, but with the same values as before: {names}")
+        lines.append(f"  updated, but with the same values as before: {first_of(proof.unmoved)}")
     return "\n".join([*lines, *(f"  {fault}" for fault in proof.faults)])
 
 

@@ -8,10 +8,9 @@ from typing import Any
 from hft_cli.checkpoint.naming import layer_and_matrix
 from hft_cli.files import read_record
 from hft_cli.run_dir import Ledger, RunDir
-from hft_cli.text import plural, text_table
+from hft_cli.text import first_of, plural, text_table
 
 UPDATED, FROZEN = "●", "○"
-MOST_NAMES = 5  # of the tensors that no round updated
 
 
 def draws_table(run: RunDir) -> str:
@@ -42,8 +41,7 @@ def draws_table(run: RunDir) -> str:
         f"updated in {', '.join(counts)}",
     ]
     if never:
-        more = f" and {len(never) - MOST_NAMES} more" if len(never) > MOST_NAMES else ""
-        lines.append(f"never updated: {', '.join(never[:MOST_NAMES])}{more}")
+        lines.append(f"never updated: {first_of(never)}")
     return "\n".join(lines)
 
 

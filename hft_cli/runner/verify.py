@@ -31,8 +31,7 @@ from hft_cli.run_dir import FrozenRecord, RunDir
 from hft_cli.runner.base import find_base
 from hft_cli.runner.importance import read_importance
 from hft_cli.runner.prepare import blended_tensors
-
-MOST_NAMES = 5  # tensor names in a fault
+from hft_cli.text import first_of
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,4 @@ def _ledger(run: RunDir, count: int) -> list[Any]:
 def _fault(what: str, names: Iterable[str]) -> list[str]:
     """One fault that names the first few tensors; none without names."""
     ordered = sorted(names)
-    if not ordered:
-        return []
-    more = f" and {len(ordered) - MOST_NAMES} more" if len(ordered) > MOST_NAMES else ""
-    return [f"{what}: {', '.join(ordered[:MOST_NAMES])}{more}"]
+    return [f"{what}: {first_of(ordered)}"] if ordered else []

@@ -17,15 +17,16 @@ from transformers import TrainerCallback
 from hft_cli.files import write_text
 from hft_cli.launch.jobs import Progress
 from hft_cli.launch.ranks import Flag
+from hft_cli.live.checksum import frozen_checksum
+from hft_cli.live.compat import unwrapped
 from hft_cli.training import universal
 from hft_cli.training.anchors import optimizer_callbacks
-from hft_cli.training.compat import KL, count_tokens, unwrapped
+from hft_cli.training.compat import KL, count_tokens
 from hft_cli.training.procedures import Procedure
 from hft_cli.training.proof import prove_loaded, prove_loss
 from hft_cli.training.resume import complete, remove_older, stop_requested
 from hft_cli.training.session import Losses, Session, SessionCallback, diverged
 from hft_cli.training.validation import Objective, Validation
-from hft_cli.training.weights import frozen_checksum
 
 
 def phase_callbacks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,52 +16,6 @@ from trl.trainer.utils import add_fused_lm_head
 from hft_cli.plan.workload import HELD_LOGITS
 
 # ----------------------------------------------------------------------------------- weights and gradients under ZeRO
-
-
-def unwrapped(model: Any) -> Any:
-    """The model itself, without DeepSpeed's engine around it.
-
-    UPSTREAM: transformers 5.23.0: callbacks are given either of them. An engine holds its model as `module`.
-    """
-    return getattr(model, "module", model)
-
-
-def local_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The values of a parameter that this rank holds: all of them, or its shard under ZeRO-3, without padding.
-
-    UPSTREAM: deepspeed 0.19.8: a shard is in the undocumented `ds_tensor`. All ranks have shards of one size; what the
-    last ones have too many is memory that nothing was written to.
-    """
-    sharded: Any = parameter
-    if not hasattr(sharded, "ds_tensor"):
-        return parameter.detach()
-    shard: torch.Tensor = sharded.ds_tensor.detach()
-    start = torch.distributed.get_rank(sharded.ds_process_group) * shard.numel()
-    return shard.reshape(-1)[: max(0, sharded.ds_numel - start)]
-
-
-def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter has all its values. Collective over the ranks.
-
-    UPSTREAM: deepspeed 0.19.8: a partitioned parameter is known by its undocumented `ds_id`.
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-
-    context: AbstractContextManager[Any] = GatheredParameters([parameter])
-    return context if hasattr(parameter, "ds_id") else nullcontext()
-
-
-def master_value(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole float32 master value of a parameter, on the CPU. Collective over the ranks.
-
-    UPSTREAM: deepspeed 0.19.8: `safe_get_full_fp32_param` fails without an engine. A parameter that has one is known by
-    its undocumented `ds_id` (ZeRO-3) or `_hp_mapping` (ZeRO-1 and 2).
-    """
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameter = safe_get_full_fp32_param(parameter)
-    return parameter.detach().cpu()
 
 
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

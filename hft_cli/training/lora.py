@@ -15,7 +15,8 @@ from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import sync_tree
 from hft_cli.launch.jobs import PhaseJob
-from hft_cli.training.compat import base_name, load_adapter, master_value, merged_value
+from hft_cli.live.compat import master_value
+from hft_cli.training.compat import base_name, load_adapter, merged_value
 from hft_cli.training.session import Session
 from hft_cli.training.weights import file_value, write_delta
 

@@ -22,6 +22,7 @@ from hft_cli.checkpoint.conversion import to_stored
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
+from hft_cli.live.compat import gathered
 from hft_cli.training import compat
 from hft_cli.training.batches import TokensAndLabels, padded
 from hft_cli.training.compat import trained_log_probs
@@ -144,7 +145,7 @@ def _in_memory(model: Any, session: Session, names: Collection[str]) -> Iterator
         name = compat.base_name(memory_name)
         if name not in names:
             continue
-        with compat.gathered(parameter):
+        with gathered(parameter):
             if session.ranks.first:
                 yield from to_stored(base, {name: parameter.detach().cpu()}, [session.params[name]]).items()
 

@@ -21,6 +21,7 @@ import torch
 from hft_cli.errors import UserError
 from hft_cli.files import write_text
 from hft_cli.launch.ranks import Ranks
+from hft_cli.live.compat import master_value
 from hft_cli.training import compat
 from hft_cli.training.resume import LAYOUT, Identity
 
@@ -82,7 +83,7 @@ def prove_updated(model: Any, optimizer: Any, checkpoint: Path, step: int, ranks
     for name, parameter in model.named_parameters():
         for state in compat.OPTIMIZER_STATES if parameter.requires_grad else ():
             if state == "fp32":
-                value = compat.master_value(parameter)
+                value = master_value(parameter)
             else:
                 value = safe_get_full_optimizer_state(parameter, state).detach().cpu()
             if ranks.first and not torch.equal(value.reshape(-1), compat.universal_value(folder, name, state)):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from hft_cli.checkpoint.tensors import StoredTensor, Writer
 from hft_cli.checkpoint.text_part import load_options
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
-from hft_cli.training.compat import base_name, fit_fused_head, local_part, master_value, unwrapped
+from hft_cli.live.compat import master_value
+from hft_cli.training.compat import base_name, fit_fused_head
 from hft_cli.training.session import Session, diverged
 
 # dtypes of safetensors files that models are trained from
@@ -100,44 +99,6 @@ def store_frozen_in_bfloat16(model: Any, params: Mapping[str, Param], path: str)
         param = params.get(base_name(f"{module_name}.weight"))
         if param is not None and all(files[name].dtype == "BF16" for name in param.stored):
             module.weight.data = module.weight.data.to(torch.bfloat16)
-
-
-def frozen_checksum(model: Any) -> int:
-    """A checksum of the bits of all frozen weights that this rank holds (under ZeRO-3: of its shards)."""
-    frozen = [(name, value) for name, value in unwrapped(model).named_parameters() if not value.requires_grad]
-    sums = [(name, weighted_sum_of_bits(local_part(value))) for name, value in frozen]  # queued on the device
-    text = json.dumps([(name, int(total)) for name, total in sums])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-CHUNK = 1 << 22  # words that have a weight at a time
-
-
-def weighted_sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as 64-bit words, each times an odd number that depends on its place, summed modulo 2**64.
-
-    It is exact, and computed where the tensor is. Every change of one word changes it; other changes go unnoticed with
-    a probability of about 2**-63.
-
-    Args:
-        tensor: of any shape and dtype, on any device.
-
-    Returns:
-        An int64 scalar on the device of the tensor.
-    """
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(data) % 8 or data.storage_offset() % 8:  # a copy that ends with zeros
-        data = torch.nn.functional.pad(data, (0, -len(data) % 8))
-    words = data.view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(words), CHUNK):
-        part = words[start : start + CHUNK]
-        places = torch.arange(start, start + len(part), device=tensor.device)
-        total += places.mul_(MULTIPLIER).bitwise_or_(1).mul_(part).sum()
-    return total
-
-
-MULTIPLIER = 0x1E3779B97F4A7C15  # odd; it spreads the places over 64 bits
 
 
 def write_updated(model: Any, session: Session) -> None:

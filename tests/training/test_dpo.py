@@ -28,12 +28,13 @@ from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.errors import UserError
 from hft_cli.launch.compat import exit_rank
 from hft_cli.launch.ranks import join_ranks
+from hft_cli.live.checksum import frozen_checksum
 from hft_cli.paths import resolve_path
 from hft_cli.training import dpo
 from hft_cli.training.compat import salted
 from hft_cli.training.procedures import PROCEDURES
 from hft_cli.training.session import TrainerParts
-from hft_cli.training.weights import freeze, frozen_checksum
+from hft_cli.training.weights import freeze
 
 BASE = Path(resolve_path("pocket:model"))
 LN2 = math.log(2)

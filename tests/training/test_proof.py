@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks
+from hft_cli.live.compat import local_part, unwrapped
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
-from hft_cli.training.compat import local_part, unwrapped
 from hft_cli.training.resume import complete
 
 

@@ -1,0 +1,107 @@
+"""HFT in transformers' Trainer and in trainers that are made from it, such as those of TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hft_cli.errors import UserError
+from hft_cli.files import read_record, write_json
+from hft_cli.integrations.half import DRAWN, half_finetune
+from hft_cli.live.checksum import frozen_checksum
+from hft_cli.live.compat import forget_optimizer, unwrapped, whole_value
+from hft_cli.method.selection import Draw
+from hft_cli.run_dir import Ledger
+from hft_cli.text import first_of
+
+LEDGER = "draws.json"
+
+
+class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
+    """Keep the ledger of a draw, prove that frozen weights keep their bits, and save what was trained.
+
+    In the trainer's `output_dir` it writes `draws.json` when the training begins, and `delta-ROUND.safetensors` when it
+    ends: the updated parameters under their names in the model, in its dtype. A training that is resumed must have the
+    draw that it began with.
+
+    >>> trainer = Trainer(model, arguments, callbacks=[HalfFinetuneCallback(draw)], …)  # doctest: +SKIP
+
+    Args:
+        draw: what `half_finetune` returned for the trainer's model.
+        save_delta: whether to write the delta, which the first process holds whole on its CPU.
+    """
+
+    def __init__(self, draw: Draw, save_delta: bool = True) -> None:
+        self.draw = draw
+        self.save_delta = save_delta
+        self.frozen_sum: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Raises UserError if the model does not train what was drawn, or if another draw is resumed."""
+        model = unwrapped(model)
+        training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if differing := sorted(training ^ set(self.draw.updated)):
+            raise UserError(
+                f"The model does not train what was drawn: {first_of(differing)}. Call half_finetune on the model that "
+                "the trainer gets, and change no requires_grad after it."
+            )
+        ledger = Path(args.output_dir) / LEDGER
+        entries = read_record(ledger, Ledger)["rounds"] if ledger.exists() else []
+        if state.global_step:
+            self._require_same_draw(entries, ledger)
+        elif state.is_world_process_zero:
+            earlier = [entry for entry in entries if entry["round"] < self.draw.round]
+            write_json(ledger, {"rounds": [*earlier, {"name": f"round {self.draw.round}", **self.draw.as_dict()}]})
+        self.frozen_sum = frozen_checksum(model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Raises RuntimeError if a frozen weight changed."""
+        model = unwrapped(model)
+        if frozen_checksum(model) != self.frozen_sum:
+            raise RuntimeError("A frozen weight changed in memory during training: what sets or decays weights?")
+        if self.save_delta:
+            parameters = dict(model.named_parameters())
+            values = {}
+            for name in self.draw.updated:  # collective over the ranks where they hold shards
+                value = whole_value(parameters[name])
+                if state.is_world_process_zero:
+                    values[name] = value.to(parameters[name].dtype).contiguous()
+            if state.is_world_process_zero:
+                metadata = {"format": "pt", "round": str(self.draw.round), "names_sha256": self.draw.sha256}
+                save_file(values, Path(args.output_dir) / f"delta-{self.draw.round}.safetensors", metadata)
+
+    def _require_same_draw(self, entries: list[dict[str, Any]], ledger: Path) -> None:
+        last = entries[-1] if entries else {}
+        if (last.get("round"), last.get("sha256")) != (self.draw.round, self.draw.sha256):
+            began = f"round {last['round']}, seed {last['seed']}" if last else "no draw"
+            raise UserError(
+                f"The training that is resumed began with another draw ({ledger} has {began}). Give half_finetune the "
+                "seed, the round and the settings of then, or begin anew in another output_dir."
+            )
+
+
+def next_round(model: Any, trainer: Any = None) -> Draw:
+    """Draw again for the next round of a model, with the settings of its last draw.
+
+    Args:
+        model: it was given to `half_finetune` before.
+        trainer: a Trainer of this model that has finished a training. Its optimizer and schedule are dropped, so that
+            the next `train()` makes new ones, and its `HalfFinetuneCallback` gets the draw. Under DeepSpeed or FSDP
+            make a new trainer instead.
+
+    Raises:
+        UserError: if the model was not drawn for, or its optimizer is alive.
+    """
+    if model not in DRAWN:
+        raise UserError("The model has no draw yet: call half_finetune first.")
+    last = DRAWN[model]
+    if trainer is not None:
+        forget_optimizer(trainer)
+    draw = half_finetune(model, seed=last.draw.seed, round=last.draw.round + 1, kinds=last.kinds, **last.selection)
+    for callback in trainer.callback_handler.callbacks if trainer is not None else ():
+        if isinstance(callback, HalfFinetuneCallback):
+            callback.draw = draw
+    return draw
