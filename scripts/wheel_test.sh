@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into another environment, and run it from an empty folder as a newcomer would.
+# Build the sdist and from it the wheel, install it into another environment, and run it from an empty folder as a newcomer would.
 # The other environment sees this one's packages, so that only the wheel itself is installed anew.
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -7,7 +7,7 @@ project=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$python" -m build --quiet --wheel --outdir "$work/dist" "$project"
+"$python" -m build --quiet --outdir "$work/dist" "$project" # an sdist, and from it the wheel
 "$python" -m venv "$work/env"
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
