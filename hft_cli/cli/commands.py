@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     "publish": Command(
         file_commands.publish_delta,
-        "RUN --out FOLDER [--round K]",
+        "RUN --out FOLDER [--round K] [--push OWNER/NAME]",
         "Write what a run changed as one delta with a model card. `hft materialize` loads it.",
     ),
     "report": Command(

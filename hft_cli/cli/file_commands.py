@@ -116,13 +116,20 @@ def publish_delta(parser: Parser, words: list[str]) -> int:
     """`hft publish`."""
     from hft_cli.run_dir import RunDir
     from hft_cli.runner.deltas import publish
+    from hft_cli.runner.hub import push
 
     parser.add_argument("run", type=path, metavar="RUN", help="directory of a run")
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="new folder for the delta")
     parser.add_argument("--round", type=round_number, metavar="K", help="changes up to round K (default: the last)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to this model repository on the hub, too")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public, not private")
     options = parser.parse(words)
+    if options.public and options.push is None:
+        raise UserError("--public is for --push OWNER/NAME.")
     publish(RunDir(options.run), options.round, options.out)
     print(f"Delta with its model card: {options.out}")
+    if options.push is not None:
+        print(f"Uploaded: {push(options.out, options.push, options.public)}")
     return 0
 
 
