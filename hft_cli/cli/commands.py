@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hft_cli.cli import file_commands, hydra_commands, model_commands
+from hft_cli.cli import completion, file_commands, hydra_commands, model_commands
 from hft_cli.cli.arguments import Parser
 from hft_cli.config.help import help_text
 from hft_cli.config.schema import SCHEMAS
@@ -48,7 +48,7 @@ def overview() -> str:
 
 
 TRAIN, EVAL = "method=METHOD [GROUP=OPTION …] [KEY=VALUE …]", "run=RUN|model.path=FOLDER suite=SUITE [KEY=VALUE …]"
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "train": Command(hydra_commands.train, TRAIN, "Fine-tune a model. With -m, KEY=a,b,c is a sweep."),
     "plan": Command(hydra_commands.plan, TRAIN, "Print what that would do, need and cost. With -m, compare."),
     "eval": Command(hydra_commands.evaluate, EVAL, "Score a run's models, or any model, on benchmarks and probes."),
@@ -81,6 +81,11 @@ COMMANDS = {
         file_commands.publish_delta,
         "RUN --out FOLDER [--round K] [--push OWNER/NAME]",
         "Write what a run changed as one delta with a model card. `hft materialize` loads it.",
+    ),
+    "completion": Command(
+        lambda parser, words: completion.complete(parser, words, COMMANDS),
+        "bash|zsh|fish",
+        "Print the script that completes commands, options and keys in a shell.",
     ),
     "report": Command(
         file_commands.report_runs,

@@ -44,6 +44,11 @@ def config_keys(schema: type[Any]) -> list[str]:
     return [key for key, _, _ in leaves(schema)]
 
 
+def choices_of(schema: type[Any], key: str) -> list[str]:
+    """The choices of a dotted key; empty if it has none, or there is no such key."""
+    return next((spec.metadata["setting"].names for name, spec, _ in leaves(schema) if name == key), [])
+
+
 def limits_text(schema: type[Any], key: str) -> str:
     """ " It must be …." with the range or the choices of a key, for the end of a message; empty if it has none."""
     limits = next((spec.metadata["setting"].limits for name, spec, _ in leaves(schema) if name == key), "")
