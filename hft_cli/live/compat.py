@@ -73,11 +73,14 @@ def whole_value(parameter: torch.nn.Parameter) -> torch.Tensor:
 
     UPSTREAM: deepspeed 0.19.8: as for `master_value`.
     """
-    if not isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor):
+        sharded: Any = parameter
+        whole: torch.Tensor = sharded.detach().full_tensor().cpu()
+        return whole
+    if parameter.requires_grad:
         return master_value(parameter)
-    sharded: Any = parameter
-    whole: torch.Tensor = sharded.detach().full_tensor().cpu()
-    return whole
+    with gathered(parameter):  # an engine has no master value of a frozen parameter
+        return parameter.detach().cpu().clone()
 
 
 def forget_optimizer(trainer: Any) -> None:
