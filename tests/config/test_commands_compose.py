@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -53,6 +54,22 @@ def test_a_documented_command_composes_and_is_accepted(line):
     if command == "plan" and config.data.name == "none":
         return  # a plan stands in for data that are not named
     check_eval(config) if command == "eval" else check(config)
+
+
+def test_the_comparison_on_smollm2_composes(tmp_path, monkeypatch):
+    stub = tmp_path / "hft"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\037" "$@" >>"{tmp_path}/words"\necho >>"{tmp_path}/words"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    subprocess.run([ROOT / "scripts/smollm2/compare.sh", "MODEL", "the rows", "PARAREL", "OUT"], check=True)
+    lines = [line.split("\037")[:-1] for line in (tmp_path / "words").read_text().splitlines()]
+    assert len(lines) == 6
+    for command, multirun, *words in lines:
+        assert (command, multirun) == ("train", "-m")
+        methods = next(word for word in words if word.startswith("method=")).removeprefix("method=").split(",")
+        words = [re.sub(r"^([^=]+=[^,\[{]+),.*", r"\1", word) for word in words if not word.startswith("method=")]
+        for method in methods:
+            check(composed_by(command, f"method={method}", *words))
 
 
 def test_the_commands_of_the_documents_are_found():
