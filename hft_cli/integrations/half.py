@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,17 +17,16 @@ from hft_cli.errors import UserError, choose
 from hft_cli.live.compat import whole_shape
 from hft_cli.method.selection import Draw, draw
 
-SETTINGS = {spec.name for spec in fields(SelectionConfig)} - {"seed"}
+SETTINGS = ("balance", "embeddings", "head", "final_norm", "redraw", "names")  # of SelectionConfig
 WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The last draw of a model, and the arguments of `half_finetune` that made it."""
+    """The last draw of a model, and the arguments of `half_finetune` that made it, without the round."""
 
     draw: Draw
-    kinds: dict[str, str]
-    selection: dict[str, Any]
+    settings: Mapping[str, Any]
 
 
 DRAWN: WeakKeyDictionary[Any, Drawn] = WeakKeyDictionary()  # model -> its last draw
@@ -36,9 +35,11 @@ DRAWN: WeakKeyDictionary[Any, Drawn] = WeakKeyDictionary()  # model -> its last 
 def half_finetune(
     model: Any,
     *,
+    ratio: float = 0.5,
+    level: str = "category",
     seed: int = 42,
     round: int = 1,
-    kinds: dict[str, str] | None = None,
+    kinds: Mapping[str, str] = {},
     **selection: Any,
 ) -> Draw:
     """Set `requires_grad` of a model's parameters for one round of half fine-tuning (HFT, section 3).
@@ -59,11 +60,13 @@ def half_finetune(
     Args:
         model: a causal language model of transformers: on a CPU, a GPU or the meta device, made under ZeRO-3, or
             sharded by FSDP2.
+        ratio: share of the matrices in the transformer layers that is updated, in [0, 1].
+        level: what they are drawn from: category (the paper's), layer or model; all, or names.
         seed: of the draw.
         round: its number, from 1; see `next_round`.
         kinds: as `model.kinds`, for names of parameters that hft does not know.
-        selection: settings of group `selection` with their names there: level, ratio (0.5), balance, embeddings, head,
-            final_norm, redraw, names.
+        selection: other settings of group `selection` with their names there: balance, embeddings, head, final_norm,
+            redraw, names.
 
     Returns:
         The draw: names, counts and hash.
@@ -73,8 +76,8 @@ def half_finetune(
             compiled, wrapped, or that the selection cannot be made from.
     """
     for name in selection:
-        choose("setting", name, SETTINGS - {"importance_rows", "importance_limit", "importance_update"})
-    config = SelectionConfig(**selection)
+        choose("setting", name, [*SETTINGS, "ratio", "level", "seed", "round", "kinds"])
+    config = SelectionConfig(level=level, ratio=ratio, **selection)
     check_settings(config, "")
     if config.level == "importance":
         raise UserError("level=importance needs rows, which hft train has: hft train +method=importance.")
@@ -85,12 +88,12 @@ def half_finetune(
     parameters = dict(model.named_parameters())
     _require_bare(model, parameters.values())
     shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
-    drawn = draw(make_params(shapes, {name: (name,) for name in shapes}, kinds or {}), config, round, seed)
+    drawn = draw(make_params(shapes, {name: (name,) for name in shapes}, kinds), config, round, seed)
     updated = set(drawn.updated)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in updated)
         parameter.grad = None
-    DRAWN[model] = Drawn(drawn, kinds or {}, selection)
+    DRAWN[model] = Drawn(drawn, {"ratio": ratio, "level": level, "seed": seed, "kinds": kinds, **selection})
     return drawn
 
 

@@ -100,7 +100,7 @@ def next_round(model: Any, trainer: Any = None) -> Draw:
     last = DRAWN[model]
     if trainer is not None:
         forget_optimizer(trainer)
-    draw = half_finetune(model, seed=last.draw.seed, round=last.draw.round + 1, kinds=last.kinds, **last.selection)
+    draw = half_finetune(model, round=last.draw.round + 1, **last.settings)
     for callback in trainer.callback_handler.callbacks if trainer is not None else ():
         if isinstance(callback, HalfFinetuneCallback):
             callback.draw = draw

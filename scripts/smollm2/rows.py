@@ -3,7 +3,8 @@
     python scripts/smollm2/rows.py BBH GSM8K DOLLY OUT
 
 BBH is the folder bbh of suzgunmirac/BIG-Bench-Hard, GSM8K one with train.jsonl and test.jsonl of
-openai/grade-school-math, DOLLY a file of chats (JSON lines with `messages`), of which short ones are replayed. OUT gets:
+openai/grade-school-math, DOLLY a file of chats (JSON lines with `messages`), of which short ones are replayed. OUT
+gets:
 
     skill_train.jsonl  32 rows each of four tasks of BBH with short answers, and 24 of GSM8K
     skill_test.jsonl   40 other rows of each of the four tasks
