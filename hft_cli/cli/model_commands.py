@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from hft_cli.checkpoint.folders import model_folder
@@ -10,15 +9,17 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.cli.arguments import Parser, round_number
 from hft_cli.config.conf import options_of
 from hft_cli.config.schema import ModelConfig, SelectionConfig
-from hft_cli.config.settings import check_settings
 from hft_cli.errors import UserError, choose
 from hft_cli.method.fitting import fits
 from hft_cli.method.formats import FORMATS
-from hft_cli.method.selection import draw
+from hft_cli.method.standalone import draw_alone
 from hft_cli.paths import resolve_path
 from hft_cli.plan.model import read_model
 from hft_cli.runner.model_proof import Changes, DrawnProof, compare_models, prove_draws, read_draws
 from hft_cli.text import first_of, plural, text_table
+
+# Options that are fields of SelectionConfig.
+SETTINGS = ("ratio", "names", "level", "balance", "redraw", "embeddings", "head", "final_norm")
 
 
 def draw_matrices(parser: Parser, words: list[str]) -> int:
@@ -28,7 +29,7 @@ def draw_matrices(parser: Parser, words: list[str]) -> int:
     parser.add_argument("--ratio", type=number, default=defaults.ratio, help="share of the matrices (default: 0.5)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw (default: 42)")
     parser.add_argument("--round", type=round_number, default=1, metavar="K", help="number of the round (default: 1)")
-    for name in ("level", "balance", "redraw", "embeddings", "head", "final_norm"):
+    for name in SETTINGS[2:]:
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         parser.add_argument(
             option, dest=name, default=value, metavar="VALUE", help=f"selection.{name} (default: {value})"
@@ -37,8 +38,9 @@ def draw_matrices(parser: Parser, words: list[str]) -> int:
     parser.add_argument("--format", default="names", help=f"one of {', '.join(FORMATS)} (default: names)")
     options = parser.parse(words)
     choose("format", options.format, FORMATS)
+    selection = SelectionConfig(**{key: getattr(options, key) for key in SETTINGS})
     params = _parameters(options.model)
-    print(FORMATS[options.format](draw(params, _selection(options), options.round, options.seed), params))
+    print(FORMATS[options.format](draw_alone(params, selection, options.round, options.seed), params))
     return 0
 
 
@@ -52,19 +54,6 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise UserError(f"{text} is not a number.") from None
-
-
-def _selection(options: argparse.Namespace) -> SelectionConfig:
-    if options.round < 1 or not 0 <= options.seed < 2**32:
-        raise UserError("Rounds are counted from 1, and a seed is from 0 to 4294967295.")
-    if options.level == "importance":
-        raise UserError("level=importance needs rows, which hft train has: hft train +method=importance.")
-    if (options.level == "names") != bool(options.names):
-        raise UserError("Give both level=names and names=PATTERN,…, or none of them.")
-    keys = ("level", "ratio", "balance", "redraw", "embeddings", "head", "final_norm", "names")
-    selection = SelectionConfig(**{key: getattr(options, key) for key in keys})
-    check_settings(selection, "")
-    return selection
 
 
 def _parameters(model: str) -> tuple[Param, ...]:

@@ -12,10 +12,10 @@ import torch
 
 from hft_cli.checkpoint.naming import make_params
 from hft_cli.config.schema import SelectionConfig
-from hft_cli.config.settings import check_settings
 from hft_cli.errors import UserError, choose
 from hft_cli.live.compat import whole_shape
-from hft_cli.method.selection import Draw, draw
+from hft_cli.method.selection import Draw
+from hft_cli.method.standalone import draw_alone
 
 SETTINGS = ("balance", "embeddings", "head", "final_norm", "redraw", "names")  # of SelectionConfig
 WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
@@ -78,17 +78,10 @@ def half_finetune(
     for name in selection:
         choose("setting", name, [*SETTINGS, "ratio", "level", "seed", "round", "kinds"])
     config = SelectionConfig(level=level, ratio=ratio, **selection)
-    check_settings(config, "")
-    if config.level == "importance":
-        raise UserError("level=importance needs rows, which hft train has: hft train +method=importance.")
-    if (config.level == "names") != bool(config.names):
-        raise UserError("Give both level='names' and names=[PATTERN, …], or none of them.")
-    if round < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"round={round}, seed={seed}: rounds are counted from 1, and a seed is from 0 to 4294967295.")
     parameters = dict(model.named_parameters())
     _require_bare(model, parameters.values())
     shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
-    drawn = draw(make_params(shapes, {name: (name,) for name in shapes}, kinds), config, round, seed)
+    drawn = draw_alone(make_params(shapes, {name: (name,) for name in shapes}, kinds), config, round, seed)
     updated = set(drawn.updated)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in updated)

@@ -38,7 +38,7 @@ def test_models_without_weights_are_drawn_for(model, capsys):
         (["pocket", "--format", "axolotls"], "Did you mean 'axolotl'"),
         (["pocket", "--round", "0"], "counted from 1"),
         (["pocket", "--seed", "x"], "invalid int value"),
-        (["pocket", "--names", "q_proj"], "Give both level=names"),
+        (["pocket", "--names", "q_proj"], "give both level=names"),
         (["pocket", "--level", "importance"], "needs rows"),
         ([], "MODEL"),
     ],

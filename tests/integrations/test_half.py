@@ -127,7 +127,7 @@ def test_a_living_optimizer_is_refused_and_a_dead_one_not():
         ({"ratio": 2.0}, "ratio=2.0 must be in"),
         ({"level": "categry"}, "Did you mean 'category'"),
         ({"level": "importance"}, "needs rows"),
-        ({"level": "names"}, "Give both level='names' and names"),
+        ({"level": "names"}, "give both level=names and names"),
         ({"round": 0}, "rounds are counted from 1"),
         ({"seed": -1}, "seed"),
     ],
