@@ -89,6 +89,18 @@ def points(text: str) -> float:
     return value
 
 
+def number(text: str) -> float:
+    """The type of an argument that is a number.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{text} is not a number.") from None
+
+
 def round_number(text: str) -> int:
     """The type of an argument that is the number of a round, counted from 1.
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from hft_cli.checkpoint.folders import model_folder
 from hft_cli.checkpoint.naming import Param
-from hft_cli.cli.arguments import Parser, round_number
+from hft_cli.cli.arguments import Parser, number, round_number
 from hft_cli.config.conf import options_of
 from hft_cli.config.schema import ModelConfig, SelectionConfig
-from hft_cli.errors import UserError, choose
+from hft_cli.errors import choose
 from hft_cli.method.fitting import fits
 from hft_cli.method.formats import FORMATS
 from hft_cli.method.standalone import draw_alone
@@ -42,18 +42,6 @@ def draw_matrices(parser: Parser, words: list[str]) -> int:
     params = _parameters(options.model)
     print(FORMATS[options.format](draw_alone(params, selection, options.round, options.seed), params))
     return 0
-
-
-def number(text: str) -> float:
-    """The type of an argument that is a number.
-
-    Raises:
-        UserError: if it is none.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{text} is not a number.") from None
 
 
 def _parameters(model: str) -> tuple[Param, ...]:
