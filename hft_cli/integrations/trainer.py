@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hft_cli.errors import UserError
 from hft_cli.files import read_record, write_json
 from hft_cli.integrations.half import DRAWN, half_finetune
-from hft_cli.live.checksum import frozen_checksum
+from hft_cli.live.checksum import frozen_checksum, trained_checksum
 from hft_cli.live.compat import forget_optimizer, unwrapped, whole_value
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import Ledger
@@ -37,7 +37,7 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, draw: Draw, save_delta: bool = True) -> None:
         self.draw = draw
         self.save_delta = save_delta
-        self.frozen_sum: int | None = None
+        self.frozen_sum, self.trained_sum = 0, 0  # at the start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Raises UserError if the model does not train what was drawn, or if another draw is resumed."""
@@ -55,13 +55,19 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
         elif state.is_world_process_zero:
             earlier = [entry for entry in entries if entry["round"] < self.draw.round]
             write_json(ledger, {"rounds": [*earlier, {"name": f"round {self.draw.round}", **self.draw.as_dict()}]})
-        self.frozen_sum = frozen_checksum(model)
+        self.frozen_sum, self.trained_sum = frozen_checksum(model), trained_checksum(model)
+        self.first_step = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises RuntimeError if a frozen weight changed."""
+        """Raises RuntimeError if a frozen weight changed, or if no other weight did."""
         model = unwrapped(model)
         if frozen_checksum(model) != self.frozen_sum:
             raise RuntimeError("A frozen weight changed in memory during training: what sets or decays weights?")
+        if state.global_step > self.first_step and trained_checksum(model) == self.trained_sum:
+            raise RuntimeError(
+                "No weight moved that was drawn. Is the learning rate 0, or so small that weights in bfloat16 keep their "
+                "values? Train in float32, or with bf16=True, which has master weights in float32."
+            )
         if self.save_delta:
             parameters = dict(model.named_parameters())
             values = {}

@@ -13,8 +13,17 @@ from hft_cli.live.compat import local_part, unwrapped
 
 def frozen_checksum(model: Any) -> int:
     """A checksum of the bits of all frozen weights that this rank holds (under ZeRO-3: of its shards)."""
-    frozen = [(name, value) for name, value in unwrapped(model).named_parameters() if not value.requires_grad]
-    sums = [(name, weighted_sum_of_bits(local_part(value))) for name, value in frozen]  # queued on the device
+    return _checksum(model, trained=False)
+
+
+def trained_checksum(model: Any) -> int:
+    """The same of all weights that require a gradient."""
+    return _checksum(model, trained=True)
+
+
+def _checksum(model: Any, trained: bool) -> int:
+    named = [(name, value) for name, value in unwrapped(model).named_parameters() if value.requires_grad == trained]
+    sums = [(name, weighted_sum_of_bits(local_part(value))) for name, value in named]  # queued on the device
     text = json.dumps([(name, int(total)) for name, total in sums])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 

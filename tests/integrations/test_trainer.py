@@ -115,6 +115,13 @@ def test_a_model_that_trains_something_else_is_refused(tmp_path):
     assert not (tmp_path / "draws.json").exists()
 
 
+def test_a_training_that_moves_nothing_is_noticed(tmp_path):
+    live = model()
+    made = trainer(live, tmp_path, HalfFinetuneCallback(half_finetune(live)), learning_rate=0.0)
+    with pytest.raises(RuntimeError, match="No weight moved that was drawn"):
+        made.train()
+
+
 class Touch(TrainerCallback):
     """What a faulty trainer could do."""
 
