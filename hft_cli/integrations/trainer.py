@@ -65,8 +65,8 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
             raise RuntimeError("A frozen weight changed in memory during training: what sets or decays weights?")
         if state.global_step > self.first_step and trained_checksum(model) == self.trained_sum:
             raise RuntimeError(
-                "No weight moved that was drawn. Is the learning rate 0, or so small that weights in bfloat16 keep their "
-                "values? Train in float32, or with bf16=True, which has master weights in float32."
+                "No weight moved that was drawn. Is the learning rate 0, or so small that weights in bfloat16 keep "
+                "their values? Train in float32, or with bf16=True, which has master weights in float32."
             )
         if self.save_delta:
             parameters = dict(model.named_parameters())
