@@ -58,7 +58,7 @@ class Phase:
         memories: the rows of past tasks that GEM keeps.
         replays: whether it trains on rows of past tasks.
         validation: the rows whose loss is measured while it trains.
-        part: which of the `parts` of the training on its set it is, from 1: data.rounds_per_set.
+        set_part: which of the `set_parts` parts of the training on its set it is, from 1: data.rounds_per_set.
         set_name: the name of its set, where that of the phase has the part too.
     """
 
@@ -73,8 +73,8 @@ class Phase:
     memories: tuple[Source, ...] = ()
     replays: bool = False
     validation: ValidationSet | None = None
-    part: int = 1
-    parts: int = 1
+    set_part: int = 1
+    set_parts: int = 1
     set_name: str = ""
 
     @property
@@ -85,7 +85,7 @@ class Phase:
     @property
     def ends_set(self) -> bool:
         """Whether the training on its set is complete after it, so that the model is scored."""
-        return self.part == self.parts
+        return self.set_part == self.set_parts
 
     @property
     def data(self) -> str:
@@ -209,7 +209,7 @@ def _training_phases(config: RunConfig) -> tuple[Phase, ...]:
         phase = run[-1]
         if continual.name == "replay" and (replayed := _replayed(config, past)):
             replay = replace(phase, number=phase.number + 1, name=f"{name}-replay", sources=replayed, replays=True)
-            replay = replace(replay, validation=None, part=1, parts=1, set_name="")
+            replay = replace(replay, validation=None, set_part=1, set_parts=1, set_name="")
             run.append(replace(replay, epochs=continual.replay_epochs))
     if config.method.alpha is not None:  # what all rounds have changed goes a part of the way back
         run.append(Phase(len(run) + 1, run[-1].round, INTERPOLATION, INTERPOLATION, ()))
@@ -228,8 +228,8 @@ def _in_parts(phase: Phase, parts: int) -> list[Phase]:
             name=f"{phase.name}-{index + 1}of{parts}",
             set_name=phase.name,
             test=phase.test if index + 1 == parts else None,
-            part=index + 1,
-            parts=parts,
+            set_part=index + 1,
+            set_parts=parts,
         )
         for index in range(parts)
     ]

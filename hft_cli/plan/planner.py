@@ -243,7 +243,7 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
     step_flops = flops(work, train.batch_size, tokens)
     steps = _count_steps(phase_settings, rows)
     if steps is not None:
-        steps = steps * phase.part // phase.parts - steps * (phase.part - 1) // phase.parts
+        steps = steps * phase.set_part // phase.set_parts - steps * (phase.set_part - 1) // phase.set_parts
     duration = None
     if config.tflops is not None and steps is not None:
         operations = step_flops.total * steps

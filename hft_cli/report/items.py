@@ -22,10 +22,10 @@ def score_changes(run: Run) -> list[Record]:
         items = item_scores(run, task)
         change = None if before is None or after is None else Estimate(after - before, 0)
         if items:
-            change = (newcombe if is_right_or_wrong(*items) else paired_bootstrap)(*items)
+            change = newcombe(*items[:2]) if is_right_or_wrong(*items[:2]) else paired_bootstrap(*items)
         records.append({
             "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task], "before": before,
-            "after": after, **estimate_fields("change", change), **(flips(*items) if items else {}),
+            "after": after, **estimate_fields("change", change), **(flips(*items[:2]) if items else {}),
         })  # fmt: skip
     return records
 
@@ -44,7 +44,8 @@ def change_cell(record: Record) -> str:
     """The change of a share in points, with its interval; of another metric in its own unit."""
     if _is_share(record):
         return estimate_cell("change", signed=True, deviation=False)(record)
-    return formatted("change", "+.4g")(record)
+    change, low, high = (formatted(f"change{end}", "+.2g")(record) for end in ("", "_low", "_high"))
+    return change + (f" [{low}, {high}]" if low and high else "")
 
 
 def is_right_or_wrong(before: Sequence[float], after: Sequence[float]) -> bool:
@@ -72,12 +73,16 @@ def _count(count: int, n: int) -> str:
     return f"{count:,} of {n:,} [{low:.1f}, {high:.1f}]%"
 
 
-def item_scores(run: Run, task: str) -> tuple[list[float], list[float]] | None:
-    """The scores before and after of the items of SUITE/TASK that have both; None without such records."""
+def item_scores(run: Run, task: str) -> tuple[list[float], list[float], list[float]] | None:
+    """The scores before and after of the items of SUITE/TASK that have both, and their weights: the bytes of a text, of
+    other items 1. None without such records.
+    """
     files = run.records.get(task) or _files_of_training(run.folder / "eval", task)
     before, after = (_read_items(files.get(when), run.metrics[task]) for when in ("before", "after"))
     rows = [row for row in before if row in after]
-    return ([before[row] for row in rows], [after[row] for row in rows]) if rows else None
+    if not rows:
+        return None
+    return [before[row][0] for row in rows], [after[row][0] for row in rows], [after[row][1] for row in rows]
 
 
 def _files_of_training(folder: Path, task: str) -> dict[str, Path]:
@@ -87,12 +92,14 @@ def _files_of_training(folder: Path, task: str) -> dict[str, Path]:
     return {when: path / f"{task}.jsonl" for when, path in (("before", folder / "before"), ("after", last)) if path}
 
 
-def _read_items(path: Path | None, metric: str) -> dict[Any, float]:
-    """Row -> its score; empty if there is no such file, or if a line of it is broken."""
+def _read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]:
+    """Row -> its score and its weight; empty if there is no such file, or if a line of it is broken."""
     if path is None:
         return {}
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {line.get("row", i): finite(line[metric]) for i, line in enumerate(lines)}
+        return {
+            line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,8 +165,13 @@ def t_quantile(freedom: float) -> float:
     return float(t.ppf(0.5 + LEVEL / 2, freedom))
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Estimate:
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
+) -> Estimate:
     """The mean of after - before over the same items, with the percentile interval of a bootstrap over the items.
+
+    Args:
+        weights: of the items in the mean; all alike without them.
 
     Raises:
         ValueError: the two differ in length, or are empty.
@@ -175,14 +181,19 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int 
     if len(before) != len(after) or not before:
         raise ValueError("a paired difference needs the same items before and after")
     difference = np.asarray(after, float) - np.asarray(before, float)
-    mean, n = float(difference.mean()), len(difference)
+    weight = np.ones(len(difference)) if weights is None else np.asarray(weights, float)
+
+    def mean(values: Any, by: Any, axis: int = -1) -> Any:
+        return (values * by).sum(axis=axis) / by.sum(axis=axis)
+
+    n = len(difference)
     if n == 1:
-        return Estimate(mean, 1)
+        return Estimate(float(difference[0]), 1)
     low, high = bootstrap(
-        (difference,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=LEVEL, method="percentile",
-        rng=np.random.default_rng(seed),
+        (difference, weight), mean, paired=True, n_resamples=RESAMPLES, batch=100, confidence_level=LEVEL,
+        method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return Estimate(mean, n, float(difference.std(ddof=1)), float(low), float(high))
+    return Estimate(float(mean(difference, weight)), n, float(difference.std(ddof=1)), float(low), float(high))
 
 
 def variance_components(table: Sequence[Sequence[float]]) -> VarianceComponents:

@@ -18,7 +18,7 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
     config, train = job.config, job.config.train
     gpu = torch.cuda.is_available()
     arguments, settings = procedure.settings(config)
-    in_parts = job.phase.parts > 1  # the rows are in their order, over all epochs
+    in_parts = job.phase.set_parts > 1  # the rows are in their order, over all epochs
     if in_parts or (job.phase.replays and not config.continual.replay_shuffle):
         settings["train_sampling_strategy"] = "sequential"
     return arguments(

@@ -146,7 +146,7 @@ def load_rows(
         shutil.rmtree(folder.tokens, ignore_errors=True)
         if job.phase.number == 1:
             for phase in phases(job.config)[1:]:  # a row that a later round refuses is refused now, not hours later
-                if not phase.trains or phase.part > 1:
+                if not phase.trains or phase.set_part > 1:
                     continue
                 later = phase_rows(phase.stage, phase.sources, job.config, tokenizer, phase.validation)
                 _require_known_tokens(job, tokenizer, later, validated_rows(phase, later, job.config, tokenizer))
@@ -173,14 +173,14 @@ def _rows_in_order(job: PhaseJob, dataset: Dataset) -> Dataset:
         UserError: if the part has no step.
     """
     phase, train = job.phase, job.config.train
-    if phase.parts == 1:
+    if phase.set_parts == 1:
         return dataset
     length = train.max_steps * train.batch_size if train.max_steps else round(float(train.epochs) * len(dataset))
-    part = rows_of_part(len(dataset), length, train.batch_size, job.config.seed, (phase.part, phase.parts))
+    part = rows_of_part(len(dataset), length, train.batch_size, job.config.seed, (phase.set_part, phase.set_parts))
     if not part:
         steps = math.ceil(length / train.batch_size)
         raise UserError(
-            f"data.rounds_per_set={phase.parts} is more than the {steps} optimizer steps of {phase.name}. Set "
+            f"data.rounds_per_set={phase.set_parts} is more than the {steps} optimizer steps of {phase.name}. Set "
             f"data.rounds_per_set={steps} or less."
         )
     return dataset.select(part)

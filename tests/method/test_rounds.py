@@ -73,7 +73,7 @@ def test_every_round_has_the_sets_of_a_mix():
 
 def test_a_set_is_divided_into_rounds_and_scored_at_its_end():
     run = phases(trace("data.rounds_per_set=2", "continual=replay"))
-    assert [(p.number, p.round, p.name, p.part, p.parts, p.test is None) for p in run] == [
+    assert [(p.number, p.round, p.name, p.set_part, p.set_parts, p.test is None) for p in run] == [
         (1, 1, "C-STANCE-1of2", 1, 2, True), (2, 2, "C-STANCE-2of2", 2, 2, False), (3, 3, "Py150-1of2", 1, 2, True),
         (4, 4, "Py150-2of2", 2, 2, False), (5, 4, "Py150-replay", 1, 1, False), (6, 5, "20Minuten-1of2", 1, 2, True),
         (7, 6, "20Minuten-2of2", 2, 2, False), (8, 6, "20Minuten-replay", 1, 1, False),

@@ -63,6 +63,13 @@ def test_the_bootstrap_gives_the_same_interval_each_time():
     assert (result.low, result.high) == pytest.approx((62.325, 707.1916667))
 
 
+def test_items_may_have_weights():
+    before, after = [1.0, 2.0, 3.0], [2.0, 2.0, 3.5]
+    assert paired_bootstrap(before, after, [1, 1, 2]).mean == pytest.approx(0.5)
+    plain, alike = paired_bootstrap(before, after), paired_bootstrap(before, after, [7, 7, 7])
+    assert (plain.mean, plain.low, plain.high) == pytest.approx((alike.mean, alike.low, alike.high))
+
+
 def test_one_item_has_no_interval():
     assert paired_bootstrap([1.0], [0.0]) == Estimate(-1.0, 1)
 

@@ -142,7 +142,8 @@ def test_a_part_trains_on_its_rows_once_and_in_order(tmp_path):
         folder.mkdir()
         job = phase_job(folder, BASE, *QUICK, "train.max_steps=6", "train.save_every=1", "train.save_limit=9")
         run = RoundDir(folder)
-        phase.train_phase(replace(job, phase=replace(job.phase, part=number, parts=2)), run, Progress(run.progress))
+        in_parts = replace(job, phase=replace(job.phase, set_part=number, set_parts=2))
+        phase.train_phase(in_parts, run, Progress(run.progress))
         made.append(run)
     whole = train(tmp_path / "whole", BASE)
     rows = load_from_disk(str(whole.tokens))["input_ids"]
@@ -156,7 +157,7 @@ def test_more_parts_than_steps_are_refused(tmp_path):
     job = phase_job(tmp_path, BASE, *QUICK, "train.epochs=1", "train.max_steps=null")
     run = RoundDir(tmp_path)
     with pytest.raises(UserError, match=r"=5 is more than the 4 optimizer steps of order\. Set .*=4 or less"):
-        phase.train_phase(replace(job, phase=replace(job.phase, parts=5)), run, Progress(run.progress))
+        phase.train_phase(replace(job, phase=replace(job.phase, set_parts=5)), run, Progress(run.progress))
 
 
 def test_batches_by_length_have_less_padding():
