@@ -38,14 +38,15 @@ def verify_run(parser: Parser, words: list[str]) -> int:
     if options.tuned is not None:
         if options.infer == (options.draw is not None) or options.base or options.model:
             raise UserError("For two models give --draw FILE or --infer: hft verify BASE TUNED --infer.")
-        return verify_models(options.run, options.tuned, options.draw)
-    if options.draw or options.infer:
+    elif options.draw or options.infer:
         raise UserError("--draw and --infer are for two models: hft verify BASE TUNED --infer.")
     silent = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
-    with tqdm(desc="verify", unit=" tensors", leave=False, disable=silent) as bar:
-        proofs = verify(
-            finished(path(options.run)), options.model, options.base, tick=lambda name: bar.update() and None
-        )
+    bar = tqdm(desc="verify", unit=" tensors", leave=False, disable=silent)
+    if options.tuned is not None:
+        return verify_models(options.run, options.tuned, options.draw, bar)
+    with bar:
+        run = finished(path(options.run))
+        proofs = verify(run, options.model, options.base, tick=lambda name: bar.update() and None)
     for proof in proofs:
         print(_proof_text(proof))
     failed = any(proof.faults for proof in proofs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hft_cli.checkpoint.folders import model_folder
 from hft_cli.checkpoint.naming import Param
@@ -54,13 +55,19 @@ def _parameters(model: str) -> tuple[Param, ...]:
     return read_model(ModelConfig(name=model, path=resolve_path(model))).params
 
 
-def verify_models(base: str, tuned: str, drawn: Path | None) -> int:
-    """`hft verify BASE TUNED`: exit status 1 if the draws of a file, or without one any single draw, do not fit."""
+def verify_models(base: str, tuned: str, drawn: Path | None, bar: Any) -> int:
+    """`hft verify BASE TUNED`: exit status 1 if the draws of a file, or without one any single draw, do not fit.
+
+    Args:
+        bar: of tqdm, which counts parameters.
+    """
     folders = [model_folder(resolve_path(text), key) for text, key in ((base, "BASE"), (tuned, "TUNED"))]
-    changes = compare_models(folders[0], folders[1])
+    rounds = read_draws(drawn) if drawn else None  # before the weights are read
+    with bar:
+        changes = compare_models(folders[0], folders[1], tick=bar.update)
     print(changes_text(changes))
-    if drawn is not None:
-        proof = prove_draws(changes, read_draws(drawn))
+    if rounds is not None:
+        proof = prove_draws(changes, rounds)
         print(proof_text(proof))
         return 1 if proof.faults else 0
     print(infer_text(changes))

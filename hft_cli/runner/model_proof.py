@@ -59,7 +59,7 @@ def compare_models(
 
     Args:
         kinds: as `model.kinds`.
-        tick: called for each parameter.
+        tick: called for each parameter, by several threads.
 
     Raises:
         UserError: if a folder holds no model, or the two have no name in common.
@@ -71,10 +71,14 @@ def compare_models(
     less, more = renaming
     renamed = {more + name.removeprefix(less): tensor for name, tensor in others.items()}
     pairs = {param.name: [(files[name], renamed[name]) for name in param.stored if name in renamed] for param in params}
-    with ThreadPoolExecutor(THREADS) as pool:
-        same = dict(zip(pairs, pool.map(lambda each: all(_same(*pair) for pair in each), pairs.values()), strict=True))
-    for _ in params:
+
+    def has_same_bits(each: list[tuple[StoredTensor, StoredTensor]]) -> bool:
+        same = all(_same(*pair) for pair in each)
         tick()
+        return same
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        same = dict(zip(pairs, pool.map(has_same_bits, pairs.values()), strict=True))
     faults = {
         "TUNED lacks": [param.name for param in params if _is_incomplete(param, files, renamed)],
         "TUNED has another shape of": [
