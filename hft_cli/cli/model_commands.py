@@ -110,11 +110,14 @@ def infer_text(changes: Changes) -> str:
         return "\n".join([*lines, "Nothing moved."])
     found = fits(changes.params, changes.moved)
     for fit in found:
+        still = f", if {plural(fit.unmoved, 'norm')} kept {'its' if fit.unmoved == 1 else 'their'} bits" * bool(
+            fit.unmoved
+        )
         if fit.level == "all":
-            lines.append("Every matrix moved: full fine-tuning, or several rounds.")
+            lines.append(f"full fine-tuning, or several rounds that together updated every matrix{still}")
         else:
             others = f" (of {min(fit.ratios):g} to {max(fit.ratios):g})" if len(fit.ratios) > 1 else ""
-            lines.append(f"fits one draw of level {fit.level}, ratio {fit.ratios[0]:g}{others}")
+            lines.append(f"fits one draw of level {fit.level}, ratio {fit.ratios[0]:g}{others}{still}")
     if not found:
         lines.append("No single draw fits: what moved is no share of layers, categories or the model.")
     return "\n".join(lines)

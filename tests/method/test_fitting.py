@@ -36,6 +36,9 @@ def test_a_draw_fits_its_own_level_and_ratio(level, twentieths, seed, round, red
 def test_everything_and_nothing():
     names = {param.name for param in PARAMS}
     assert [fit.level for fit in fits(PARAMS, names)] == ["all"]
+    assert [(fit.level, fit.unmoved) for fit in fits(PARAMS, {n for n in names if "layernorm" not in n})] == [
+        ("all", 8)
+    ]
     assert fits(PARAMS, set()) == fits(PARAMS, {"lm_head.weight"}) == ()
 
 
@@ -44,6 +47,19 @@ def test_a_category_that_did_not_move_breaks_the_fit():
     assert [fit.level for fit in fits(PARAMS, moved)] == ["category", "model"]
     still = {name for name in moved if "layers.0.self_attn" in name}
     assert "category" not in [fit.level for fit in fits(PARAMS, moved - still)]
+
+
+@pytest.mark.parametrize("level", ["layer", "category"])
+def test_a_drawn_norm_that_kept_its_bits_does_not_hide_the_draw(level):
+    config = tiny_config("llama")
+    config.num_hidden_layers = 20
+    params = parameters_from_config(config)
+    moved = set(draw(params, SelectionConfig(level=level), 1, 3).updated)
+    still = sorted(name for name in moved if "input_layernorm" in name)[:2]
+    (fit,) = [fit for fit in fits(params, moved - {*still}) if fit.level == level]
+    assert (fit.ratios[0], fit.unmoved) == (0.5, 2)
+    matrix = next(name for name in sorted(moved) if "up_proj" in name)
+    assert (level, 0.5) not in [(fit.level, fit.ratios[0]) for fit in fits(params, moved - {matrix})]
 
 
 @pytest.mark.parametrize("level", ["layer", "category"])
