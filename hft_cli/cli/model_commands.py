@@ -110,9 +110,7 @@ def infer_text(changes: Changes) -> str:
         return "\n".join([*lines, "Nothing moved."])
     found = fits(changes.params, changes.moved)
     for fit in found:
-        still = f", if {plural(fit.unmoved, 'norm')} kept {'its' if fit.unmoved == 1 else 'their'} bits" * bool(
-            fit.unmoved
-        )
+        still = f", if {plural(fit.unmoved, 'drawn norm')} did not move" if fit.unmoved else ""
         if fit.level == "all":
             lines.append(f"full fine-tuning, or several rounds that together updated every matrix{still}")
         else:
