@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hft_cli.config.settings import WITHOUT_TRAINING
+from hft_cli.config.schema import RunConfig
+from hft_cli.config.settings import REQUIRED, WITHOUT_TRAINING, leaves
 from hft_cli.files import flatten
 from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import RunRow
@@ -28,9 +30,11 @@ IGNORED_KEYS = (
 def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[str, str]:
     """The setting as text by flat key, without the keys that have no effect on this run.
 
+    A key that is younger than the run has its default, so that runs of two versions are of one setting.
     What results.json says goes before config.yaml, and is enough if that file is missing or broken.
     """
-    values = {key: str(value) for key, value in flatten(_numbered(_read_yaml(config))).items()}
+    written = {key: str(value) for key, value in flatten(_numbered(_read_yaml(config))).items()}
+    values = (_defaults() if written else {}) | written
     values |= {
         "method.name": row.method, "selection.level": row.level, "selection.ratio": f"{row.ratio:g}",
         "train.learning_rate": f"{row.learning_rate}", "model.name": str(results.get("model")),
@@ -38,6 +42,13 @@ def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[st
     }  # fmt: skip
     unused = re.compile("|".join(_unused_keys(row, values.get("method.stages", ""))))
     return {key: value for key, value in values.items() if key not in IGNORED_KEYS and not unused.match(key)}
+
+
+@cache
+def _defaults() -> dict[str, str]:
+    """Every key that has a default, as text."""
+    defaults = ((key, value) for key, _, value in leaves(RunConfig) if value != REQUIRED)
+    return {key: str(value) for key, value in defaults if not isinstance(value, dict)}
 
 
 def _numbered(value: Any) -> Any:

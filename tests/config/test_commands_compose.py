@@ -63,6 +63,7 @@ def test_the_comparison_on_smollm2_composes(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     subprocess.run([ROOT / "scripts/smollm2/compare.sh", "MODEL", "the rows", "PARAREL", "OUT"], check=True)
     lines = [line.split("\037")[:-1] for line in (tmp_path / "words").read_text().splitlines()]
+    check_eval(composed_by("eval", *lines.pop()[1:]))
     assert len(lines) == 6
     for command, multirun, *words in lines:
         assert (command, multirun) == ("train", "-m")

@@ -32,6 +32,14 @@ def test_keys_without_effect_do_not_separate_runs(tmp_path):
     assert {group.label: len(group.runs) for group in group_runs(find_runs([tmp_path]))} == {"FFT": 2, "HFT": 2}
 
 
+def test_a_key_that_is_younger_than_a_run_has_its_default(tmp_path):
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new", config={"data": {"name": "pocket_capitals", "path": ["capitals"], "rounds_per_set": 1}})
+    write_run(tmp_path / "two", config={"data": {"name": "pocket_capitals", "path": ["capitals"], "rounds_per_set": 2}})
+    groups = group_runs(find_runs([tmp_path]))
+    assert {group.label: len(group.runs) for group in groups} == {"HFT rounds_per_set 1": 2, "HFT rounds_per_set 2": 1}
+
+
 def test_sets_of_a_mix_are_told_apart_by_what_differs(tmp_path):
     for name, share in (("a", 0.01), ("b", 0.1)):
         write_run(tmp_path / name, config={"data": {"mix": [{"path": "general.jsonl", "share": share}]}})
