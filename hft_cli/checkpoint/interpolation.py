@@ -17,7 +17,7 @@ import numpy as np
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.tensors import StoredTensor, Writer, read_bytes
 from hft_cli.errors import UserError
-from hft_cli.text import plural
+from hft_cli.text import first_of, plural
 
 NUMBERS = 1 << 18  # computed at a time: they stay in the cache of a core
 
@@ -141,9 +141,8 @@ def blends(tuned: StoredModel, base: StoredModel, kept: Mapping[str, float], sha
             else:
                 mismatches.append(f"{target} ({list(old.shape)}, in the base {list(new.shape)})")
     if mismatches:
-        more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
         raise UserError(
-            f"{tuned.folder} cannot be set back to {base.folder}: {', '.join(mismatches[:3])}{more}. Keep "
+            f"{tuned.folder} cannot be set back to {base.folder}: {first_of(mismatches, 3)}. Keep "
             "embeddings and head tuned (selection.embeddings=freeze selection.head=freeze) or, if only the vocabulary "
             "is longer, set back the rows that both models have (method.shared_rows=true)."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hft_cli.cli.arguments import Parser, number, round_number
 from hft_cli.config.conf import options_of
 from hft_cli.config.schema import ModelConfig, SelectionConfig
 from hft_cli.errors import choose
-from hft_cli.method.fitting import fits
+from hft_cli.method.fitting import Fit, fits
 from hft_cli.method.formats import FORMATS
 from hft_cli.method.standalone import draw_alone
 from hft_cli.paths import resolve_path
@@ -70,8 +71,9 @@ def verify_models(base: str, tuned: str, drawn: Path | None, bar: Any) -> int:
         proof = prove_draws(changes, rounds)
         print(proof_text(proof))
         return 1 if proof.faults else 0
-    print(infer_text(changes))
-    return 0 if not changes.faults and (not changes.moved or fits(changes.params, changes.moved)) else 1
+    found = fits(changes.params, changes.moved)
+    print(infer_text(changes, found))
+    return 0 if not changes.faults and (not changes.moved or found) else 1
 
 
 def changes_text(changes: Changes) -> str:
@@ -103,12 +105,11 @@ def proof_text(proof: DrawnProof) -> str:
     return "\n".join([*lines, f"verified: {counts}: frozen ones bit-identical"])
 
 
-def infer_text(changes: Changes) -> str:
+def infer_text(changes: Changes, found: Sequence[Fit]) -> str:
     """Which draws explain what moved."""
     lines = list(changes.faults)
     if not changes.moved:
         return "\n".join([*lines, "Nothing moved."])
-    found = fits(changes.params, changes.moved)
     for fit in found:
         still = f", if {plural(fit.unmoved, 'drawn norm')} did not move" if fit.unmoved else ""
         if fit.level == "all":
