@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import model_folder
 from hft_cli.checkpoint.naming import Param
 from hft_cli.cli.arguments import Parser, number, round_number
 from hft_cli.config.conf import options_of
@@ -62,10 +61,9 @@ def verify_models(base: str, tuned: str, drawn: Path | None, bar: Any) -> int:
     Args:
         bar: of tqdm, which counts parameters.
     """
-    folders = [model_folder(resolve_path(text), key) for text, key in ((base, "BASE"), (tuned, "TUNED"))]
     rounds = read_draws(drawn) if drawn else None  # before the weights are read
     with bar:
-        changes = compare_models(folders[0], folders[1], tick=bar.update)
+        changes = compare_models(base, tuned, tick=bar.update)
     print(changes_text(changes))
     if rounds is not None:
         proof = prove_draws(changes, rounds)

@@ -50,21 +50,23 @@ class Changes:
 
 
 def compare_models(
-    base: Path, tuned: Path, kinds: Mapping[str, str] = {}, tick: Callable[[], object] = lambda: None
+    base: str | Path, tuned: str | Path, kinds: Mapping[str, str] = {}, tick: Callable[[], object] = lambda: None
 ) -> Changes:
-    """Compare the weights in two folders, parameter by parameter and bit by bit.
+    """Compare the weights of two models, parameter by parameter and bit by bit.
 
     Where the tuned model has another dtype, the values of the base are converted to it first: they are rounded to
     nearest, or stay what they are in a wider dtype. Of a head that is tied to the embedding, a folder may have a copy.
 
     Args:
+        base, tuned: folders in Hugging Face layout with safetensors weights, or hub names.
         kinds: as `model.kinds`.
         tick: called for each parameter, by several threads.
 
     Raises:
         UserError: if a folder holds no model, or the two have no name in common.
     """
-    params, files, others = parameters_from_folder(base, kinds), stored_tensors(base), stored_tensors(tuned)
+    folders = [model_folder(resolve_path(str(path)), key) for path, key in ((base, "BASE"), (tuned, "TUNED"))]
+    params, (files, others) = parameters_from_folder(folders[0], kinds), map(stored_tensors, folders)
     renaming = _renaming({name for param in params for name in param.stored}, others)
     if renaming is None:
         raise UserError(f"{tuned} has no parameter of {base}: are they of one model?")
@@ -121,16 +123,15 @@ def verify(base: str | Path, tuned: str | Path, draw: Draw | str | Path) -> Draw
     """Whether a model that was trained anywhere differs from its base in what a draw updates, and in nothing else.
 
     Args:
-        base, tuned: folders in Hugging Face layout with safetensors weights, or hub names.
+        base, tuned: as in `compare_models`.
         draw: what `half_finetune` returned, or the draws.json of a run, of `HalfFinetuneCallback` or of
             `hft draw --format json`.
 
     Raises:
         UserError: if a folder holds no model, the two are not of one model, or the file has no draws.
     """
-    folders = [model_folder(resolve_path(str(path)), key) for path, key in ((base, "base"), (tuned, "tuned"))]
-    changes = compare_models(folders[0], folders[1])
-    return prove_draws(changes, read_draws(Path(draw)) if isinstance(draw, str | Path) else [draw.as_dict()])
+    rounds = read_draws(Path(draw)) if isinstance(draw, str | Path) else [draw.as_dict()]
+    return prove_draws(compare_models(base, tuned), rounds)
 
 
 def read_draws(file: Path) -> list[dict[str, Any]]:
