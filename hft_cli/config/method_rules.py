@@ -109,6 +109,15 @@ def _method_has_its_keys(config: RunConfig) -> str | None:
     return None
 
 
+def _vllm_needs_a_model_on_disk(config: RunConfig) -> str | None:
+    if config.method.save_model or config.generation.backend != "vllm":
+        return None
+    return (
+        "generation.backend=vllm loads the model that is scored from its files, and method.save_model=false writes "
+        "none: leave out one of them."
+    )
+
+
 def _benchmarks_need_a_model_on_disk(config: RunConfig) -> str | None:
     suite = config.suite
     if config.method.save_model or not (suite.benchmarks or suite.harness or suite.probe):
@@ -235,6 +244,7 @@ METHOD_RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     _ranks_train,
     _method_has_its_keys,
     _benchmarks_need_a_model_on_disk,
+    _vllm_needs_a_model_on_disk,
     _replay_keys_need_replay,
     _continual_suits_the_method,
     _continual_suits_the_engine,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hft_cli.config.settings import AUTO, FLASH_ATTENTION, REQUIRED, WITHOUT_TRAINING, setting
+from hft_cli.config.settings import AUTO, FLASH_ATTENTION, FORCED_METRICS, REQUIRED, WITHOUT_TRAINING, setting
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.config.training import AnchorConfig, ContinualConfig, DpoConfig, GenerationConfig, LoraConfig, TrainConfig
 from hft_cli.errors import UserError
@@ -141,9 +141,9 @@ class DataConfig:
     )
     metric: Any = setting(
         "exact_match",
-        "Score of the test rows; exact_match is teacher-forced, the others score generated answers. One, or a map from "
-        "task to metric.",
-        choices=("exact_match", "hft_cli.evaluation.metrics:METRICS"),
+        "Score of the test rows; exact_match and token_accuracy (the share of an answer's tokens) are teacher-forced, "
+        "the others score generated answers. One, or a map from task to metric.",
+        choices=(*FORCED_METRICS, "hft_cli.evaluation.metrics:METRICS"),
     )
     format: str = setting(
         "auto",

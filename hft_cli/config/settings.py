@@ -20,6 +20,8 @@ FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
+BACKENDS = ("transformers", "vllm")  # programs that generate answers
+FORCED_METRICS = ("exact_match", "token_accuracy")  # they need no generated answer: one forward pass over the right one
 AUTO = "auto"  # a value that depends on the machine, and is replaced before anything else
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from hft_cli.config.settings import REQUIRED, setting
+from hft_cli.config.settings import BACKENDS, REQUIRED, setting
 
 
 @dataclass
@@ -27,6 +27,12 @@ class SuiteConfig:
         unit="rows",
         range="[1, inf)",
         choices=("auto",),
+    )
+    backend: str = setting(
+        "transformers",
+        "The program that generates the answers to benchmarks. vllm, which must be installed, is faster for many "
+        "prompts. generation.backend is that of test sets.",
+        choices=BACKENDS,
     )
     seed: int = setting(
         42,

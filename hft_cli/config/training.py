@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hft_cli.config.optimizers import DEFAULT as OPTIMIZER
-from hft_cli.config.settings import setting
+from hft_cli.config.settings import BACKENDS, setting
 
 
 @dataclass
@@ -221,3 +221,8 @@ class GenerationConfig:
         range="[1, inf)",
     )
     temperature: float = setting(0.0, "0: greedy decoding. Above 0: sampling, with the seed `seed`.", range="[0, inf)")
+    backend: str = setting(
+        "transformers",
+        "The program that generates the answers. vllm, which must be installed, is faster for many prompts.",
+        choices=BACKENDS,
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hft_cli.data.reasoning import decode_answer
+from hft_cli.evaluation import vllm_engine
 from hft_cli.evaluation.workers import share_items
 from hft_cli.launch.ranks import Ranks
 
@@ -156,6 +158,39 @@ def without_reasoning(model: Any) -> Iterator[None]:
         yield
     finally:
         model.tok_decode, model._model_generate = decode, generate
+
+
+def answer_with_vllm(model: Any, start: Callable[[], Any], seed: int) -> None:
+    """Let vLLM generate the answers of a model of the harness; `start` returns its engine, at the first answer.
+
+    UPSTREAM: lm-eval 0.4.13: its own model for vLLM drops the penalties and sampling settings of the checkpoint's
+    generation_config.json, which `HFLM` applies (issue 3154), and tokenizes by itself. So `HFLM` makes the prompts and
+    cuts the answers, and only `_model_generate` is replaced: it gets a batch of prompts, padded on the left, and
+    returns them with their answers. `batch_size_per_gpu` is the number of prompts in a batch.
+    """
+    import torch
+
+    generate_until = model.generate_until
+    engines: list[Any] = []
+
+    def generate(context: Any, max_length: int, stop: Sequence[str], **options: Any) -> Any:
+        if not engines:
+            engines.append(start())
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(context, options["attention_mask"], strict=True)]
+        decoding = vllm_engine.decoding_of(model.model.generation_config, options, max_length - context.shape[1])
+        decoding = replace(decoding, stops=tuple(stop), seed=seed)
+        answers = [torch.tensor(tokens) for tokens in vllm_engine.generate(engines[0], prompts, decoding)]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=model.eot_token_id)
+        return torch.cat([context.cpu(), padded], dim=1)
+
+    def all_at_once(requests: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        size, model.batch_size_per_gpu = model.batch_size_per_gpu, len(requests)
+        try:
+            return generate_until(requests, *arguments, **options)
+        finally:
+            model.batch_size_per_gpu = size
+
+    model._model_generate, model.generate_until = generate, all_at_once
 
 
 def count_truncated_prompts(task: Any, model: Any) -> int:

@@ -21,6 +21,7 @@ from hft_cli.data.reasoning import has_reasoning
 from hft_cli.errors import UserError
 from hft_cli.evaluation.benchmarks import BENCHMARKS
 from hft_cli.evaluation.compat import (
+    answer_with_vllm,
     count_truncated_prompts,
     hide_ranks,
     report_progress,
@@ -33,6 +34,7 @@ from hft_cli.evaluation.harness_results import item_records, summarize, summariz
 from hft_cli.evaluation.harness_tasks import Sources, Tasks, build_tasks
 from hft_cli.evaluation.sandbox import isolation, run_program
 from hft_cli.evaluation.score_files import write_scores
+from hft_cli.evaluation.vllm_engine import start_engine
 from hft_cli.evaluation.workers import current_ranks, device_of_rank, load_tokenizer, load_weights, process_group
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, Progress
 from hft_cli.launch.ranks import Ranks
@@ -125,7 +127,7 @@ def _load(job: HarnessJob) -> Any:
     device = device_of_rank()
     hide_ranks()
     attention = {} if job.model.attention is None else {"attn_implementation": job.model.attention}
-    return HFLM(
+    model = HFLM(
         pretrained=load_weights(job.path, job.model).to(device) if job.model.part else job.path,
         tokenizer=load_tokenizer(job.path, job.model),
         dtype=job.model.dtype,
@@ -133,6 +135,11 @@ def _load(job: HarnessJob) -> Any:
         device=device,
         **attention,
     )
+    if job.backend == "vllm":
+        # The rest of the memory is for the log-likelihoods of other benchmarks, which transformers computes.
+        start = partial(start_engine, job.path, job.model, memory_share=0.7)
+        answer_with_vllm(model, start, job.seed)
+    return model
 
 
 def _evaluate(model: Any, built: Tasks, request: HarnessTask, seed: int) -> dict[str, Any]:

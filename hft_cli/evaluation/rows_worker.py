@@ -2,7 +2,8 @@
 
 The metric `exact_match` counts a row if greedy decoding would give its answer token for token, including the end of the
 turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely one
-after the correct tokens before it. So a row needs one forward pass. All other metrics compare a generated answer.
+after the correct tokens before it. So a row needs one forward pass. `token_accuracy` is the share of an answer's tokens
+that are the most likely one, in the same pass. All other metrics compare a generated answer.
 With several ranks, each rank computes a share of the rows.
 """
 
@@ -14,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.folders import stored_tensors
 from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.config.settings import FORCED_METRICS
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import Prompts, make_prompts
@@ -23,6 +26,7 @@ from hft_cli.data.reasoning import decode_answer, split_reasoning
 from hft_cli.data.rows import read_chats
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
+from hft_cli.evaluation import vllm_engine
 from hft_cli.evaluation.compat import use_generation_settings_only
 from hft_cli.evaluation.metrics import mean_and_error, score
 from hft_cli.evaluation.score_files import write_scores
@@ -34,12 +38,14 @@ from hft_cli.evaluation.workers import (
     device_of_rank,
     last_logits,
     load_model,
+    load_tokenizer,
     load_weights,
     map_batches,
     pad_rows,
     process_group,
     share_items,
 )
+from hft_cli.files import read_json
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -56,7 +62,7 @@ R = TypeVar("R")
 def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
     """Score each task of the job and write its files; finished tasks are skipped.
 
-    The first score of a task is its metric in [0, 1], followed by the standard error and counts. With exact_match,
+    The first score of a task is its metric in [0, 1], followed by the standard error and counts. Without generating,
     `nll` is the mean negative log-likelihood of the answers' tokens, in nats.
     """
     tasks = {
@@ -79,7 +85,7 @@ def score_rows(job: RowsJob, folder: RoundDir, progress: Progress) -> None:
             if task.metric == METRIC:
                 scores, items = score_texts(loaded, chats, progress)
             else:
-                score_task = _score_exact_match if task.metric == "exact_match" else _score_answers
+                score_task = _score_forced if task.metric in FORCED_METRICS else _score_answers
                 scores, items = score_task(loaded, chats, task, job, progress)
             if ranks.first:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +102,8 @@ def _read(task: RowsTask) -> Sequence[Any]:
 def _load(job: RowsJob) -> LoadedModel:
     import torch
 
+    if job.generation.backend == "vllm":
+        return _load_into_vllm(job)
     loaded = load_model(job.path, job.model, device_of_rank())
     if any(task.metric != METRIC for tasks in job.tasks.values() for task in tasks.values()):
         chat_template(None, loaded.tokenizer)  # raises an error if there is none
@@ -103,6 +111,15 @@ def _load(job: RowsJob) -> LoadedModel:
         with torch.no_grad():
             _put_back(loaded.model, job, job.base)
     return loaded
+
+
+def _load_into_vllm(job: RowsJob) -> LoadedModel:
+    positions = max_positions(read_json(Path(job.path) / "config.json")) or DEFAULT_MAX_LENGTH
+    generation, longest = job.generation, None
+    if generation.max_prompt_length is not None:
+        longest = min(positions, generation.max_prompt_length + generation.max_new_tokens)
+    engine = vllm_engine.start_engine(job.path, job.model, longest)
+    return LoadedModel(engine, load_tokenizer(job.path, job.model), "cpu", positions)
 
 
 def _put_back(model: Any, job: RowsJob, folder: str) -> None:
@@ -124,24 +141,25 @@ def _put_back(model: Any, job: RowsJob, folder: str) -> None:
             shared.copy_((base.to(computed) * (1 - share) + shared.to(computed) * share).to(rounded or shared.dtype))
 
 
-def _score_exact_match(
+def _score_forced(
     loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
     tokenized = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=task.path)
     rows = list(tokenized.dataset)
-    items = dict(zip(tokenized.kept, _forced_items(loaded, rows, job, progress), strict=True))
-    # An answer that has other spellings is right if greedy decoding gives any of them.
+    metric = task.metric
+    items = dict(zip(tokenized.kept, _forced_items(loaded, rows, job, metric, progress), strict=True))
+    # An answer that has other spellings gets the best score over all of them.
     if any(chat.aliases for chat in chats):
         others = [(index, spelling) for index in items for spelling in spellings(chats[index])]
         more = tokenize([chat for _, chat in others], loaded.tokenizer, max_length=loaded.max_length, where=task.path)
-        for number, item in zip(more.kept, _forced_items(loaded, list(more.dataset), job), strict=True):
+        for number, item in zip(more.kept, _forced_items(loaded, list(more.dataset), job, metric), strict=True):
             own = items[others[number][0]]
-            own["exact_match"] = max(own["exact_match"], item["exact_match"])
+            own[metric] = max(own[metric], item[metric])
     nll, tokens = (sum(item[key] for item in items.values()) for key in ("nll", "tokens"))
     dropped = sum(tokenized.summary.dropped.values())
     progress.advance(dropped, 0)
     ordered = [{"row": number, **item} for number, item in enumerate(items.values())]
-    scores = mean_and_error("exact_match", [item["exact_match"] for item in ordered])
+    scores = mean_and_error(metric, [item[metric] for item in ordered])
     return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": dropped}, ordered
 
 
@@ -152,12 +170,16 @@ def spellings(chat: Chat) -> list[Chat]:
 
 
 def _forced_items(
-    loaded: LoadedModel, rows: Sequence[dict[str, list[int]]], job: RowsJob, progress: Progress | None = None
+    loaded: LoadedModel,
+    rows: Sequence[dict[str, list[int]]],
+    job: RowsJob,
+    metric: str,
+    progress: Progress | None = None,
 ) -> list[Item]:
     """The items of rows of tokens, in order."""
 
     def compute(batch: Sequence[int]) -> list[Item]:
-        batch_items = _teacher_forced(loaded, [rows[index] for index in batch])
+        batch_items = _teacher_forced(loaded, [rows[index] for index in batch], metric)
         if progress is not None:
             progress.advance(len(batch), sum(item["tokens"] for item in batch_items))
         return batch_items
@@ -172,8 +194,8 @@ def _shared_by_length(lengths: Sequence[int], function: Callable[[Sequence[int]]
     return [results[index] for index in range(len(lengths))]
 
 
-def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -> list[Item]:
-    """Whether each answer is the greedy one, its negative log-likelihood in nats, and its number of tokens."""
+def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]], metric: str) -> list[Item]:
+    """The score of each answer by a metric of FORCED_METRICS, its negative log-likelihood in nats, and its tokens."""
     import torch
 
     # Right padding needs no attention mask under causal attention: no real token sees a later one.
@@ -189,30 +211,20 @@ def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]]) -
     right[in_answer] = logits.argmax(-1) == labels[in_answer]
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=loaded.device)
     nll[in_answer] = torch.nn.functional.cross_entropy(logits, labels[in_answer], reduction="none").double()
-    values = zip(right.all(dim=1).tolist(), nll.sum(dim=1).tolist(), in_answer.sum(dim=1).tolist(), strict=True)
-    return [{"exact_match": float(exact), "nll": row_nll, "tokens": tokens} for exact, row_nll, tokens in values]
+    tokens = in_answer.sum(dim=1)
+    scores = right.all(dim=1).double() if metric == "exact_match" else (right & in_answer).sum(dim=1) / tokens
+    values = zip(scores.tolist(), nll.sum(dim=1).tolist(), tokens.tolist(), strict=True)
+    return [{metric: score, "nll": row_nll, "tokens": count} for score, row_nll, count in values]
 
 
 def _score_answers(
     loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
-    from transformers import set_seed
-
-    set_seed(job.seed)
     room = min(loaded.max_length - job.generation.max_new_tokens, job.generation.max_prompt_length or loaded.max_length)
     questions = make_prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
-    settings = _generation_settings(job.generation, questions)
-    use_generation_settings_only(loaded.model, settings)
-
-    def compute(batch: Sequence[int]) -> list[tuple[str | None, str]]:
-        generated, tokens = _generate(loaded, [questions.ids[index] for index in batch], questions, settings)
-        progress.advance(len(batch), tokens)
-        return generated
-
-    size = job.generation.batch_size
-    answers = _shared_by_length(
-        [len(ids) for ids in questions.ids], partial(map_batches, size, compute, key="generation.batch_size")
-    )
+    generate = _generate_by_vllm if job.generation.backend == "vllm" else _generate
+    generated = generate(loaded, questions, job, progress)
+    answers = [_decode(*pair, loaded.tokenizer, questions) for pair in zip(questions.ids, generated, strict=True)]
     predictions = [answer for _, answer in answers]
     expected = [split_reasoning(answer)[1] or answer for answer in questions.answers]
     values = score(task.metric, questions.texts, predictions, expected)
@@ -251,25 +263,53 @@ def _generation_settings(generation: GenerationConfig, questions: Prompts) -> An
     )
 
 
-def _generate(
-    loaded: LoadedModel, rows: Sequence[Sequence[int]], questions: Prompts, settings: Any
-) -> tuple[list[tuple[str | None, str]], int]:
-    """The reasoning and the answer to each prompt, without what ends them; and the number of generated tokens."""
+def _generate(loaded: LoadedModel, questions: Prompts, job: RowsJob, progress: Progress) -> list[list[int]]:
+    """The tokens that the model generates after each prompt."""
     import torch
+    from transformers import set_seed
 
-    input_ids = pad_rows(rows, settings.pad_token_id, loaded.device, side="left")
-    with torch.inference_mode():
-        outputs = loaded.model.generate(
-            input_ids,
-            attention_mask=pad_rows([[1] * len(row) for row in rows], 0, loaded.device, side="left"),
-            generation_config=settings,
-            tokenizer=loaded.tokenizer if questions.stop else None,
-        )[:, input_ids.shape[1] :].tolist()
-    texts, count = [], 0
-    for prompt, tokens in zip(rows, outputs, strict=True):
-        end = next((position for position, token in enumerate(tokens) if token in questions.ends), len(tokens))
-        count += end
-        prompt_end = loaded.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
-        reasoning, text = decode_answer(tokens[:end], loaded.tokenizer, prompt_end)
-        texts.append((reasoning, text.split(questions.stop)[0] if questions.stop else text))
-    return texts, count
+    set_seed(job.seed)
+    settings = _generation_settings(job.generation, questions)
+    use_generation_settings_only(loaded.model, settings)
+
+    def compute(batch: Sequence[int]) -> list[list[int]]:
+        rows = [questions.ids[index] for index in batch]
+        input_ids = pad_rows(rows, settings.pad_token_id, loaded.device, side="left")
+        with torch.inference_mode():
+            outputs = loaded.model.generate(
+                input_ids,
+                attention_mask=pad_rows([[1] * len(row) for row in rows], 0, loaded.device, side="left"),
+                generation_config=settings,
+                tokenizer=loaded.tokenizer if questions.stop else None,
+            )
+        answers: list[list[int]] = outputs[:, input_ids.shape[1] :].tolist()
+        progress.advance(len(batch), sum(len(_without_end(tokens, questions)) for tokens in answers))
+        return answers
+
+    size = job.generation.batch_size
+    lengths = [len(ids) for ids in questions.ids]
+    return _shared_by_length(lengths, partial(map_batches, size, compute, key="generation.batch_size"))
+
+
+def _generate_by_vllm(loaded: LoadedModel, questions: Prompts, job: RowsJob, progress: Progress) -> list[list[int]]:
+    """The same, by vLLM."""
+    decoding = vllm_engine.Decoding(
+        job.generation.max_new_tokens,
+        ends=questions.ends,
+        stops=[questions.stop] if questions.stop else [],
+        temperature=job.generation.temperature,
+        seed=job.seed,
+    )
+    return vllm_engine.generate(loaded.model, questions.ids, decoding, progress.advance)
+
+
+def _without_end(tokens: list[int], questions: Prompts) -> list[int]:
+    """Generated tokens up to the first one that ends an answer, or the padding."""
+    return tokens[: next((index for index, token in enumerate(tokens) if token in questions.ends), len(tokens))]
+
+
+def _decode(prompt: list[int], tokens: list[int], tokenizer: Any, questions: Prompts) -> tuple[str | None, str]:
+    """The reasoning and the answer in generated tokens, without what ends them."""
+    prompt_end = tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+    reasoning, text = decode_answer(_without_end(tokens, questions), tokenizer, prompt_end)
+    return reasoning, text.split(questions.stop)[0] if questions.stop else text

@@ -20,6 +20,7 @@ from typing import Any
 
 from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
 from hft_cli.config.schema import ModelConfig
+from hft_cli.config.settings import FORCED_METRICS
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig
 from hft_cli.config.training import GenerationConfig
 from hft_cli.evaluation import texts
@@ -156,9 +157,24 @@ def _entries(suite: Suite, model: ScoredModel, tests: HeldOutSets) -> list[_Entr
 
 
 def _rows_entry(suite: str, name: str, task: RowsTask, rows: str, tests: HeldOutSets) -> _Entry:
-    generates = task.metric not in ("exact_match", texts.METRIC)
-    generation = [asdict(tests.generation), tests.seed] if generates else None
+    generation = None
+    if _generates(task):
+        settings = {key: value for key, value in asdict(tests.generation).items() if key != "backend"}
+        generation = [settings, tests.seed, *_backend(tests.generation.backend)]
     return _Entry(suite, name, task, ("rows", task.metric, rows, generation))
+
+
+def _generates(task: RowsTask) -> bool:
+    """Whether the metric of a set of rows compares a generated answer."""
+    return task.metric not in (*FORCED_METRICS, texts.METRIC)
+
+
+def _backend(name: str) -> tuple[str, ...]:
+    """What scores depend on besides the settings, if another program than transformers generates the answers."""
+    if name == "transformers":
+        return ()
+    packages = metadata.packages_distributions()[name]  # vLLM for CPUs is another package of the same module
+    return (name, *(f"{package} {metadata.version(package)}" for package in sorted(set(packages))))
 
 
 def _benchmark_entry(suite: Suite, name: str, settings: BenchmarkConfig | None, chat: bool) -> _Entry:
@@ -174,7 +190,8 @@ def _benchmark_entry(suite: Suite, name: str, settings: BenchmarkConfig | None, 
     description = {**asdict(task), "settings": {**(task.settings or {}), "source": ""}}
     seed = config.seed if settings is None or settings.temperature else None
     harness = metadata.version("lm-eval")
-    return _Entry(config.name, name, task, ("benchmark", VERSION, description, suite.hashes[name], seed, harness))
+    versions = (harness, *_backend(config.backend))
+    return _Entry(config.name, name, task, ("benchmark", VERSION, description, suite.hashes[name], seed, *versions))
 
 
 def _probe_entry(suite: Suite, name: str, settings: ProbeConfig, chat: bool) -> _Entry:
@@ -214,33 +231,36 @@ def _worker_runs(
 ) -> Iterator[WorkerRun]:
     """The workers to run one after the other: for sets of rows, for benchmarks and for probes."""
     config, label = suite.config, f"Scoring {folder.folder.name}"
-    rows: dict[str, dict[str, RowsTask]] = {}
+    rows: dict[str, dict[str, dict[str, RowsTask]]] = {}  # by backend: vLLM loads the model for itself
     benchmarks: list[HarnessTask] = []
     probes: dict[str, ProbeConfig] = {}
     probe_files: dict[str, str] = {}
     for file, entry in pending.items():
         if isinstance(entry.task, RowsTask):
-            rows.setdefault(entry.suite, {})[file.stem] = entry.task
+            backend = tests.generation.backend if _generates(entry.task) else "transformers"
+            rows.setdefault(backend, {}).setdefault(entry.suite, {})[file.stem] = entry.task
         elif isinstance(entry.task, HarnessTask):
             benchmarks.append(replace(entry.task, out=str(file)))
         else:
             probes[entry.name], probe_files[entry.name] = entry.task, str(file)
     values: dict[str, Any] = {"model": model.config, "path": str(model.path), "batch_size": config.batch_size}
     several = ranks if ranks > 1 else None  # None: one process without torchrun
-    if rows:
-        answers: dict[str, Any] = {"generation": tests.generation, "seed": tests.seed}
-        rows_job = RowsJob(**values, **answers, tasks=rows, base=model.base, kept=dict(model.kept))
-        yield WorkerRun(rows_job, folder, label, several if gpus() else None)  # a CPU is busy with one process
+    for backend, tasks in rows.items():
+        answers: dict[str, Any] = {"generation": replace(tests.generation, backend=backend), "seed": tests.seed}
+        rows_job = RowsJob(**values, **answers, tasks=tasks, base=model.base, kept=dict(model.kept))
+        alone = not gpus() or backend == "vllm"  # a CPU is busy with one process; vLLM has one GPU
+        yield WorkerRun(rows_job, folder, label, None if alone else several)
     if benchmarks:
         folders: dict[str, Any] = {
             key: None if folder is None else str(Path(folder).expanduser().resolve())
             for key, folder in (("data_dir", config.data_dir), ("include_path", config.include_path))
         }
         names = ", ".join(task.name for task in benchmarks)
-        harness_job = HarnessJob(**values, **folders, todo=tuple(benchmarks), seed=config.seed)
-        yield WorkerRun(harness_job, folder, f"{label}: {names}", several)
+        options: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
+        harness_job = HarnessJob(**values, **folders, **options, todo=tuple(benchmarks))
+        yield WorkerRun(harness_job, folder, f"{label}: {names}", None if config.backend == "vllm" else several)
     if probes:
         chat = uses_chat_template(config, model.config, model.path)
-        options: dict[str, Any] = {"limit": config.limit, "chat": chat, "seed": config.seed}
+        options = {"limit": config.limit, "chat": chat, "seed": config.seed}
         probe_job = ProbeJob(**values, **options, probes=probes, outs=probe_files)
         yield WorkerRun(probe_job, folder, f"{label}: {', '.join(probes)}", several)

@@ -15,6 +15,7 @@ from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import local_files, probe, texts
 from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
+from hft_cli.evaluation.vllm_engine import check_backend
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import RowsTask
 from hft_cli.paths import resolve_path
@@ -62,6 +63,8 @@ def read_suite(config: SuiteConfig) -> Suite:
         raise UserError(
             f"suite={config.name} needs lm-evaluation-harness, which is not installed: pip install 'hft-cli[eval]'"
         )
+    if benchmarks or harness:
+        check_backend("suite.backend", config.backend)
     _check_code(config, benchmarks, names)
     data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
     probes, left_out = _read_probes(config, data_dir)

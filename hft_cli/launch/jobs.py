@@ -105,7 +105,10 @@ class HarnessTask:
 
 @dataclass(frozen=True)
 class HarnessJob:
-    """Score the model in the folder `path` on benchmarks, from the files in `data_dir` or else from the hub."""
+    """Score the model in the folder `path` on benchmarks, from the files in `data_dir` or else from the hub.
+
+    `backend` is the program that generates answers.
+    """
 
     model: ModelConfig
     path: str
@@ -114,6 +117,7 @@ class HarnessJob:
     batch_size: int | str
     seed: int
     include_path: str | None = None
+    backend: str = "transformers"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.naming import Param
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets, training_sets, value_for_task
 from hft_cli.config.schema import DataConfig, RunConfig
-from hft_cli.config.settings import WITHOUT_TRAINING
+from hft_cli.config.settings import FORCED_METRICS, WITHOUT_TRAINING
 from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
@@ -169,7 +169,7 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
             f"train.router_aux_loss={train.router_aux_loss} is for mixtures of experts; {name} has no "
             "router_aux_loss_coef in its config.json. Set train.router_aux_loss=0."
         )
-    generates = any(phase.test and phase.metric != "exact_match" for phase in phases(config))
+    generates = any(phase.test and phase.metric not in FORCED_METRICS for phase in phases(config))
     if positions and generates and answer_tokens >= positions - 1:
         raise UserError(
             f"generation.max_new_tokens={answer_tokens} leaves no room for a prompt in the {positions} positions of "

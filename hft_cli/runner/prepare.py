@@ -21,6 +21,7 @@ from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.data.templates import template_file
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
+from hft_cli.evaluation.vllm_engine import check_backend
 from hft_cli.files import flatten
 from hft_cli.launch.environment import environment
 from hft_cli.method.interpolation import kept_changes
@@ -100,6 +101,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     if config.model.chat_template is not None:
         template_file(config.model.chat_template)  # raises if there is none
     check_thinking(config.model, base)
+    check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config, base) for phase in plan]

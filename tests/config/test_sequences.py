@@ -41,7 +41,7 @@ def plan(config: RunConfig) -> None:
     [
         ({"train__epochs": {"C-STANCE": 1}}, r"train\.epochs has no value for Py150 .*'train\.epochs=\{Py150: …, …\}'"),
         ({"train__epochs": {**dict.fromkeys(TASKS, 1), "Py150": 0}}, r"train\.epochs\.Py150=0 must be above 0"),
-        ({"data__metric": "bleu"}, r"Unknown data\.metric 'bleu'\. .*Available: exact_match, accuracy"),
+        ({"data__metric": "bleu"}, r"Unknown data\.metric 'bleu'\. .*Available: exact_match, token_accuracy"),
         ({"data__test_path": "x"}, r"data\.tasks names folders below data\.path, which also hold the test rows"),
         ({"continual__name": "ewc"}, r"Unknown continual\.name 'ewc'\. .*Available: seqft, replay, mixed_replay"),
         ({"continual__name": "gem", "data__tasks": ["Py150"]}, r"continual=gem needs a sequence of tasks"),

@@ -37,6 +37,10 @@ BROKEN = {
         (*RESET, "method.save_model=false", "suite=knowledge"),
         r"leaves no model that the benchmarks of suite=knowledge",
     ),
+    "_vllm_needs_a_model_on_disk": (
+        (*RESET, "method.save_model=false", "generation.backend=vllm"),
+        r"generation\.backend=vllm loads the model .* method\.save_model=false writes none",
+    ),
     "_ranks_train": ((*RESET, "engine=zero2"), r"needs no ranks: leave out engine=zero2"),
     "_anchor_can_hold": ((HFT, "anchor=l2_sp", "engine=zero2_offload"), r"keeps the start .* without offload"),
     "_momentum_is_whole": ((HFT, "train.momentum_filter=0.1", "engine=zero2"), r"ZeRO gives .* use engine=single"),

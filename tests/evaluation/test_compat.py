@@ -113,6 +113,27 @@ def test_the_harness_reports_its_progress(model, monkeypatch):
     assert {total for _, total in reports} == {3}
 
 
+def test_the_harness_generates_by_one_method(model):
+    """The contract of `_model_generate` that vLLM's answers rely on."""
+    seen, original, size = [], model._model_generate, model.batch_size_per_gpu
+    try:
+        compat.answer_with_vllm(model, lambda: None, seed=1)
+        model._model_generate = lambda **options: seen.append(options) or options["context"]
+        wanted = {"until": ["Q:"], "max_gen_toks": 5, "do_sample": False}
+        answers = model.generate_until([request("generate_until", "gold " * (n + 1), wanted) for n in range(3)])
+    finally:
+        model._model_generate = original
+        del model.generate_until
+    assert answers == ["", "", ""]
+    (options,) = seen  # one batch of all, though the model's batches have 2
+    assert options["context"].shape == options["attention_mask"].shape
+    assert options["attention_mask"][-1][0] == 0  # padded on the left
+    assert options["max_length"] == options["context"].shape[1] + 5
+    assert "Q:" in options["stop"]
+    assert options["do_sample"] is False
+    assert model.batch_size_per_gpu == size
+
+
 def test_the_harness_looks_for_ranks_in_the_environment(monkeypatch):
     import accelerate.state
     import lm_eval.models.huggingface

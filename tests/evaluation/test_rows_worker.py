@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.training import GenerationConfig
+from hft_cli.data.rows import read_chats
+from hft_cli.data.tokenization import tokenize
 from hft_cli.evaluation.rows_worker import score_rows
+from hft_cli.evaluation.workers import load_model
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
@@ -55,6 +58,23 @@ def test_exact_match_is_what_greedy_decoding_gives(rows, tmp_path):
     assert scores["items"] == generated["items"] == 20
     assert answers[0]["prediction"] == answers[0]["answer"]
     assert json.loads((tmp_path / "forced" / "progress.json").read_text())["step"] == 20
+
+
+def test_token_accuracy_is_the_share_of_the_right_tokens(rows, tmp_path):
+    """Right answers have all tokens right, others some; it agrees with exact match, and with a count by hand."""
+    scores, items = score(tmp_path / "tokens", RowsTask(str(rows), metric="token_accuracy"))
+    exact, exact_items = score(tmp_path / "exact", RowsTask(str(rows)))
+    shares = [item["token_accuracy"] for item in items]
+    assert [share == 1 for share in shares] == [item["exact_match"] == 1 for item in exact_items]
+    assert any(0 < share < 1 for share in shares)
+    assert scores["token_accuracy"] == pytest.approx(sum(shares) / len(shares))
+    assert (scores["nll"], scores["items"]) == (exact["nll"], exact["items"])
+    loaded = load_model(MODEL, ModelConfig())
+    row = tokenize(read_chats(str(rows)), loaded.tokenizer, max_length=64, where="rows").dataset[15]
+    guesses = loaded.model(torch.tensor([row["input_ids"]])).logits[0].argmax(-1)[:-1]
+    answer = [(guess, label) for guess, label in zip(guesses.tolist(), row["labels"][1:], strict=True) if label != -100]
+    assert shares[15] == pytest.approx(sum(guess == label for guess, label in answer) / len(answer))
+    assert items[15]["tokens"] == len(answer)
 
 
 @pytest.mark.end_to_end
