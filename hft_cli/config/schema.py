@@ -360,6 +360,10 @@ class EvalConfig:
         "With `run`: the model after training, the model before it, or both.",
         choices=("after", "before"),
     )
+    again: bool = setting(
+        False,
+        "Score the models once more, and print how far two scores of one model differ; hft gate takes it into account.",
+    )
     output_dir: str = setting(
         REQUIRED, "Without `run`: results go to OUTPUT_DIR/eval/SUITE.json. Scores that are still valid are reused."
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot
 
 from hft_cli.errors import UserError, choose
+from hft_cli.files import read_json
 from hft_cli.report.items import score_changes
 from hft_cli.report.runs import Run
 from hft_cli.report.tables import Record
@@ -23,6 +25,7 @@ class Check:
         low, high: the 95% interval over the items; those of a score without items are the change itself.
         limit: the smallest change that passes.
         items: number of items; 0 if none were recorded.
+        noise: how far two scorings of one model lie apart, at the 95% level; None if it was not scored twice.
     """
 
     task: str
@@ -31,6 +34,7 @@ class Check:
     high: float
     limit: float
     items: int
+    noise: float | None = None
 
     @property
     def result(self) -> str:
@@ -58,9 +62,9 @@ def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Seq
     for record in records:
         suite = str(record["task"]).partition("/")[0]
         if suite == "data" and min_gain is not None:
-            found.append(_check(record, min_gain))
+            found.append(_check(record, min_gain, None))
         elif suite != "data" and max_loss is not None and (not suites or suite in suites):
-            found.append(_check(record, -max_loss))
+            found.append(_check(record, -max_loss, _noise(run, str(record["task"]))))
     if not found:
         raise UserError(
             f"There is nothing to check in {run.folder}: --max-loss needs scores of a suite (suite=…), and --min-gain "
@@ -69,7 +73,17 @@ def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Seq
     return found
 
 
-def _check(record: Record, limit: float) -> Check:
+def _noise(run: Run, task: str) -> float | None:
+    """The noise of the run's model on SUITE/TASK that `hft eval … again=true` found, in the unit of the metric."""
+    suite, _, name = task.partition("/")
+    file = run.folder / "eval" / f"{suite}.json"
+    if not file.is_file():
+        return None
+    again = read_json(file)["models"].get("after", {}).get("again", {})
+    return float(again[name]["noise"]) if name in again else None
+
+
+def _check(record: Record, limit: float, noise: float | None) -> Check:
     metric, before, after = (record[key] for key in ("metric", "before", "after"))
     before, after = float(before or 0), float(after or 0)
     scale, items = 100.0, int(record["change_n"] or 0)
@@ -80,7 +94,11 @@ def _check(record: Record, limit: float) -> Check:
     ends = [change if end is None else float(end) for end in (low, high)]
     better = -scale if is_loss(str(metric)) else scale
     least, most = sorted(better * end for end in ends)
-    return Check(str(record["task"]), better * change, least, most, limit, items)
+    points = None if noise is None else noise * scale
+    change *= better
+    # The noise is independent of which items there are, so the squares add up.
+    least, most = change - hypot(change - least, points or 0), change + hypot(most - change, points or 0)
+    return Check(str(record["task"]), change, least, most, limit, items, points)
 
 
 def gate_text(found: Sequence[Check]) -> str:
@@ -91,11 +109,12 @@ def gate_text(found: Sequence[Check]) -> str:
             f"{check.change:+.1f}" + (f" [{check.low:+.1f}, {check.high:+.1f}]" if check.items else ""),
             f"{check.limit:+.1f}",
             str(check.items or ""),
+            "" if check.noise is None else f"±{check.noise:.1f}",
             check.result,
         ]
         for check in found
     ]
-    table = text_table(["score", "change in points [95%]", "at least", "items", "result"], rows)
+    table = text_table(["score", "change in points [95%]", "at least", "items", "scored again", "result"], rows)
     open_checks = [check for check in found if check.result != PASSES]
     if not open_checks:
         return f"{table}\n\nship"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hft_cli.config.settings import AUTO
 from hft_cli.config.validate import check_eval
 from hft_cli.data.reasoning import check_thinking
 from hft_cli.errors import UserError
+from hft_cli.evaluation.rescoring import compare_scorings
 from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
@@ -27,7 +29,7 @@ from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import PlanRecord, RoundDir, finished
 from hft_cli.runner.base import find_base
 from hft_cli.runner.tracking import log_scores, require_tracker
-from hft_cli.text import format_score, is_share, text_table
+from hft_cli.text import format_score, is_share, plural, text_table
 
 Record = dict[str, Any]  # of one model in the file of results: path, weights_sha256, eval, details
 
@@ -60,7 +62,10 @@ def run_eval(config: EvalConfig) -> Path:
         _refuse_another_model(config, records, models)
         for when, model in models.items():
             paths = score(suite, model, RoundDir(folder / when), keyed=True, workers=workers)
-            record = _record(config.suite.name, model, paths[config.suite.name], folder)
+            files = paths[config.suite.name]
+            record = _record(config.suite.name, model, files, folder)
+            if config.again:
+                record["again"] = _score_again(suite, model, files, folder / f"{when}.again", workers)
             records[when] = _merge(records.get(when, {}), record)
         write_json(file, {"suite": config.suite.name, "left_out": suite.left_out, "models": records})
     for when in models:
@@ -68,6 +73,16 @@ def run_eval(config: EvalConfig) -> Path:
         name = f"{when} {config.suite.name}"
         log_scores(config.tracking, folder.parent, name, record["eval"], {"path": record["path"]})
     return file
+
+
+def _score_again(
+    suite: Suite, model: ScoredModel, first: dict[str, Path], folder: Path, workers: WorkerOptions
+) -> dict[str, dict[str, Any]]:
+    """Score a model anew, and compare with the files of its first scores. The new files are removed at the end."""
+    files = score(suite, replace(model, shared=False), RoundDir(folder), workers=workers)[suite.config.name]
+    compared = {name: asdict(compare_scorings(first[name], file)) for name, file in files.items()}
+    shutil.rmtree(folder)
+    return compared
 
 
 def _refuse_another_model(config: EvalConfig, records: dict[str, Record], models: dict[str, ScoredModel]) -> None:
@@ -140,7 +155,13 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
             "file": str(file.relative_to(folder)),
             "items": str(items.relative_to(folder)),
         }
-    return {"path": str(model.path), "weights_sha256": model.weights, "eval": {suite: scores}, "details": details}
+    return {
+        "path": str(model.path),
+        "weights_sha256": model.weights,
+        "eval": {suite: scores},
+        "details": details,
+        "again": {},
+    }
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -153,7 +174,10 @@ def _merge(old: Record, new: Record) -> Record:
     if old.get("weights_sha256") != new["weights_sha256"]:
         return new
     scores = {suite: {**old["eval"][suite], **tasks} for suite, tasks in new["eval"].items()}
-    return {**new, "eval": scores, "details": {**old["details"], **new["details"]}}
+    details = {**old["details"], **new["details"]}
+    again = old.get("again", {})
+    again = {name: again[name] for name in again if details[name]["file"] == old["details"][name]["file"]}
+    return {**new, "eval": scores, "details": details, "again": {**again, **new["again"]}}
 
 
 def _differences(models: dict[str, Record]) -> list[str]:
@@ -173,6 +197,16 @@ def _differences(models: dict[str, Record]) -> list[str]:
             ways = "; ".join(", ".join(each) + shown.format(value) for value, each in rows.items())
             lines.append(f"not comparable, with different {f'{name} ' if name else ''}{setting}: {ways}")
     return lines
+
+
+def _again_line(name: str, scores: dict[str, Any], again: dict[str, Any]) -> str:
+    """What a second scoring of a model gave."""
+    metric, score = next(iter(scores.items()))
+    noise = f"±{100 * again['noise']:.1f} points" if is_share(metric, score) else f"±{again['noise']:.2g}"
+    return (
+        f"{name} scored again: {format_score(metric, again['score'])}; {again['changed']:,} of "
+        f"{plural(again['items'], 'item')} differ (noise {noise})"
+    )
 
 
 def table(path: Path) -> str:
@@ -195,4 +229,6 @@ def table(path: Path) -> str:
     for model, record in results["models"].items():
         for name, scores in record["eval"][results["suite"]].items():
             notes += notes_on(f"{model} {name}" if several else name, scores, record["details"].get(name, {}))
+            if again := record.get("again", {}).get(name):
+                notes.append(_again_line(f"{model} {name}" if several else name, scores, again))
     return "\n".join([text_table(heads, rows), *notes, f"results: {path}"])

@@ -13,7 +13,7 @@ from benchmark_files import write
 from helpers import environment
 
 from hft_cli.checkpoint.folders import model_folder, weights_hash
-from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig
+from hft_cli.config.schema import EngineConfig, EvalConfig, ModelConfig, RunConfig
 from hft_cli.config.suites import SuiteConfig
 from hft_cli.errors import UserError
 from hft_cli.evaluation import scorer
@@ -24,7 +24,7 @@ from hft_cli.launch.jobs import RowsTask, write_job
 from hft_cli.launch.worker import WorkerRun
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
-from hft_cli.runner.evaluation import run_eval
+from hft_cli.runner.evaluation import run_eval, table
 from hft_cli.runner.training import run
 
 
@@ -110,6 +110,32 @@ def test_a_run_scores_its_suite_before_and_after_and_shares_it(here, data_dir, t
     file = run_eval(asked)
     assert json.loads(file.read_text())["models"]["before"]["eval"] == scores["before"]
     assert here == []
+
+
+def test_a_model_that_is_scored_again_tells_the_noise(here, tmp_path):
+    """Exact match repeats; one item of the first scores is changed by hand."""
+    suite = SuiteConfig(name="pocket", tasks={"facts": "pocket:facts.jsonl"})
+    asked = EvalConfig(output_dir=str(tmp_path), again=True, suite=suite)
+    asked.model, asked.engine = ModelConfig(name="pocket", path="pocket:model"), EngineConfig(name="single")
+    file = run_eval(asked)
+    assert here == ["model/job", "model.again/job"]
+    record = json.loads(file.read_text())["models"]["model"]
+    score, items = (record["eval"]["pocket"]["facts"][key] for key in ("exact_match", "items"))
+    assert record["again"] == {"facts": {"score": score, "noise": 0.0, "changed": 0, "items": items}}
+    assert not (tmp_path / "eval" / "model.again").exists()
+    assert f"facts scored again: {100 * score:.1f}; 0 of {items} items differ (noise ±0.0 points)" in table(file)
+
+    first = tmp_path / "eval" / record["details"]["facts"]["items"]
+    rows = lines(first)
+    rows[0]["exact_match"] = 1 - rows[0]["exact_match"]
+    first.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = json.loads(run_eval(asked).read_text())["models"]["model"]["again"]["facts"]
+    assert (again["changed"], again["noise"]) == (1, pytest.approx(1.96 / items))
+    # Without `again`, the noise stays as long as the task is not scored in another way.
+    once = replace(asked, again=False)
+    assert json.loads(run_eval(once).read_text())["models"]["model"]["again"] == {"facts": again}
+    once.model = replace(once.model, dtype="bfloat16")
+    assert json.loads(run_eval(once).read_text())["models"]["model"]["again"] == {}
 
 
 def test_the_identity_of_a_model_depends_on_weights_and_use(tmp_path):

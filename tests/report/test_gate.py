@@ -99,3 +99,25 @@ def test_a_run_without_scores_has_nothing_to_check(tmp_path):
 def test_the_table_has_a_row_for_each_check(run):
     text = gate_text(checks(find_runs([run])[0], 16.0, 80.0))
     assert [line.split()[0] for line in text.splitlines()[1:3]] == ["pocket/facts", "data/capitals"]
+
+
+def with_noise(run: Path, suite: str, **noise: float) -> None:
+    file = run / "eval" / f"{suite}.json"
+    results = json.loads(file.read_text())
+    results["models"]["after"]["again"] = {name: {"noise": value} for name, value in noise.items()}
+    file.write_text(json.dumps(results))
+
+
+def test_the_noise_of_scoring_widens_the_interval(run):
+    write_eval(run, "knowledge", {"nq": [1.0] * 300}, {"nq": [1.0] * 299 + [0.0]})
+    (quiet,) = checks(find_runs([run])[0], 3.0, None, ["knowledge"])
+    with_noise(run, "knowledge", nq=0.06)
+    (noisy,) = checks(find_runs([run])[0], 3.0, None, ["knowledge"])
+    assert (quiet.result, noisy.result) == ("passes", "cannot tell")
+    assert (quiet.noise, noisy.noise) == (None, pytest.approx(6))
+    assert noisy.change == quiet.change
+    assert (noisy.change - noisy.low) ** 2 == pytest.approx((quiet.change - quiet.low) ** 2 + 36)
+    assert (noisy.high - noisy.change) ** 2 == pytest.approx((quiet.high - quiet.change) ** 2 + 36)
+    assert "±6.0" in gate_text([noisy])
+    with_noise(run, "knowledge", another=0.06)
+    assert checks(find_runs([run])[0], 3.0, None, ["knowledge"]) == [quiet]
