@@ -5,6 +5,7 @@ To add a method, write one function and add one row to METHODS at the foot of th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets, training_sets, value_for_task
 from hft_cli.config.schema import DataConfig, RunConfig
 from hft_cli.config.settings import FORCED_METRICS, WITHOUT_TRAINING
+from hft_cli.config.training import TrainConfig
 from hft_cli.data.files import ANY_HUB, Hub
 from hft_cli.data.sources import Source, ValidationSet
 from hft_cli.errors import UserError, choose
@@ -87,6 +89,14 @@ class Phase:
         """Whether the training on its set is complete after it, so that the model is scored."""
         return self.set_part == self.set_parts
 
+    def steps_of_set(self, train: TrainConfig, rows: int) -> range:
+        """Which optimizer steps of the training on its set of `rows` rows it takes, counted from 0.
+
+        With data.rounds_per_set the last batch of an epoch goes on with the rows of the next one.
+        """
+        steps = math.ceil(rows_read(train, rows) / train.batch_size)
+        return range(steps * (self.set_part - 1) // self.set_parts, steps * self.set_part // self.set_parts)
+
     @property
     def data(self) -> str:
         """The paths of its sources, as text."""
@@ -102,6 +112,11 @@ class Phase:
     def task(self) -> str:
         """The name of its score in tables."""
         return (self.set_name or self.name) if self.trains else _label(str(self.test))
+
+
+def rows_read(train: TrainConfig, rows: int) -> int:
+    """How many rows a training on `rows` rows reads, over all epochs."""
+    return train.max_steps * train.batch_size if train.max_steps else round(float(train.epochs) * rows)
 
 
 def phases(config: RunConfig) -> tuple[Phase, ...]:

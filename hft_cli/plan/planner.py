@@ -241,9 +241,7 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
     train, work, full = phase_settings.train, workload(config, model, draw.updated, setup), _full(model, setup)
     tokens = setup.length if train.packing else min(config.row_tokens or setup.length, setup.length)
     step_flops = flops(work, train.batch_size, tokens)
-    steps = _count_steps(phase_settings, rows)
-    if steps is not None:
-        steps = steps * phase.set_part // phase.set_parts - steps * (phase.set_part - 1) // phase.set_parts
+    steps = _count_steps(phase_settings, phase, rows)
     duration = None
     if config.tflops is not None and steps is not None:
         operations = step_flops.total * steps
@@ -292,13 +290,15 @@ def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
     return rows - round(rows * phase.validation) if isinstance(phase.validation, float) else rows
 
 
-def _count_steps(config: PlanConfig, rows: int | None) -> int | None:
+def _count_steps(config: PlanConfig, phase: Phase, rows: int | None) -> int | None:
     """Optimizer steps of a phase, as the trainer counts them. Packed rows count as full without row_tokens=N."""
     train, ranks = config.train, config.engine.ranks
-    if train.max_steps:
-        return train.max_steps
-    if rows is None:
+    if rows is None and not train.max_steps:
         return None
+    if phase.set_parts > 1:
+        return len(phase.steps_of_set(train, rows or 0))
+    if rows is None or train.max_steps:
+        return train.max_steps
     if train.packing and config.row_tokens and train.max_length:
         rows = ceil(rows * min(config.row_tokens, train.max_length) / train.max_length)
     batches = ceil(rows / (train.micro_batch_size * ranks))

@@ -47,18 +47,16 @@ class ByLength(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
 
-def rows_of_part(rows: int, length: int, batch: int, seed: int, part: tuple[int, int]) -> list[int]:
-    """The rows of one part of a training, in their order. The parts of a training together are the whole.
+def rows_of_steps(rows: int, length: int, batch: int, seed: int, steps: range) -> list[int]:
+    """The rows of some optimizer steps of a training, in their order.
 
     Args:
         rows: of the data set. Each epoch has them in an order of its own, which depends on seed and epoch alone.
         length: rows of the whole training, over all epochs.
-        batch: rows of an optimizer step. Parts end where a step does, and differ by one step at most.
-        part: its number, from 1, and the number of parts.
+        batch: rows of an optimizer step.
+        steps: counted from 0.
     """
-    number, parts = part
-    steps = math.ceil(length / batch)
-    start, end = steps * (number - 1) // parts * batch, min(steps * number // parts * batch, length)
+    start, end = steps.start * batch, min(steps.stop * batch, length)
     order: list[int] = []
     for epoch in range(start // rows, math.ceil(end / rows)):
         generator = torch.Generator().manual_seed(seed + epoch)

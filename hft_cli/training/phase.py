@@ -25,13 +25,13 @@ from hft_cli.errors import UserError
 from hft_cli.files import read_json, sync_tree, write_json, write_text
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.ranks import Ranks, join_ranks
-from hft_cli.method.rounds import Phase, phases
+from hft_cli.method.rounds import Phase, phases, rows_read
 from hft_cli.method.selection import names_hash
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import universal
 from hft_cli.training.anchors import require_same_layout
 from hft_cli.training.arguments import trainer_arguments
-from hft_cli.training.batches import ByLength, row_lengths, rows_of_part
+from hft_cli.training.batches import ByLength, row_lengths, rows_of_steps
 from hft_cli.training.callbacks import peak_memory, phase_callbacks
 from hft_cli.training.compat import (
     leave_frozen_out_of_checkpoints,
@@ -175,15 +175,14 @@ def _rows_in_order(job: PhaseJob, dataset: Dataset) -> Dataset:
     phase, train = job.phase, job.config.train
     if phase.set_parts == 1:
         return dataset
-    length = train.max_steps * train.batch_size if train.max_steps else round(float(train.epochs) * len(dataset))
-    part = rows_of_part(len(dataset), length, train.batch_size, job.config.seed, (phase.set_part, phase.set_parts))
-    if not part:
-        steps = math.ceil(length / train.batch_size)
+    length, steps = rows_read(train, len(dataset)), phase.steps_of_set(train, len(dataset))
+    if not steps:
+        count = math.ceil(length / train.batch_size)
         raise UserError(
-            f"data.rounds_per_set={phase.set_parts} is more than the {steps} optimizer steps of {phase.name}. Set "
-            f"data.rounds_per_set={steps} or less."
+            f"data.rounds_per_set={phase.set_parts} is more than the {count} optimizer steps of {phase.name}. Set "
+            f"data.rounds_per_set={count} or less."
         )
-    return dataset.select(part)
+    return dataset.select(rows_of_steps(len(dataset), length, train.batch_size, job.config.seed, steps))
 
 
 def _require_known_tokens(

@@ -45,6 +45,13 @@ def test_rows_of_local_data_are_counted():
     assert found.steps == 3 * -(-found.rows // 32)
 
 
+def test_steps_of_a_set_that_is_divided_are_those_of_the_whole():
+    """The last batch of an epoch goes on with the rows of the next one: 10 rows, 2 epochs and batches of 4 are 5 steps."""
+    keys = {"train.max_steps": "null", "train.epochs": 2, "train.batch_size": 4, "train.micro_batch_size": 4}
+    config = replace(planned(data="tulu_v2", **keys, **{"data.rounds_per_set": 2}), rows=10)
+    assert [found.steps for found in plan(config).rounds] == [2, 3]
+
+
 def test_rows_of_other_data_are_given_or_unknown():
     config = planned(data="tulu_v2")
     assert plan(config).rounds[0].steps is None

@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hft_cli.config.optimizers import OPTIMIZERS
+from hft_cli.config.training import TrainConfig
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import Progress
+from hft_cli.method.rounds import Phase, rows_read
 from hft_cli.run_dir import RoundDir
 from hft_cli.training import phase
-from hft_cli.training.batches import ByLength, row_lengths, rows_of_part
+from hft_cli.training.batches import ByLength, row_lengths, rows_of_steps
 from hft_cli.training.resume import MARKER
 
 QUICK = (
@@ -122,14 +124,18 @@ def test_rows_by_length_are_a_permutation_of_each_epoch(lengths, batch):
 
 @given(rows=st.integers(1, 40), length=st.integers(1, 200), batch=st.integers(1, 9), parts=st.integers(1, 6))
 def test_the_parts_of_a_training_are_the_whole(rows, length, batch, parts):
-    in_parts = [rows_of_part(rows, length, batch, 5, (number, parts)) for number in range(1, parts + 1)]
+    train, first = TrainConfig(epochs=length / rows, batch_size=batch), Phase(1, 1, "p", "sft", ())
+    assert rows_read(train, rows) == length
+    steps_of = [replace(first, set_part=n, set_parts=parts).steps_of_set(train, rows) for n in range(1, parts + 1)]
+    in_parts = [rows_of_steps(rows, length, batch, 5, steps) for steps in steps_of]
     whole = [row for part in in_parts for row in part]
-    assert whole == rows_of_part(rows, length, batch, 5, (1, 1))
+    assert whole == rows_of_steps(rows, length, batch, 5, first.steps_of_set(train, rows))
     assert len(whole) == length
     epochs = [whole[start : start + rows] for start in range(0, length, rows)]
     assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs[:-1])
     steps = [math.ceil(len(part) / batch) for part in in_parts]
+    assert steps == [len(each) for each in steps_of]
     assert max(steps) - min(steps) <= 1
     full = [len(part) % batch == 0 for part in in_parts if part]
     assert all(full[:-1])
@@ -147,7 +153,7 @@ def test_a_part_trains_on_its_rows_once_and_in_order(tmp_path):
         made.append(run)
     whole = train(tmp_path / "whole", BASE)
     rows = load_from_disk(str(whole.tokens))["input_ids"]
-    order = rows_of_part(16, 24, 4, 42, (1, 1))
+    order = rows_of_steps(16, 24, 4, 42, range(6))
     for run, expected in zip(made, (order[:12], order[12:]), strict=True):
         assert load_from_disk(str(run.tokens))["input_ids"] == [rows[row] for row in expected]
         assert read_json(run.outcome)["steps"] == 3
