@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hft_cli.errors import UserError
 from hft_cli.files import read_record, write_json
 from hft_cli.integrations.half import DRAWN, half_finetune
-from hft_cli.live.checksum import frozen_checksum, trained_checksum
+from hft_cli.live.checksum import frozen_checksum, of_all_ranks, trained_checksum
 from hft_cli.live.compat import forget_optimizer, unwrapped, whole_value
 from hft_cli.method.selection import Draw
 from hft_cli.run_dir import Ledger
@@ -25,7 +25,7 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
 
     In the trainer's `output_dir` it writes `draws.json` when the training begins, and `delta-ROUND.safetensors` when it
     ends: the updated parameters under their names in the model, in its dtype. A training that is resumed must have the
-    draw that it began with.
+    draw and the frozen weights that it began with.
 
     >>> trainer = Trainer(model, arguments, callbacks=[HalfFinetuneCallback(draw)], …)  # doctest: +SKIP
 
@@ -40,7 +40,7 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
         self.frozen_sum, self.trained_sum = 0, 0  # at the start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises UserError if the model does not train what was drawn, or if another draw is resumed."""
+        """Raises UserError for a model that does not train what was drawn, and for a resumed one with another draw."""
         model = unwrapped(model)
         training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if differing := sorted(training ^ set(self.draw.updated)):
@@ -50,12 +50,15 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
             )
         ledger = Path(args.output_dir) / LEDGER
         entries = read_record(ledger, Ledger)["rounds"] if ledger.exists() else []
+        self.frozen_sum, self.trained_sum = frozen_checksum(model), trained_checksum(model)
+        sums = of_all_ranks(self.frozen_sum)
         if state.global_step:
             self._require_same_draw(entries, ledger)
+            self._require_same_weights(entries[-1].get("frozen_checksums", sums), sums, ledger)
         elif state.is_world_process_zero:
             earlier = [entry for entry in entries if entry["round"] < self.draw.round]
-            write_json(ledger, {"rounds": [*earlier, {"name": f"round {self.draw.round}", **self.draw.as_dict()}]})
-        self.frozen_sum, self.trained_sum = frozen_checksum(model), trained_checksum(model)
+            entry = {"name": f"round {self.draw.round}", **self.draw.as_dict(), "frozen_checksums": sums}
+            write_json(ledger, {"rounds": [*earlier, entry]})
         self.first_step = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -86,6 +89,15 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
             raise UserError(
                 f"The training that is resumed began with another draw ({ledger} has {began}). Give half_finetune the "
                 "seed, the round and the settings of then, or begin anew in another output_dir."
+            )
+
+    def _require_same_weights(self, began: list[int], now: list[int], ledger: Path) -> None:
+        """Compare the frozen weights of each rank. Shards of other numbers of ranks cannot be compared."""
+        whole = len(set(began)) == len(set(now)) == 1  # each rank holds all weights
+        if (len(began) == len(now) and began != now) or (whole and began[0] != now[0]):
+            raise UserError(
+                f"The frozen weights of the checkpoint are not those with which the training began ({ledger}). Resume "
+                "from another checkpoint, or begin anew in another output_dir."
             )
 
 

@@ -21,6 +21,15 @@ def trained_checksum(model: Any) -> int:
     return _checksum(model, trained=True)
 
 
+def of_all_ranks(checksum: int) -> list[int]:
+    """The checksums of all ranks, in their order. Collective over them, if there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [checksum]
+    checksums = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(checksums, checksum)
+    return checksums
+
+
 def _checksum(model: Any, trained: bool) -> int:
     named = [(name, value) for name, value in unwrapped(model).named_parameters() if value.requires_grad == trained]
     sums = [(name, weighted_sum_of_bits(local_part(value))) for name, value in named]  # queued on the device

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import BASE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hft_cli import HalfFinetuneCallback, half_finetune, next_round, verify
@@ -104,6 +104,20 @@ def test_a_training_resumes_under_its_own_draw_only(tmp_path):
     made = trainer(other, tmp_path, HalfFinetuneCallback(half_finetune(other, seed=1)))
     with pytest.raises(UserError, match=r"began with another draw .*has round 1, seed 42"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_with_other_frozen_weights_is_refused(tmp_path):
+    live = model()
+    draw = half_finetune(live)
+    trainer(live, tmp_path, HalfFinetuneCallback(draw), save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights[draw.frozen[0]] = weights[draw.frozen[0]].nextafter(torch.tensor(9.0))
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    live = model()
+    made = trainer(live, tmp_path, HalfFinetuneCallback(half_finetune(live)))
+    with pytest.raises(UserError, match="frozen weights of the checkpoint are not those with which the training began"):
+        made.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_model_that_trains_something_else_is_refused(tmp_path):
