@@ -75,6 +75,13 @@ def _download(function: str, repository: str, **options: Any) -> Path:
         raise OSError(first_line(error)) from error
 
 
+def without_config(folder: Path) -> str:
+    """What is wrong with a folder that has no config.json."""
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} holds an adapter and no model: merge it into its model, and give that."
+    return f"{folder} has no config.json: it must be a folder that save_pretrained() wrote."
+
+
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     """The file that holds each tensor of a checkpoint folder, by tensor name.
 
@@ -85,7 +92,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"There is no checkpoint folder {folder}.")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; it must be a folder that save_pretrained() wrote.")
+        raise UserError(without_config(folder))
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return dict.fromkeys(read_header(single), single)
@@ -99,7 +106,7 @@ def checkpoint_files(folder: str | Path) -> dict[str, Path]:
             raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} of its shards are missing). Fetch them.")
         return {name: folder / shard for name, shard in shards.items()}
     pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-    reason = f" only {pickles[0]}. Convert it once" if pickles else "; if it has other weights, convert them"
+    reason = f", only {pickles[0]}. Convert it once" if pickles else "; if it has other weights, convert them"
     raise UserError(
         f"{folder} has no model.safetensors{reason}: "
         f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hft_cli.checkpoint.folders import without_config
 from hft_cli.checkpoint.text_part import text_fields
 from hft_cli.errors import UserError, cut_off
 from hft_cli.files import read_json
@@ -81,13 +82,7 @@ def read_model_config(file: Path, part: str | None = None) -> dict[str, Any]:
         UserError: if it cannot be read, a field has a value that no model has, or it is no causal language model's.
     """
     if file.name == "config.json" and not file.exists():
-        adapter = (file.parent / "adapter_config.json").exists()
-        what = (
-            " holds an adapter and no model: merge it into its model, and give that."
-            if adapter
-            else (" has no config.json: it must be a folder that save_pretrained() wrote.")
-        )
-        raise UserError(f"{file.parent}{what}")
+        raise UserError(without_config(file.parent))
     config = read_json(file)
     check_model_config(config, str(file))
     where = file.parent if file.name == "config.json" else file

@@ -21,8 +21,9 @@ from hft_cli.errors import UserError
     [
         ("no folder", "no checkpoint folder"),
         ("no config", "no config.json"),
+        ("an adapter", "holds an adapter and no model: merge it"),
         ("no weights", "no model.safetensors"),
-        ("only bin", r"only pytorch_model.bin. Convert .*save_pretrained"),
+        ("only bin", r"safetensors, only pytorch_model.bin. Convert .*save_pretrained"),
         ("lost shard", r"lacks model-00002-of-.*Fetch"),
         ("wrong index", "is not in model-00001-of"),
         ("broken index", "index.json is not JSON"),
@@ -36,6 +37,8 @@ def test_an_incomplete_folder_is_refused_with_the_fix(fault: str, message: str, 
         shutil.rmtree(folder)
     elif fault == "no config":
         (folder / "config.json").unlink()
+    elif fault == "an adapter":
+        (folder / "config.json").rename(folder / "adapter_config.json")
     elif fault in ("no weights", "only bin"):
         for file in folder.glob("model*"):
             file.unlink()
