@@ -37,6 +37,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from hft_cli.launch import work
+from hft_cli.launch.compat import end_process
 from hft_cli.launch.lifetime import end_with_parent, prepare_worker
 from hft_cli.logs import set_up_logging
 
@@ -216,7 +217,7 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def main(place: str, modules: Sequence[str]) -> int:
-    """Load the modules, and fork for each request. In a worker's process this is the worker, and returns its status."""
+    """Load the modules, and fork for each request."""
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(place))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{place}.part")  # before the libraries are loaded: the path may be too long for a socket
@@ -261,8 +262,8 @@ def _other_variables(loaded_in: Mapping[str, str], wanted: Mapping[str, str]) ->
     return [key for key in keys if loaded_in.get(key) != wanted.get(key) and not FREE.fullmatch(key)]
 
 
-def _keep(connection: socket.socket, request: Mapping[str, Any], log: int) -> int:
-    """Fork the worker or its ranks, pass signals on to them, and report their end. Returns in the workers too."""
+def _keep(connection: socket.socket, request: Mapping[str, Any], log: int) -> NoReturn:
+    """Fork the worker or its ranks, pass signals on to them, and report their end."""
     os.setsid()
     workers: dict[int, int | None] = {}
     stopped: list[float] = []
@@ -281,7 +282,7 @@ def _keep(connection: socket.socket, request: Mapping[str, Any], log: int) -> in
             _become_worker(request, log)
             if ranks is not None:
                 os.environ.update(_variables_of_rank(rank, ranks, os.read(read, 5).decode()))
-            return _work(request["arguments"], rank if ranks is not None else None)
+            _work(request["arguments"], rank if ranks is not None else None)
         workers[pid] = None
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -307,7 +308,7 @@ def _wait(workers: dict[int, int | None], connection: socket.socket, stopped: li
                 stopped.append(time.monotonic())
                 _signal(workers, signal.SIGTERM)
             continue
-        if not stopped and select.select([connection], [], [], 0.05)[0]:
+        if not stopped and select.select([connection], [], [], 0.01)[0]:
             stopped.append(time.monotonic())
             _signal(workers, signal.SIGTERM)
         if stopped:
@@ -352,12 +353,12 @@ def _variables_of_rank(rank: int, ranks: int, port: str) -> dict[str, str]:
     return {**{key: str(value) for key, value in numbers.items()}, **address, **STORE_VARIABLES}
 
 
-def _work(arguments: Sequence[str], rank: int | None) -> int:
-    """Do the work, under the command line that a plain process would have."""
+def _work(arguments: Sequence[str], rank: int | None) -> NoReturn:
+    """Do the work and end, under the command line that a plain process would have."""
     place = [] if rank is None else [f"RANK={rank}"]
     _set_command_line([sys.executable, "-m", "hft_cli.launch.work", *arguments, *place])
     set_up_logging()
-    return work.main(arguments)
+    end_process(work.main(arguments))
 
 
 def _set_command_line(words: Sequence[str]) -> None:

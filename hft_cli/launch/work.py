@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hft_cli.errors import UserError
 from hft_cli.files import write_text
+from hft_cli.launch.compat import end_process
 from hft_cli.launch.jobs import WORKERS, Progress, read_job
 from hft_cli.launch.lifetime import end_with_torchrun, share_lock
 from hft_cli.logs import set_up_logging
@@ -40,4 +41,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     set_up_logging()
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -262,6 +262,13 @@ def _end(process: Process) -> None:
             continue
 
 
+def _ended(process: Process, seconds: float) -> bool:
+    """Whether a process ends within some seconds."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
 def _show_progress(process: Process, run: WorkerRun, poll: Callable[[], None]) -> None:
     """Wait for a worker to end, with a progress bar."""
     with tqdm(
@@ -272,8 +279,7 @@ def _show_progress(process: Process, run: WorkerRun, poll: Callable[[], None]) -
         postfix=STARTING,
         disable=not logger.isEnabledFor(logging.INFO),
     ) as bar:
-        while process.poll() is None:
-            time.sleep(0.1)
+        while not _ended(process, 0.1):
             _update(bar, run.folder.progress)
             poll()
         _update(bar, run.folder.progress)

@@ -101,3 +101,21 @@ def test_submitit_registers_its_requeue_handler_for_the_signal(monkeypatch):
     before = signal.signal(signal.SIGUSR2, handler := lambda number, frame: None)
     assert compat.requeue_handler() is handler
     signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_process_ends_with_its_exit_functions_and_no_teardown():
+    code = """
+import atexit, sys
+from hft_cli.launch.compat import end_process
+
+class Held:
+    def __del__(self):
+        print("freed")
+
+held = Held()
+atexit.register(print, "at exit")
+sys.stdout.write("written, ")
+end_process(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "written, at exit\n", "")

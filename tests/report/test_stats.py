@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from hft_cli.report.stats import (
     Estimate,
@@ -22,6 +23,7 @@ from hft_cli.report.stats import (
     regress,
     share_intervals,
     variance_components,
+    wilson,
 )
 
 SCORES = st.floats(0, 1)
@@ -240,3 +242,10 @@ def test_shares_of_a_small_table_are_hardly_known():
         widths.append(ends[0][1] - ends[0][0])
     assert widths[1] < widths[0]
     assert widths[0] > 0.5
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_of_a_share_is_that_of_scipy(case):
+    count, n = case
+    ends = binomtest(count, n).proportion_ci(0.95, "wilson")
+    assert wilson(count, n) == pytest.approx((ends.low, ends.high), abs=1e-12)
