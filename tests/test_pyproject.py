@@ -23,7 +23,7 @@ PINNED = {
 }
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {"hydra": "hydra-core", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-PROGRAMS = {"axolotl", "swift"}  # that load a plugin of ours; nothing else imports it
+PROGRAMS = {"axolotl", "swift", "vllm"}  # that load a plugin of ours; nothing else imports it
 BROUGHT_ALONG = {"evaluate": "lm-eval", "submitit": "hydra-submitit-launcher"}  # imported only beside that package
 
 

@@ -7,6 +7,7 @@ not know heads of the embedded model's size.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -89,7 +90,10 @@ class LLM:
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch):
-    """The stand-in in the place of vLLM."""
+    """The stand-in in the place of vLLM, and the environment as it was afterwards."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
     module = ModuleType("vllm")
     module.__spec__ = ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams
