@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,16 @@ from preloaded import fork_ranks
 from safetensors.torch import load_file
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
+from hft_cli.cli.commands import run_command
 from hft_cli.cli.overrides import hydra_arguments
 from hft_cli.config import defaults
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import SCHEMAS, PlanConfig, RunConfig
+from hft_cli.errors import UserError
 from hft_cli.files import from_dict
 from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.launch.worker import WorkerRun
+from hft_cli.logs import set_up_logging
 from hft_cli.method.rounds import draws, phase_config, phases
 from hft_cli.paths import conf_dir, resolve_path
 from hft_cli.plan.automatic import Machine, with_dtype
@@ -78,6 +84,23 @@ def hft(*arguments: object, cwd: Path | None = None, timeout: float = HANGS_AFTE
         command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment()
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def hft_here(*arguments: object) -> Ended:
+    """Run a command of `hft` in this process, which has loaded transformers already."""
+    logger, out, err = logging.getLogger("hft_cli"), io.StringIO(), io.StringIO()
+    before = (logger.handlers, logger.propagate, logger.level)
+    name, *words = map(str, arguments)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            set_up_logging()
+            status = run_command(name, words)
+        except UserError as error:
+            logger.error("hft: %s", error)
+            status = 2
+        finally:
+            logger.handlers, logger.propagate, logger.level = before
+    return Ended(status, out.getvalue(), err.getvalue())
 
 
 def command(*arguments: object) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BASE, Ended, hft
+from helpers import BASE, Ended, hft, hft_here
 
 CHAT = {
     "messages": [
@@ -35,7 +35,7 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def show(*words: object) -> Ended:
-    done = hft("show", "tokens", "model=pocket", *words)
+    done = hft_here("show", "tokens", "model=pocket", *words)
     assert done.status == 0, done.err
     return done
 
