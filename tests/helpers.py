@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +267,26 @@ def composed(*overrides: str) -> RunConfig:
 
 def composed_by(command: str, *overrides: str) -> Any:
     """The same for `hft train`, `hft plan` or `hft eval`."""
+    folders = [text.partition("=")[2] for text in overrides if text.startswith("output_dir=")]  # each test has another
+    others = [text for text in overrides if not text.startswith("output_dir=")]
+    plain = {
+        **deepcopy(_container(command, str(conf_dir()), *others)),
+        **({"output_dir": folders[-1]} if folders else {}),
+    }
+    values = from_dict(SCHEMAS[command], plain)
+    values.model = with_dtype(values.model, Machine(gpus=0, memory=None, bfloat16=False))
+    return values
+
+
+@cache
+def _container(command: str, folder: str, *overrides: str) -> Any:
+    """A composed config as plain values."""
     arguments = hydra_arguments(command, ["--cfg=job", *overrides])
     defaults.register()
     ConfigStore.instance().store(name="schema", node=SCHEMAS[command])
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(folder, version_base="1.3"):
         config = compose("eval" if command == "eval" else "train", [text for text in arguments if text[0] != "-"])
-    values = from_dict(SCHEMAS[command], OmegaConf.to_container(config, resolve=True))
-    values.model = with_dtype(values.model, Machine(gpus=0, memory=None, bfloat16=False))
-    return values
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def phase_job(folder: Path, model: Path, *overrides: str) -> PhaseJob:

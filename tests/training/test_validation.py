@@ -72,18 +72,15 @@ def test_the_loss_of_sft_is_the_mean_over_trained_tokens():
     assert loss == 2.0  # and not the mean of the rows' means
 
 
-BETA = composed("+method=hft_dpo", "dpo.beta=0.3")
-
-
 @settings(deadline=None)
 @given(st.lists(st.floats(-2000, 0), min_size=4, max_size=4), st.lists(st.floats(-2000, 0), min_size=4, max_size=4))
 def test_the_loss_of_dpo_is_that_of_its_paper(now, start):
-    found = dpo.OBJECTIVE.loss(now, start, 0, BETA)
+    found = dpo.OBJECTIVE.loss(now, start, 0, composed("+method=hft_dpo", "dpo.beta=0.3"))
     policy, reference = (torch.tensor(values, dtype=torch.float64) for values in (now, start))
     moved = policy - reference
     expected = -torch.nn.functional.logsigmoid(0.3 * (moved[::2] - moved[1::2])).mean()
     assert found == pytest.approx(float(expected), rel=1e-9)
-    assert dpo.OBJECTIVE.loss(now, now, 0, BETA) == pytest.approx(math.log(2))
+    assert dpo.OBJECTIVE.loss(now, now, 0, composed("+method=hft_dpo", "dpo.beta=0.3")) == pytest.approx(math.log(2))
 
 
 def test_pairs_are_two_sequences_with_a_loss_on_the_answers():
