@@ -76,6 +76,18 @@ def test_bash_completes_after_an_equals_sign():
     assert done.stdout.split() == ["hft", "hft_dpo"]  # bash has +method= already
 
 
+def test_fish_completes_groups_and_keys(tmp_path):
+    if not shutil.which("fish"):
+        pytest.skip("there is no fish")
+    script = hft("completion", "fish").out
+    for line, wanted in (("hft tra", "train"), ("hft train +method=hf", "+method=hft"), ("hft draw --for", "--format")):
+        code = f"function hft; {environment_command()} $argv; end\n{script}\ncomplete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment()
+        )
+        assert wanted in done.stdout.split(), done.stderr
+
+
 def environment_command() -> str:
     import sys
 
