@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import typing
@@ -120,6 +121,19 @@ def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def finite(value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: the value is no number, or is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"a score or measure is {value}")
+    return value
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
-from hft_cli.evaluation.score_files import read_scores
+from hft_cli.evaluation.score_files import read_items, read_scores
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,14 @@ class Rescored:
 
 
 def compare_scorings(first: Path, again: Path) -> Rescored:
-    """Two files of scores of one model on one task, with their items beside them."""
-    scores, _ = read_scores(again)
-    metric, score = next(iter(scores.items()))
-    pairs = list(zip(_items(first), _items(again), strict=True))
-    weights = [float(item.get("bytes", 1)) for item, _ in pairs]  # of a text; of other items 1
-    differences = [float(other[metric]) - float(one[metric]) for one, other in pairs]
-    squares = sum((weight * difference) ** 2 for weight, difference in zip(weights, differences, strict=True))
-    noise = 1.96 * sqrt(squares) / sum(weights) if weights else 0.0
-    return Rescored(score, noise, sum(difference != 0 for difference in differences), len(pairs))
+    """Two files of scores of one model on one task, with their items beside them.
 
-
-def _items(file: Path) -> list[dict[str, Any]]:
-    lines = file.with_suffix(".jsonl").read_text().splitlines()
-    return sorted((json.loads(line) for line in lines), key=lambda item: str(item.get("row")))
+    A metric without scores of single items, such as a perplexity, counts as one item.
+    """
+    metric, score = next(iter(read_scores(again)[0].items()))
+    ones, others = (read_items(file.with_suffix(".jsonl"), metric) for file in (first, again))
+    pairs = [(ones[row], others[row]) for row in ones.keys() & others.keys()]
+    pairs = pairs or [((read_scores(first)[0][metric], 1.0), (score, 1.0))]
+    squares = sum((weight * (other - one)) ** 2 for (one, weight), (other, _) in pairs)
+    noise = 1.96 * sqrt(squares) / sum(weight for (_, weight), _ in pairs)
+    return Rescored(score, noise, sum(one != other for (one, _), (other, _) in pairs), len(pairs))

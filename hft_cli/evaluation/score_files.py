@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hft_cli.files import read_json, write_json, write_text
+from hft_cli.files import finite, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
 from hft_cli.text import plural
 
@@ -34,6 +34,19 @@ def read_scores(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
     if "scores" not in values:
         return values, {}
     return values["scores"], {key: value for key, value in values.items() if key != "scores"}
+
+
+def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]:
+    """Row -> its score and its weight; empty if there is no such file, or if a line of it is broken."""
+    if path is None:
+        return {}
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {
+            line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:

@@ -47,8 +47,10 @@ class Decoding:
 
 
 # Settings of transformers that `Decoding` has not, and the values with which they have no effect.
-NO_EFFECT = {"num_beams": 1, "no_repeat_ngram_size": 0, "typical_p": 1.0, "min_length": 0, "min_new_tokens": 0}
-NO_EFFECT_LISTS = ("bad_words_ids", "suppress_tokens", "sequence_bias")
+NO_EFFECT = {
+    "num_beams": 1, "no_repeat_ngram_size": 0, "typical_p": 1.0, "min_length": 0, "min_new_tokens": 0,
+    "bad_words_ids": None, "suppress_tokens": None, "sequence_bias": None,
+}  # fmt: skip
 
 
 def decoding_of(config: Any, options: Mapping[str, Any], max_new_tokens: int) -> Decoding:
@@ -63,7 +65,7 @@ def decoding_of(config: Any, options: Mapping[str, Any], max_new_tokens: int) ->
         given = getattr(config, name, None) if given is None else given
         return default if given is None else given
 
-    for name, default in {**NO_EFFECT, **dict.fromkeys(NO_EFFECT_LISTS)}.items():
+    for name, default in NO_EFFECT.items():
         if value(name, default) not in (default, []):
             raise UserError(f"suite.backend=vllm cannot apply {name}={value(name, default)}. Leave out suite.backend.")
     ends = value("eos_token_id", [])

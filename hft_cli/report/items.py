@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hft_cli.report.reading import finite
+from hft_cli.evaluation.score_files import read_items
 from hft_cli.report.runs import Run
 from hft_cli.report.stats import Estimate, newcombe, paired_bootstrap, wilson
 from hft_cli.report.tables import Cell, Record, estimate_cell, estimate_fields, formatted
@@ -78,7 +76,7 @@ def item_scores(run: Run, task: str) -> tuple[list[float], list[float], list[flo
     other items 1. None without such records.
     """
     files = run.records.get(task) or _files_of_training(run.folder / "eval", task)
-    before, after = (_read_items(files.get(when), run.metrics[task]) for when in ("before", "after"))
+    before, after = (read_items(files.get(when), run.metrics[task]) for when in ("before", "after"))
     rows = [row for row in before if row in after]
     if not rows:
         return None
@@ -90,16 +88,3 @@ def _files_of_training(folder: Path, task: str) -> dict[str, Path]:
     folders = (folder / "after", *sorted(folder.glob("round-*"), reverse=True))
     last = next((path for path in folders if path.is_dir()), None)
     return {when: path / f"{task}.jsonl" for when, path in (("before", folder / "before"), ("after", last)) if path}
-
-
-def _read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]:
-    """Row -> its score and its weight; empty if there is no such file, or if a line of it is broken."""
-    if path is None:
-        return {}
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {
-            line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

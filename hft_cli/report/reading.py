@@ -6,7 +6,6 @@ A run that is unfinished, broken, unverified or was never started is a run here 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.errors import UserError
-from hft_cli.files import read_json
+from hft_cli.files import finite, read_json
 from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import ANCHORS, Draw, Run, RunRow, Scores, TaskScores
 from hft_cli.report.setting import setting_of
@@ -193,19 +192,6 @@ def _losses(run: RunDir) -> tuple[tuple[tuple[int, float], ...], str]:
         before = losses[-1][0] if losses else 0
         losses += [(before + step, phase[step]) for step in sorted(phase)]
     return tuple(losses), ""
-
-
-def finite(value: Any) -> float:
-    """A finite number.
-
-    Raises:
-        TypeError, ValueError: the value is no number, or is not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
-    if not math.isfinite(value):
-        raise ValueError(f"a score or measure is {value}")
-    return value
 
 
 def _finite_or_none(value: Any) -> float | None:

@@ -45,6 +45,16 @@ def test_items_are_paired_by_their_rows(tmp_path):
     assert compare_scorings(first, again).changed == 0
 
 
+def test_a_metric_of_the_whole_text_counts_as_one_item(tmp_path):
+    """The harness keeps the parts of a perplexity in the place of an item's score."""
+    first, again = (write(tmp_path / str(end), [end], "word_perplexity") for end in (12, 12.5))
+    for file in (first, again):
+        file.with_suffix(".jsonl").write_text('{"row": "wikitext/0", "word_perplexity": [-100.5, 40]}\n')
+    compared = compare_scorings(first, again)
+    assert (compared.score, compared.changed, compared.items) == (12.5, 1, 1)
+    assert compared.noise == pytest.approx(1.96 * 0.5)
+
+
 def test_the_noise_covers_a_third_scoring(tmp_path):
     """Answers that are right with some probability: a further difference lies within the noise of 19 in 20 cases."""
     draw = random.Random(0)
