@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, the first time.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := runs/demo
 
 .PHONY: help demo demo-continual test test-slurm torture bench fuzz check lint types wheel-test versions clean
@@ -19,7 +20,9 @@ help:
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP) "pip>=26.1"
+	$(PIP) --no-compile --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m compileall -q -j 0 .venv >/dev/null || true # packages ship files for other versions of Python
 	@touch $@
 
 demo: .venv/installed
@@ -43,7 +46,7 @@ bench: .venv/installed
 	$(BIN)/python scripts/bench/run.py --out runs/bench.json
 
 fuzz: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3,<4"
+	$(PIP) "atheris>=3,<4"
 	$(BIN)/python scripts/fuzz.py --runs 10000000
 
 test-slurm: .venv/installed

@@ -51,6 +51,11 @@ class TrainConfig:
     packing: bool = setting(
         False, "Pack short rows into sequences of max_length, without padding. Rows do not attend to each other."
     )
+    padding_free: bool = setting(
+        False,
+        "Put the rows of a micro-batch one after the other, instead of padding them to one length. Rows do not attend "
+        "to each other, and the batches are those with padding.",
+    )
     group_by_length: bool = setting(
         False,
         "Put rows of similar lengths into a batch: less padding, and faster steps. Groups of 50 batches are drawn at "

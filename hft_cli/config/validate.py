@@ -247,6 +247,16 @@ def _rows_have_one_order(config: RunConfig) -> str | None:
     return None
 
 
+def _padding_is_there_to_leave_out(config: RunConfig) -> str | None:
+    if not config.train.padding_free:
+        return None
+    if config.train.packing:
+        return "train.padding_free=true has no effect on packed rows: they are not padded. Set one of the two to false."
+    if "dpo" in config.method.stages:
+        return "train.padding_free=true is for SFT; DPO's pairs are padded. Set train.padding_free=false."
+    return None
+
+
 def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:
     attention = config.model.attention
     if attention not in FLASH_ATTENTION or config.model.dtype in ("bfloat16", AUTO):
@@ -281,6 +291,7 @@ RULES: tuple[Rule, ...] = (
     _stages_match_training_sets,
     _optimizer_suits_the_engine,
     _rows_have_one_order,
+    _padding_is_there_to_leave_out,
     _flash_attention_is_in_bfloat16,
     _batch_is_whole,
     _shares_leave_room,

@@ -163,7 +163,7 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
     """The configuration with train.max_length set for the model with config.json `model`, called `name` in errors.
 
     Raises:
-        UserError: if the model has too few positions, or packing is not supported for it.
+        UserError: if the model has too few positions, or rows cannot be kept apart in one sequence of it.
     """
     model = model.get("text_config") or model
     positions, model_type = max_positions(model), model.get("model_type")
@@ -173,11 +173,12 @@ def with_model_limits(config: AnyRun, model: dict[str, Any], name: str) -> AnyRu
             f"train.max_length={train.max_length} is more than the {positions} positions of {name}. "
             f"Set train.max_length={positions} or less."
         )
-    if train.packing and model_type not in PACKABLE:
+    joins = "packing" if train.packing else "padding_free" if train.padding_free else None
+    if joins and model_type not in PACKABLE:
         raise UserError(
-            f"train.packing=true is supported for model types whose packed rows do not see each other (Llama, Qwen, "
+            f"train.{joins}=true is supported for model types whose packed rows do not see each other (Llama, Qwen, "
             f"Gemma, …: hft_cli/method/README.md); {name} is of type {model_type!r}, which is none of them. Set "
-            "train.packing=false."
+            f"train.{joins}=false."
         )
     if train.router_aux_loss and "router_aux_loss_coef" not in model:
         raise UserError(

@@ -105,7 +105,8 @@ def _optimizer_state(work: Workload) -> float:
     """Bytes of the state of the optimizer; under DeepSpeed two moments in float32 of the rank's shard."""
     if work.setup.zero_stage is not None:
         return 8.0 * _trained_shard(work)
-    return sum(OPTIMIZERS[work.setup.optimizer].state_bytes(p.shape) for p in work.updated)
+    state_bytes = OPTIMIZERS[work.setup.optimizer].state_bytes
+    return sum(state_bytes(p.shape, p.kind == "embedding") for p in work.updated)
 
 
 def _gradients(work: Workload) -> float:

@@ -64,15 +64,22 @@ def check_packages(config: RunConfig) -> None:
 
 
 def check_optimizer(name: str, has_gpu: bool) -> None:
-    """Check that the optimizer is installed, and that there is a GPU if it needs one."""
+    """Check that the optimizer is installed, and works on the device."""
     optimizer = OPTIMIZERS[name]
     if optimizer.package and find_spec(optimizer.package) is None:
         raise UserError(
             f"train.optimizer={name} needs the package {optimizer.package}, which is not installed. Install it, or set "
             f"train.optimizer={DEFAULT}."
         )
-    if optimizer.needs_gpu and not has_gpu:
-        raise UserError(f"train.optimizer={name} needs a GPU, and there is none here. Set train.optimizer={DEFAULT}.")
+    if optimizer.package and optimizer.cpu_since and not has_gpu:
+        from packaging.version import Version
+
+        version = metadata.version(optimizer.package)
+        if Version(version) < Version(optimizer.cpu_since):
+            raise UserError(
+                f"train.optimizer={name} needs a GPU with {optimizer.package} {version}, and there is none here. "
+                f"Install {optimizer.package} {optimizer.cpu_since} or newer, or set train.optimizer={DEFAULT}."
+            )
 
 
 def check_device(engine: EngineConfig, gpu_memories: list[float | None], elements: int) -> None:

@@ -30,7 +30,6 @@ def trainer_arguments(job: PhaseJob, folder: RoundDir, procedure: Procedure) -> 
         max_steps=-1 if in_parts else train.max_steps or -1,
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=config.accumulation,
-        max_length=train.max_length,
         lr_scheduler_type=train.schedule,
         warmup_steps=0 if train.schedule == "constant" else train.warmup,  # below 1: a share of the steps
         optim=train.optimizer,

@@ -148,12 +148,12 @@ class LossOnlyTrainer(SFTTrainer):  # type: ignore[misc]
     computed by the model itself (on 2 CPU cores a step of a 20M model took 0.79 s with tiles, and 0.66 s without).
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, batch_tokens: int, **options: Any) -> None:
+        """`batch_tokens`: the most tokens of a micro-batch, with padding; 0 if not known. The rest is SFTTrainer's."""
         super().__init__(*arguments, **options)
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_fused_lm_head(model)  # log-probabilities alone, over the head that has more outputs
-        tokens = self.args.per_device_train_batch_size * (self.args.max_length or 0)
-        self.holds_logits = 0 < tokens * model.config.get_text_config().vocab_size <= HELD_LOGITS
+        self.holds_logits = 0 < batch_tokens * model.config.get_text_config().vocab_size <= HELD_LOGITS
         self.anchor: Any = None  # anchors.KlAnchor
         self.divergences: list[torch.Tensor] = []  # of the micro-batches since the last log, in nats per trained token
 

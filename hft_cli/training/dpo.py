@@ -78,6 +78,7 @@ def reference_key(rows: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:
     """The class of the trainer's arguments, and what DPO sets in them."""
     return trl.DPOConfig, {
+        "max_length": config.train.max_length,
         "beta": config.dpo.beta,
         "loss_type": ["sigmoid"],
         "precompute_ref_log_probs": config.dpo.reference == "precomputed",

@@ -42,11 +42,13 @@ OBJECTIVE = Objective(lambda row: [(row["input_ids"], row["labels"])], _loss)
 
 def settings(config: RunConfig) -> tuple[type, dict[str, Any]]:
     """The class of the trainer's arguments, and what SFT sets in them."""
-    packing = config.train.packing
-    # Rows that are not packed are tokenized and cut already.
+    train = config.train
     return trl.SFTConfig, {
-        "packing": packing,
-        "dataset_kwargs": None if packing else {"skip_prepare_dataset": True},
+        "packing": train.packing,
+        "padding_free": train.padding_free,
+        # Rows are tokenized and cut already: only packing has work to do, and needs a length.
+        "max_length": train.max_length if train.packing else None,
+        "dataset_kwargs": None if train.packing else {"skip_prepare_dataset": True},
         "router_aux_loss_coef": config.train.router_aux_loss,  # None: the model's own
     }
 
@@ -63,7 +65,8 @@ def _check_router(model: Any, weight: float | None) -> None:
 
 def build_trainer(parts: TrainerParts, session: Session) -> Any:
     """TRL's SFTTrainer for a phase."""
-    _check_router(parts.model.config, session.job.config.train.router_aux_loss)
+    train = session.job.config.train
+    _check_router(parts.model.config, train.router_aux_loss)
     start = copy_of_start(parts.model) if session.job.config.anchor.name == "kl" else None
     trainer = LossOnlyTrainer(
         model=parts.model,
@@ -71,6 +74,7 @@ def build_trainer(parts: TrainerParts, session: Session) -> Any:
         train_dataset=parts.dataset,
         processing_class=parts.tokenizer,
         callbacks=list(parts.callbacks),
+        batch_tokens=train.micro_batch_size * (train.max_length or 0),
     )
     if start is not None:
         trainer.hold(KlAnchor(start.to(parts.arguments.device), session.job.config.anchor.weight))

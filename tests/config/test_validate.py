@@ -66,6 +66,10 @@ BROKEN = {
         (HFT, "train.packing=true", "train.group_by_length=true"),
         r"no effect on packed rows",
     ),
+    "_padding_is_there_to_leave_out": (
+        (HFT, "train.packing=true", "train.padding_free=true"),
+        r"padding_free=true has no effect on packed rows",
+    ),
     "_flash_attention_is_in_bfloat16": ((HFT, "model.attention=flash_attention_2"), r"computes in bfloat16 only"),
     "_batch_is_whole": ((HFT, "train.batch_size=10", "train.micro_batch_size=4"), r"not a multiple .* that is: 8"),
     "_shares_leave_room": (
@@ -129,6 +133,7 @@ def test_every_rule_has_a_case_above():
         (("+method=lora", "selection=layer"), r"method=lora updates every matrix"),
         ((HFT, "continual=replay"), r"continual=replay needs a sequence of tasks, but there is 1 round"),
         (("+method=hft_dpo", "train.packing=true"), r"train\.packing=true is for SFT"),
+        (("+method=hft_dpo", "train.padding_free=true"), r"padding_free=true is for SFT; DPO's pairs are padded"),
         ((*RESET, "data=trace", "data.path=x"), r"method=half_reset does not train: leave out data\.tasks"),
         ((HFT, "data=local"), r"No data: give data\.path=FILE\|FOLDER\|HUB_NAME or data=NAME"),
         ((HFT, "data=trace"), r"data\.path is not set\. Give the folder that holds C-STANCE, …: data\.path=FOLDER"),

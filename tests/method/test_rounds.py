@@ -174,6 +174,7 @@ def test_max_length_is_at_most_the_models_positions():
     [
         (("train.max_length=129",), MODEL, r"more than the 128 positions of m\. Set train\.max_length=128 "),
         (("train.packing=true",), {"model_type": "opt"}, r"m is of type 'opt', .* Set train\.packing=false"),
+        (("train.padding_free=true",), {"model_type": "opt"}, r"of type 'opt', .* Set train\.padding_free=false"),
         (("generation.max_new_tokens=127", "data.metric=accuracy", "train.max_length=9"), MODEL,
          r"max_new_tokens=127 leaves no room for a prompt .* Set generation\.max_new_tokens=64"),
     ],

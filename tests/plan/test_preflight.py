@@ -79,12 +79,16 @@ def test_a_gpu_that_only_torch_sees_will_do(machine, monkeypatch):
 
 def test_an_optimizer_that_cannot_be_used_here_is_refused(monkeypatch):
     preflight.check_optimizer("adafactor", has_gpu=False)
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"adamw_bnb_8bit needs the package bitsandbytes, which is not installed"):
         preflight.check_optimizer("adamw_bnb_8bit", has_gpu=True)
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     preflight.check_optimizer("adamw_bnb_8bit", has_gpu=True)
-    with pytest.raises(UserError, match=r"adamw_bnb_8bit needs a GPU, and there is none here"):
+    monkeypatch.setattr(preflight.metadata, "version", lambda _: "0.49.2")
+    with pytest.raises(UserError, match=r"a GPU with bitsandbytes 0\.49\.2, .* Install bitsandbytes 0\.50 or newer"):
         preflight.check_optimizer("adamw_bnb_8bit", has_gpu=False)
+    monkeypatch.setattr(preflight.metadata, "version", lambda _: "0.50.0")
+    preflight.check_optimizer("adamw_bnb_8bit", has_gpu=False)
 
 
 @pytest.mark.parametrize(

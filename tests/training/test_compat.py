@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,7 +180,7 @@ def trainers(tmp_path: Path, model_type: str, weight: float | None) -> list[Any]
     from trl import SFTConfig, SFTTrainer
 
     made = []
-    for kind in (SFTTrainer, compat.LossOnlyTrainer):
+    for kind in (SFTTrainer, partial(compat.LossOnlyTrainer, batch_tokens=8 * 1024)):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type))
         arguments = SFTConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model_types import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.config.training import TrainConfig
 from hft_cli.errors import UserError
@@ -91,20 +93,28 @@ def test_a_phase_resumes_with_merged_experts_and_its_order(model_type, more, tmp
     assert resumed.delta.read_bytes() == whole.delta.read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+EIGHT_BITS = pytest.param(
+    "adamw_bnb_8bit", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+)
+
+
+def tensor_bytes(value: Any) -> int:
+    """The bytes of the tensors in a value of an optimizer's state, but for counts of steps."""
+    if isinstance(value, dict):  # of bitsandbytes
+        return sum(tensor_bytes(part) for name, part in value.items() if "qmap" not in name)
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) and value.dim() else 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd", EIGHT_BITS])
 def test_an_optimizer_holds_what_is_planned_and_resumes(optimizer, tmp_path):
     settings = (f"train.optimizer={optimizer}", "train.save_every=2", "train.weight_decay=0.1")
     whole = train(tmp_path / "whole", BASE, *settings)
     checkpoint = torch.load(whole.checkpoints / "checkpoint-2/optimizer.pt")["state"]
-    held = sum(
-        value.numel() * value.element_size()
-        for state in checkpoint.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim()
-    )
+    held = sum(map(tensor_bytes, checkpoint.values()))
     updated = set(phase_job(tmp_path / "job", BASE, *QUICK).updated)
-    shapes = [value.shape for name, value in load_file(BASE / "model.safetensors").items() if name in updated]
-    assert held == sum(OPTIMIZERS[optimizer].state_bytes(tuple(shape)) for shape in shapes)
+    trained = [param for param in parameters_from_folder(BASE) if param.name in updated]
+    planned = OPTIMIZERS[optimizer].state_bytes
+    assert held == sum(planned(param.shape, param.kind == "embedding") for param in trained)
     resumed = RoundDir(Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed")))
     for file in (resumed.delta, resumed.outcome):
         file.unlink()

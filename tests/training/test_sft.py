@@ -14,6 +14,7 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
 from hft_cli.launch.jobs import Progress
 from hft_cli.run_dir import RoundDir
+from hft_cli.training.compat import LossOnlyTrainer
 from hft_cli.training.phase import train_phase
 from hft_cli.training.sft import _check_router, settings
 
@@ -44,6 +45,33 @@ def test_the_router_is_balanced_only_if_it_is_asked_for(mixture, tmp_path):
     assert losses["0"] < losses["0.5"] - 0.1
     assert losses["null"] == losses["0.5"]  # that of its config.json
     assert settings(RunConfig())[1]["router_aux_loss_coef"] == 0.0
+
+
+@pytest.mark.parametrize("more", [(), ("anchor=kl",), ("train.group_by_length=true",)], ids=str)
+def test_rows_without_padding_are_trained_on_as_with_it(more, tmp_path, monkeypatch):
+    compute, shapes = LossOnlyTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *arguments, **options):
+        shapes.append(inputs["input_ids"].shape)
+        return compute(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(LossOnlyTrainer, "compute_loss", watched)
+    texts = ["a b c", "what do you want from me and from all of us here", "d", "e f g h i j k l m n o p q r s t u v"]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{text} {i}"}}\n' for i in range(8) for text in texts))
+    own = ("method=fft", f"data.path={tmp_path}/rows.jsonl", "train.learning_rate=1e-2", *more)
+    logs, sizes = {}, {}
+    for free in ("false", "true"):
+        shapes.clear()
+        job = phase_job(tmp_path / free, BASE, *QUICK, *own, f"train.padding_free={free}")
+        folder = RoundDir(tmp_path / free)
+        folder.folder.mkdir()
+        train_phase(job, folder, Progress(folder.progress))
+        logs[free], sizes[free] = metrics(folder.folder), list(shapes)
+    assert {rows for rows, _ in sizes["false"]} == {4}
+    assert {rows for rows, _ in sizes["true"]} == {1}
+    assert sum(length for _, length in sizes["true"]) < 4 * sum(length for _, length in sizes["false"])
+    for padded, free in zip(logs["false"], logs["true"], strict=True):
+        assert free["loss"] == pytest.approx(padded["loss"], rel=1e-4)
 
 
 def test_a_model_without_a_router_has_no_weight_for_it(tmp_path):
