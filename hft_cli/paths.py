@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -11,6 +12,11 @@ ARCHITECTURES = PACKAGE / "assets" / "architectures"  # config.json files of mod
 def resolve_path(path: str) -> str:
     """The file or folder that a path in a config means: `pocket:x` is x among the embedded files."""
     return str(PACKAGE / "assets" / "pocket" / path.removeprefix("pocket:")) if path.startswith("pocket:") else path
+
+
+def user_cache() -> Path:
+    """The folder of what is kept for other runs of this user: $XDG_CACHE_HOME/hft, or ~/.cache/hft."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft"
 
 
 def conf_dir() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 from hft_cli.checkpoint.tensors import THREADS, StoredTensor, read_header
 from hft_cli.errors import UserError, first_line
 from hft_cli.files import read_json, write_json
-from hft_cli.paths import ARCHITECTURES
+from hft_cli.paths import ARCHITECTURES, user_cache
 
 # Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
@@ -154,7 +153,7 @@ SETTLED = 2 * 10**9  # nanoseconds: a file that changed later may change again w
 
 
 def _known_digest(path: Path) -> bytes:
-    known = _hash_folder() / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    known = user_cache() / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
     identity = _identity(path)
     with suppress(OSError, UserError, KeyError, TypeError, ValueError):
         entry = read_json(known)
@@ -171,7 +170,3 @@ def _known_digest(path: Path) -> bytes:
 def _identity(path: Path) -> list[int]:
     facts = path.stat()
     return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
-
-
-def _hash_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "hashes"

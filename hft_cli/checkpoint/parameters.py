@@ -15,11 +15,13 @@ from typing import Any
 from hft_cli.checkpoint.architectures import SAME_NAMES, shapes_from_fields
 from hft_cli.checkpoint.conversion import Layout, meta_model, read_layout, shapes_of
 from hft_cli.checkpoint.folders import stored_tensors
+from hft_cli.checkpoint.known_layouts import known_layout
 from hft_cli.checkpoint.model_config import read_model_config
 from hft_cli.checkpoint.naming import BUFFERS, Param, classify, make_params
 from hft_cli.checkpoint.tensors import StoredTensor, same_bytes
 from hft_cli.checkpoint.text_part import text_fields, text_tensors
 from hft_cli.errors import UserError
+from hft_cli.files import read_json
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")  # dtypes of a file in which weights can be trained and written back
 
@@ -34,7 +36,12 @@ def parameters_from_config(
     Raises:
         UserError: if transformers cannot build the model, or a parameter cannot be placed.
     """
-    shapes = shapes_of(meta_model(config_or_path, part))
+
+    def read() -> Layout:
+        return Layout(shapes_of(meta_model(config_or_path, part)), {}, [])
+
+    is_file = isinstance(config_or_path, (str, Path)) and Path(config_or_path).is_file()
+    shapes = (known_layout(read_json(Path(config_or_path)), {}, part, read) if is_file else read()).shapes
     return make_params(shapes, {name: (name,) for name in shapes}, kinds)
 
 
@@ -74,13 +81,16 @@ def parameters_from_folder(
     config = read_model_config(folder / "config.json", part)
     if config.get("quantization_config"):
         raise UserError(f"{folder} holds quantized weights, which cannot be trained. Use the unquantized checkpoint.")
+    fields = config
     names = dict(zip(tensors, tensors, strict=True))  # in the model -> in the files
     if part:
         config, names = text_fields(config, folder), text_tensors(tensors)
         if not names:
             raise UserError(f"model.part=text: no tensor in {folder} has a name that begins with language_model.")
     known = {name: tensors[stored] for name, stored in names.items()}
-    layout = _layout_from_names(config, known) or read_layout(meta_model(folder, part), known, folder)
+    layout = _layout_from_names(config, known) or known_layout(
+        fields, known, part, lambda: read_layout(meta_model(folder, part), known, folder)
+    )
     expected = shapes_from_fields(config) or {}
     if wrong := [name for name, shape in layout.shapes.items() if expected.get(name, shape) != shape]:
         raise UserError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hft_cli.files import finite, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
+from hft_cli.paths import user_cache
 from hft_cli.text import plural
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -
 
 def cache_folder() -> Path:
     """The folder of the cached scores."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft" / "scores"
+    return user_cache() / "scores"
 
 
 def hash_values(*values: Any) -> str:

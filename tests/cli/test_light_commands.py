@@ -7,6 +7,10 @@ import sys
 
 import pytest
 from helpers import BASE, environment
+from model_types import tiny_config
+from transformers import AutoModelForCausalLM
+
+from hft_cli.checkpoint.parameters import parameters_from_folder
 
 # Raises ImportError for what takes seconds to import.
 BLOCKED = """
@@ -34,6 +38,15 @@ def light(*words: object) -> str:
 def test_plans_and_draws_of_models_that_ship_need_no_torch(model):
     assert "Memory of each GPU" in light("plan", "+method=hft", f"model={model}", "rows=100")
     assert "layers.0." in light("draw", model)
+
+
+def test_a_model_of_any_type_that_was_read_once_needs_no_torch(monkeypatch, tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", environment()["XDG_CACHE_HOME"])
+    parameters_from_folder(tmp_path)
+    assert "h.0." in light("draw", tmp_path)
+    assert "Memory of each GPU" in light("plan", "+method=hft", f"model.path={tmp_path}", "rows=100")
 
 
 def test_commands_on_a_run_need_no_torch(hft_run, tmp_path):
