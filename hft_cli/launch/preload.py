@@ -48,8 +48,11 @@ MODULES = ("hft_cli.training.phase", "hft_cli.evaluation.rows_worker", "hft_cli.
 
 SHARED = "HFT_PRELOADED"  # environment variable: the socket of a process that several commands use, or "off"
 
-# Environment variables that may differ between this process and a worker: no library reads them when it is loaded.
-FREE = re.compile("(HFT|HYDRA)_.*|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|PATH|PWD|OLDPWD|SHLVL|_")
+# Environment variables that may differ between this process and a worker: no library reads them when it is loaded. A
+# command that loads torch itself, to read the files of a model, gets TORCHINDUCTOR_CACHE_DIR from it.
+FREE = re.compile(
+    "(HFT|HYDRA)_.*|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|TORCHINDUCTOR_CACHE_DIR|PATH|PWD|OLDPWD|SHLVL|_"
+)
 
 GRACE = 30.0  # seconds that a worker has after SIGTERM, as under torchrun
 

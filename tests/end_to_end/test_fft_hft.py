@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BASE, changed, hft, ledger, metrics, results, train
+from helpers import BASE, QUICK, changed, hft, ledger, metrics, results, train
 from safetensors.torch import load_file
 
 from hft_cli.checkpoint.tensors import read_header
@@ -110,7 +110,10 @@ def test_models_with_other_names_in_their_files_train(tmp_path, kind):
     folder = tmp_path / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="60KB")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    run = train(tmp_path / "run", "+method=hft", "model=local", f"model.path={folder}")
+    run = tmp_path / "run"
+    done = hft("train", *QUICK, "+method=hft", "model=local", f"model.path={folder}", f"output_dir={run}", "-v")
+    assert done.status == 0, done.err
+    assert "Not forked" not in done.err  # also where the command itself has loaded torch
     assert results(run)["verification"] == {"passed": True, "faults": []}
     old, new = (
         {n: t for f in sorted(path.glob("*.safetensors")) for n, t in load_file(f).items()}
