@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import preloaded as forking
 import pytest
@@ -20,6 +21,7 @@ from helpers import (
     SCORED,
     TWO_RANKS,
     TWO_ROUNDS,
+    environment,
     environment_of_workers,
     start,
     train,
@@ -47,13 +49,23 @@ def cache_of_rows(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def preloaded(cache_of_rows, tmp_path_factory) -> Iterator[None]:
-    """Workers of commands with the usual environment are forked from one process: libraries are loaded once."""
-    place = tmp_path_factory.mktemp("preloaded") / "socket"
-    process = forking.start(place, environment_of_workers())
-    os.environ[preload.SHARED] = str(place)
+    """Commands with the usual environment, and their workers, are forked: libraries are loaded once."""
+    folder, variables = tmp_path_factory.mktemp("preloaded"), environment()
+    commands = forking.start(folder / "commands", variables, forking.OF_COMMANDS)
+    process = forking.start(folder / "socket", environment_of_workers())
+    os.environ |= {preload.SHARED: str(folder / "socket"), forking.PLACE_OF_COMMANDS: str(folder / "commands")}
     yield
-    process.kill()
-    process.wait()
+    for forked in (commands, process):
+        forked.kill()
+        forked.wait()
+
+
+@pytest.fixture
+def of_a_command() -> Iterator[None]:
+    """The variables that a command has: workers that a test starts itself are forked too."""
+    here = {"PYTEST_CURRENT_TEST": os.environ["PYTEST_CURRENT_TEST"]}  # pytest takes it out itself
+    with patch.dict(os.environ, environment() | here, clear=True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from preloaded import fork_ranks
+from preloaded import fork_command, fork_ranks
 from safetensors.torch import load_file
 
 from hft_cli.checkpoint.parameters import parameters_from_folder
@@ -81,7 +81,14 @@ HANGS_AFTER = 1800  # seconds
 
 
 def hft(*arguments: object, cwd: Path | None = None, timeout: float = HANGS_AFTER) -> Ended:
-    """Run `hft` in a process of its own."""
+    """Run `hft` in a process of its own, which is forked where that changes nothing: what it loads is loaded once."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("out", "err")]
+        for file in files:
+            file.touch()
+        status = fork_command([*map(str, arguments)], cwd or Path.cwd(), environment(), files)
+        if status is not None:
+            return Ended(status, *(file.read_text() for file in files))
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment()
     )

@@ -50,9 +50,7 @@ SHARED = "HFT_PRELOADED"  # environment variable: the socket of a process that s
 
 # Environment variables that may differ between this process and a worker: no library reads them when it is loaded. A
 # command that loads torch itself, to read the files of a model, gets TORCHINDUCTOR_CACHE_DIR from it.
-FREE = re.compile(
-    "(HFT|HYDRA)_.*|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|TORCHINDUCTOR_CACHE_DIR|PATH|PWD|OLDPWD|SHLVL|_"
-)
+FREE = re.compile("(HFT|HYDRA)_.*|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|TORCHINDUCTOR_CACHE_DIR|PATH|PWD|OLDPWD|SHLVL|_")
 
 GRACE = 30.0  # seconds that a worker has after SIGTERM, as under torchrun
 
@@ -341,9 +339,7 @@ def _become_worker(request: Mapping[str, Any], log: int) -> None:
     os.environ.update(request["environment"])
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ:  # OpenMP read it when it was loaded
+    if "OMP_NUM_THREADS" in os.environ and (torch := sys.modules.get("torch")):  # OpenMP read it when it was loaded
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

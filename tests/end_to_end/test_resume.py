@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import (
     BASE,
-    CACHE,
     DECAYED,
     QUICK,
     SCORED,
@@ -211,12 +210,6 @@ def test_another_round_may_have_another_engine(two_rounds, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.fixture
-def in_process(monkeypatch) -> None:
-    """Runs in this process use the cache of the tests."""
-    monkeypatch.setenv("XDG_CACHE_HOME", CACHE)
-
-
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -224,14 +217,14 @@ def flip_a_bit(file: Path) -> None:
 
 
 @together
-def test_another_selection_is_refused(killed, in_process):
+def test_another_selection_is_refused(killed, of_a_command):
     config = killed.config()
     with pytest.raises(UserError, match=r"another configuration \(selection\.seed was None, is 7\)"):
         run(replace(config, selection=replace(config.selection, seed=7)), [])
 
 
 @together
-def test_a_checkpoint_of_another_draw_is_refused(killed, in_process, tmp_path):
+def test_a_checkpoint_of_another_draw_is_refused(killed, of_a_command, tmp_path):
     out = Path(shutil.copytree(killed.run.folder, tmp_path / "run"))
     for marker in (out / ROUND / "checkpoints").glob("checkpoint-*/hft.json"):
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"draw": "of another seed"}))
@@ -241,7 +234,7 @@ def test_a_checkpoint_of_another_draw_is_refused(killed, in_process, tmp_path):
 
 @together
 @pytest.mark.parametrize("what", ["rows", "base"])
-def test_changed_rows_and_a_changed_base_are_refused(killed, in_process, what):
+def test_changed_rows_and_a_changed_base_are_refused(killed, of_a_command, what):
     file = killed.rows if what == "rows" else killed.base / "model.safetensors"
     content = file.read_bytes()
     try:
@@ -256,7 +249,7 @@ def test_changed_rows_and_a_changed_base_are_refused(killed, in_process, what):
 
 
 @together
-def test_a_run_that_another_process_works_on_is_refused(killed, in_process):
+def test_a_run_that_another_process_works_on_is_refused(killed, of_a_command):
     with hold_lock(killed.run.lock), pytest.raises(UserError, match="Another process works on"):
         run(killed.config(), [])
 
