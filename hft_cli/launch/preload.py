@@ -15,7 +15,6 @@ that, the keeper ends the worker.
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import logging
 import os
@@ -31,7 +30,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -224,11 +222,7 @@ def main(place: str, modules: Sequence[str]) -> int:
     listener.bind(f"{place}.part")  # before the libraries are loaded: the path may be too long for a socket
     loaded_in = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # there is no GPU; read when DeepSpeed is imported
-    gc.disable()  # what is loaded stays: collections would take a fifth of the time, and free nothing
-    for name in modules:
-        import_module(name)
-    gc.freeze()  # and collections of workers skip it, and leave its pages shared
-    gc.enable()
+    work.load_modules(*modules)
     with listener:
         listener.listen(128)
         os.rename(f"{place}.part", place)  # it is there when it can be used

@@ -109,3 +109,14 @@ def test_a_mistake_that_a_worker_sees_goes_into_its_file(tmp_path, monkeypatch):
     assert work.main(["RowsJob", str(write_job(JOBS["rows"], tmp_path))]) == 2
     assert (tmp_path / "mistake.txt").read_text() == "m has no rows."
     assert not list(Path(tmp_path).glob("*.part"))
+
+
+def test_libraries_are_loaded_without_garbage_collection(tmp_path):
+    (tmp_path / "library.py").write_text("import gc\ncollects = gc.isenabled()\n")
+    script = (
+        "import gc; from hft_cli.launch.work import load_modules\n"
+        "load_modules('library'); frozen = gc.get_freeze_count(); load_modules('library')\n"
+        "import library; print(library.collects, gc.isenabled(), frozen > 0, gc.get_freeze_count() == frozen)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"]
