@@ -78,7 +78,8 @@ def test_a_round_keeps_the_weights_of_its_lowest_loss(forgetful, tmp_path):
 
 @pytest.mark.xdist_group("validation")
 def test_a_killed_round_stops_early_where_it_would_have(tmp_path):
-    settings = (*FORGETS, "train.early_stopping=20", "train.save_every=10", "train.max_steps=100")
+    stopping = ("train.validate_every=4", "train.early_stopping=10", "train.max_steps=100")
+    settings = (*FORGETS, *stopping, "train.save_every=10")
     whole, out = train(tmp_path / "whole", *settings), tmp_path / "killed"
     process = start(out, *settings)
     wait_for(out / "rounds/01-order/checkpoints/checkpoint-10/hft.json", process)
