@@ -12,6 +12,7 @@ from typing import NoReturn
 from hft_cli.cli.compat import option_names
 from hft_cli.errors import UserError, choose
 from hft_cli.logs import LOG_HELP
+from hft_cli.paths import expanded
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +72,7 @@ def path(text: str) -> Path:
     """
     if not text:
         raise UserError("A path is empty: give a folder, for instance --out models/first.")
-    return Path(text).expanduser()
+    return expanded(text)
 
 
 def points(text: str) -> float:

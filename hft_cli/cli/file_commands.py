@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from hft_cli.cli.arguments import Parser, path, points, round_number
 from hft_cli.cli.show_tokens import show_tokens
 from hft_cli.errors import UserError, choose
+from hft_cli.paths import expand_home
 from hft_cli.text import first_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def verify_run(parser: Parser, words: list[str]) -> int:
     parser.add_argument("--draw", type=path, metavar="FILE", help="the draws that TUNED must follow (a draws.json)")
     parser.add_argument("--infer", action="store_true", help="which draw explains what moved between BASE and TUNED")
     parser.add_argument(
-        "--base", type=os.path.expanduser, metavar="BASE", help="the model that the run started from, if it has moved"
+        "--base", type=expand_home, metavar="BASE", help="the model that the run started from, if it has moved"
     )
     parser.add_argument("--model", type=path, metavar="FOLDER", help="check this final model instead of RUN/model")
     options = parser.parse(words)
@@ -91,7 +91,7 @@ def materialize_model(parser: Parser, words: list[str]) -> int:
     parser.add_argument("--round", type=round_number, metavar="K", help="the model after round K (default: the last)")
     parser.add_argument(
         "--base",
-        type=os.path.expanduser,
+        type=expand_home,
         metavar="BASE",
         help="folder or hub name of the model that the run started from: always for a delta, for a run if it has moved",
     )

@@ -13,6 +13,7 @@ from types import FrameType
 from hft_cli.cli.commands import COMMANDS, overview, run_command
 from hft_cli.errors import Stopped, UserError, choose, file_error
 from hft_cli.logs import set_up_logging, take_log_flags
+from hft_cli.paths import home
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def main() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them before they take the node away
         signal.signal(number, _raise_stopped)
+    os.environ.setdefault("HOME", str(home()))  # or libraries would make a folder called ~
     argv = sys.argv[1:]
     try:
         argv = take_log_flags(argv)

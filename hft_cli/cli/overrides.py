@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 
 from hft_cli.config.conf import experiment_option, experiments, groups, needs_data_path, sweep_params
 from hft_cli.errors import UserError, choose
-from hft_cli.paths import group_options
+from hft_cli.paths import expand_home, group_options
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 
@@ -76,7 +75,7 @@ def _translated(argument: str, sweep: bool) -> str:
 def _quoted_path(key: str, value: str, sweep: bool) -> str:
     """`key=value`, quoted if Hydra's grammar does not read the path as text (spaces, accents, =, ~)."""
     key = "model.path" if key == "model.tuned" else key  # Half-Reset starts from the tuned model
-    value = os.path.expanduser(value)
+    value = expand_home(value)
     plain = re.fullmatch(r"[\w./:\-+%*@?|$]*", value, re.ASCII)
     grammar = value[0] in "'\"[" or "${" in value or (sweep and "," in value)
     if not plain and not grammar:

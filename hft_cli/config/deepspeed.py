@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError, choose
 from hft_cli.files import flatten, read_json
+from hft_cli.paths import expanded
 
 # Settings of a user's JSON that hft accepts: they change neither which weights train nor the bits of frozen weights.
 FREE = (
@@ -66,7 +66,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     if path is None:
         return generated
     try:
-        settings = read_json(Path(path).expanduser())
+        settings = read_json(expanded(path))
     except UserError as error:
         raise UserError(f"engine.deepspeed: {error}") from None
     fixed = _fixed_values(config)

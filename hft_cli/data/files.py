@@ -17,6 +17,7 @@ from typing import Any
 
 from hft_cli.data.bad_rows import BadRows
 from hft_cli.errors import UserError, first_line
+from hft_cli.paths import expanded
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
@@ -56,7 +57,7 @@ def read_rows(
 
 
 def _values(path: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str, Any]]:
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.exists() and hub != ANY_HUB:
         key, value = ("subset", hub.subset) if hub.subset is not None else ("revision", hub.revision)
         raise UserError(f"{path} is not on the hub, so it has no {key} '{value}': leave out data.{key}.")

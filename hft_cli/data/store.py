@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from hft_cli.files import read_json, write_json
+from hft_cli.paths import expanded, home
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ ROWS, FACTS = "rows.arrow", "facts.json"  # files of a set in the cache; the sec
 
 def cache_folder() -> Path:
     """The folder of everything that hft keeps between runs."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser() / "hft"
+    caches = os.environ.get("XDG_CACHE_HOME") or home() / ".cache"
+    own = os.environ.get("HF_HOME") or Path(caches, "huggingface")
+    return expanded(os.environ.get("HF_DATASETS_CACHE") or Path(own, "datasets")) / "hft"
 
 
 def key_of(*facts: Any) -> str:
@@ -61,7 +63,7 @@ def files_key(path: Path) -> list[list[Any]]:
 
 def source_key(path: str, *facts: Any) -> str:
     """`key_of` the rows at a path and of what else they depend on. Those of the hub are read anew each day."""
-    local = Path(path).expanduser()
+    local = expanded(path)
     return key_of(path, [str(local.resolve()), files_key(local)] if local.exists() else str(date.today()), *facts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from hft_cli.data.chats import Turn
 from hft_cli.data.turns import REASONING_KEYS
 from hft_cli.errors import UserError, choose, short
-from hft_cli.paths import PACKAGE
+from hft_cli.paths import PACKAGE, expanded
 
 TEMPLATES = PACKAGE / "assets" / "chat_templates"
 
@@ -72,7 +72,7 @@ def template_file(name_or_path: str) -> Path:
     built_in = {file.stem: file for file in sorted(TEMPLATES.glob("*.jinja"))}
     if name_or_path in built_in:
         return built_in[name_or_path]
-    file = Path(name_or_path).expanduser()
+    file = expanded(name_or_path)
     if not file.is_file():
         if file.suffix or len(file.parts) > 1:
             raise UserError(f"No such chat template file: '{name_or_path}'. Built in: {', '.join(built_in)}.")

@@ -36,6 +36,7 @@ from hft_cli.evaluation.suite import Suite, rows_hash, uses_chat_template
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import WorkerRun, run_worker
+from hft_cli.paths import expanded
 from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _probe_entry(suite: Suite, name: str, settings: ProbeConfig, chat: bool) -> 
 def model_identity(model: ScoredModel) -> dict[str, Any]:
     """What every score depends on: the weights, and the files and settings that say how they are used."""
     template, thinking = model.config.chat_template, model.config.thinking
-    template_file = Path(template).expanduser() if template else None
+    template_file = expanded(template) if template else None
     return {
         "weights": model.weights,
         "files": {
@@ -252,7 +253,7 @@ def _worker_runs(
         yield WorkerRun(rows_job, folder, label, None if alone else several)
     if benchmarks:
         folders: dict[str, Any] = {
-            key: None if folder is None else str(Path(folder).expanduser().resolve())
+            key: None if folder is None else str(expanded(folder).resolve())
             for key, folder in (("data_dir", config.data_dir), ("include_path", config.include_path))
         }
         names = ", ".join(task.name for task in benchmarks)

@@ -18,7 +18,7 @@ from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
 from hft_cli.evaluation.vllm_engine import check_backend
 from hft_cli.files import read_json
 from hft_cli.launch.jobs import RowsTask
-from hft_cli.paths import resolve_path
+from hft_cli.paths import expanded, resolve_path
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_suite(config: SuiteConfig) -> Suite:
     if benchmarks or harness:
         check_backend("suite.backend", config.backend)
     _check_code(config, benchmarks, names)
-    data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
+    data_dir = None if config.data_dir is None else expanded(config.data_dir)
     probes, left_out = _read_probes(config, data_dir)
     if both := sorted(config.tasks.keys() & config.text.keys()):
         raise UserError(f"suite.tasks and suite.text both have {both[0]}: give another name to one of them.")
@@ -95,7 +95,7 @@ def _task_files_hash(include_path: str | None) -> str:
     """
     if include_path is None:
         return "hub"
-    folder = Path(include_path).expanduser()
+    folder = expanded(include_path)
     if not folder.is_dir():
         raise UserError(f"suite.include_path={include_path} is no folder.")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

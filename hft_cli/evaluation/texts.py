@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hft_cli.data.files import Hub
@@ -18,6 +17,7 @@ from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
 from hft_cli.evaluation.workers import LoadedModel, current_ranks, pad_rows, share_items
 from hft_cli.launch.jobs import Progress
+from hft_cli.paths import expanded
 
 METRIC = "bits_per_byte"
 
@@ -45,7 +45,7 @@ def read_texts(path: str, hub: Hub) -> list[str]:
     """
     if path.endswith(".txt"):
         try:
-            texts = [Path(path).expanduser().read_text(encoding="utf-8")]
+            texts = [expanded(path).read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text in UTF-8: {error}.") from None
     else:

@@ -16,7 +16,7 @@ from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.checkpoint.text_part import text_fields
 from hft_cli.config.schema import ModelConfig
 from hft_cli.errors import choose
-from hft_cli.paths import ARCHITECTURES, resolve_path
+from hft_cli.paths import ARCHITECTURES, expanded, resolve_path
 from hft_cli.plan.workload import Shape, model_shape
 from hft_cli.text import format_count, plural
 
@@ -51,7 +51,7 @@ def read_model(config: ModelConfig) -> Model:
     if architecture is None:
         file = folder / "config.json" if folder.is_dir() else config_from_hub(path, config.revision)
     elif Path(architecture).suffix == ".json" or "/" in architecture:
-        file = Path(architecture).expanduser()
+        file = expanded(architecture)
     else:
         choose("model.architecture", architecture, sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         file = ARCHITECTURES / f"{architecture}.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from hft_cli.config.conf import options_of
@@ -18,7 +17,7 @@ from hft_cli.data.sources import row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import Phase, draws, phase_config, phases, with_model_limits
 from hft_cli.method.selection import UNDRAWN, Draw, heaviest_draw
-from hft_cli.paths import resolve_path
+from hft_cli.paths import expanded, resolve_path
 from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 from hft_cli.plan.flops import Flops, flops, hours
 from hft_cli.plan.memory import Memory, activations, host_memory, memory
@@ -277,7 +276,7 @@ def slow_packing(config: RunConfig) -> str | None:
 
 def _count_rows(phase: Phase, config: PlanConfig) -> int | None:
     """Training rows of a phase: counted if the data are on this machine, otherwise from rows=N; None if unknown."""
-    local = [Path(resolve_path(source.path)).expanduser().exists() for source in phase.sources]
+    local = [expanded(resolve_path(source.path)).exists() for source in phase.sources]
     if all(local):
         return len(read_mixed(phase.stage, phase.sources, config, phase.validation).rows)
     if config.rows is None:

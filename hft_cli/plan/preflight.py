@@ -12,6 +12,7 @@ from hft_cli.config.schema import EngineConfig, RunConfig
 from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.errors import UserError
 from hft_cli.launch.environment import cuda_build, gpus, host_memory, torch_sees_gpu
+from hft_cli.paths import expanded
 from hft_cli.plan.planner import Plan
 from hft_cli.text import format_bytes, plural
 
@@ -33,7 +34,7 @@ def preflight(config: RunConfig, plan: Plan, new: bool) -> None:
         if config.engine.check_memory:
             check_memory(config, plan, gpu_memories, host_memory())
     if new:
-        check_disk(Path(config.output_dir).expanduser(), plan.disk.total)
+        check_disk(expanded(config.output_dir), plan.disk.total)
 
 
 def check_packages(config: RunConfig) -> None:

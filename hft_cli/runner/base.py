@@ -11,7 +11,7 @@ from hft_cli.checkpoint.folders import hub_revision, known_weights_hash, model_f
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, read_record
-from hft_cli.paths import resolve_path
+from hft_cli.paths import expanded, resolve_path
 from hft_cli.run_dir import PlanRecord, RunDir
 
 
@@ -59,7 +59,7 @@ def find_base(
         )
     recorded = Path(plan["base"])
     path = plan.get("base_path") or read_config(run).model.path
-    for folder in dict.fromkeys((recorded, Path(resolve_path(path)).expanduser())):
+    for folder in dict.fromkeys((recorded, expanded(resolve_path(path)))):
         if _has_weights(folder, sha256, hash_of):
             return folder
     if revision := plan.get("base_revision") or hub_revision(recorded):

@@ -23,7 +23,7 @@ from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import read_json, read_record, write_json
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.lifetime import hold_lock
-from hft_cli.paths import resolve_path
+from hft_cli.paths import expanded, resolve_path
 from hft_cli.plan.automatic import this_machine, with_dtype
 from hft_cli.plan.preflight import check_device
 from hft_cli.run_dir import PlanRecord, RoundDir, finished
@@ -53,7 +53,7 @@ def run_eval(config: EvalConfig) -> Path:
     for model in models.values():
         params = parameters_from_folder(model.path, model.config.kinds, model.config.part)
         check_device(replace(config.engine, num_processes=ranks), gpus(), sum(param.elements for param in params))
-    folder = Path(config.run or config.output_dir).expanduser() / "eval"
+    folder = expanded(config.run or config.output_dir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{config.suite.name}.json"
     workers = WorkerOptions(ranks)

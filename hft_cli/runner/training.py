@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.folders import known_weights_hash, model_folder
@@ -27,7 +26,7 @@ from hft_cli.launch.rendezvous import LATE, START_TIMEOUT, Followers, connect, i
 from hft_cli.launch.worker import follow_leader, load_libraries
 from hft_cli.method.interpolation import kept_changes
 from hft_cli.method.rounds import Phase
-from hft_cli.paths import resolve_path
+from hft_cli.paths import expanded, resolve_path
 from hft_cli.run_dir import RoundDir, RunDir
 from hft_cli.runner.directory import (
     clear_folder,
@@ -69,7 +68,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
             f"engine.num_nodes={node.count} needs output_dir=…: one folder, on a file system that all nodes share."
         )
     if node.rank == 0:
-        with listen(node, RunDir(Path(config.output_dir).expanduser()).nodes) as followers:
+        with listen(node, RunDir(expanded(config.output_dir)).nodes) as followers:
             return _lead(config, overrides, False, followers)
     _follow(config, node)
     return None
@@ -77,7 +76,7 @@ def run(config: RunConfig, overrides: Sequence[str], search: bool = False) -> Ru
 
 def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: Followers | None) -> RunDir:
     """Do the whole run; of several nodes, on node 0."""
-    run = RunDir(Path(config.output_dir).expanduser())
+    run = RunDir(expanded(config.output_dir))
     config, base = fetch_model(config, run)
     if config.resume and search:
         run = find_unfinished(config)
@@ -122,7 +121,7 @@ def _walk_with_nodes(run: RunDir, prepared: Prepared, followers: Followers | Non
 
 def _follow(config: RunConfig, node: Node) -> None:
     """The part of a node that follows node 0. An error here is told to node 0, and one of another node is raised."""
-    run = RunDir(Path(config.output_dir).expanduser())
+    run = RunDir(expanded(config.output_dir))
     leader: Peer | None = None
     try:
         config, base = fetch_model(config, run)

@@ -55,6 +55,8 @@ BY_TEXT = [
     ("model.path=./nowhere", "is not a folder"),
     ("model.chat_template=nowhere.jinja", "No such chat template file"), ("model.chat_template=tulip", "'tulu'"),
     ("output_dir=/etc/passwd/x", "Not a directory: /etc/passwd"), ("output_dir=" + "a" * 300, "File name too long"),
+    ("output_dir=~nosuch/r", "there is no user 'nosuch'"), ("data.path=~nosuch/x", "Give a whole path, or ./~nosuch/x"),
+    ("--multirun output_dir=~nosuch/r seed=1,2", "there is no user 'nosuch'"),
     ("resume=true", "there is no run in run"), ("train.epochs", "'train.epochs' is not KEY=VALUE"),
     ("=5", "'=5' has no key before ="), ("round=²", "round=² cannot be read as a value"),
     ("selection.names=[layers.[01],norm] output_dir=e", "selection.names=[layers.[01],norm] cannot be read as a value"),
@@ -81,6 +83,7 @@ def test_a_wrong_word_is_refused_in_a_line(words, said, tmp_path):
     ("words", "said"),
     [
         (("verify", "nowhere"), "There is no run directory nowhere"),
+        (("verify", "~nosuch/x"), "there is no user 'nosuch'"),
         (("verify", "."), "it has no config.yaml"),
         (("verify",), "RUN"),
         (("show", "what", "."), "Unknown thing to show 'what'"),
