@@ -265,11 +265,13 @@ def _plan_phase(config: PlanConfig, model: Model, phase: Phase, draw: Draw, rows
 
 
 def slow_packing(config: RunConfig) -> str | None:
-    """What to do where packed rows are slow; None if they are not packed, or the attention knows their bounds."""
-    if not config.train.packing or config.model.attention in FLASH_ATTENTION:
+    """What to do where rows in one sequence are slow; None if each is alone, or the attention knows their bounds."""
+    train = config.train
+    if not (train.packing or train.padding_free) or config.model.attention in FLASH_ATTENTION:
         return None
+    key, sequence = ("packing", "sequence") if train.packing else ("padding_free", "micro-batch")
     return (
-        "train.packing=true without flash attention computes attention between all rows of a sequence, and masks it. "
+        f"train.{key}=true without flash attention computes attention between all rows of a {sequence}, and masks it. "
         "model.attention=flash_attention_2 does not; train.group_by_length=true avoids most padding with any attention."
     )
 

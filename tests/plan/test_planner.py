@@ -84,6 +84,8 @@ def test_slow_packing_is_said_with_the_fix():
 
     packed = plan(planned(**{"train.packing": "true", "train.max_length": 64}))
     assert "train.group_by_length=true avoids most padding" in plan_text(packed)
+    joined = plan(planned(**{"train.padding_free": "true", "train.max_length": 64}))
+    assert "train.padding_free=true without flash attention computes attention between all" in plan_text(joined)
     fast = plan(planned(**{"model.attention": "flash_attention_2", "model.dtype": "bfloat16", "train.packing": "true"}))
     assert "group_by_length" not in plan_text(fast) + plan_text(plan(planned()))
 
