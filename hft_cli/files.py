@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -153,6 +154,20 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
             for key, value in values.items()
         }
     )
+
+
+def hash_values(*values: Any) -> str:
+    """SHA-256 (hex) of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def hash_code(folder: Path) -> str:
+    """SHA-256 (hex) of the Python files in a folder: a part of the keys of what they make."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def flatten(values: dict[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preloaded import OF_COMMANDS
+
 from hft_cli.cli import main
 
-LOADED = (
-    "hydra", "pydantic", "hft_cli.cli.file_commands", "hft_cli.cli.hydra_commands", "hft_cli.runner.training",
-    "hft_cli.runner.verify", "hft_cli.runner.evaluation", "hft_cli.report.write", "hft_cli.plan.text",
-)  # fmt: skip
 MEMORY = 12 << 30  # bytes of address space
 SECONDS = 120  # of processor time: a command that takes more hangs
 
@@ -41,7 +39,7 @@ class Forked:
 
 def hft_in_fork(folder: Path, *arguments: object) -> Forked:
     """Run a command in `folder`. A worker that it starts ends it instead."""
-    for name in LOADED:
+    for name in OF_COMMANDS:
         importlib.import_module(name)
     before, files = names(folder), [folder.parent / f"{folder.name}.{end}" for end in ("out", "err", "worker")]
     for file in files:

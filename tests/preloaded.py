@@ -22,6 +22,7 @@ from hft_cli.logs import VARIABLE
 # In the place of a kind of job. The other arguments are a file of Python and its arguments, or the files for what a
 # command prints, the folder that it runs in, and its words.
 SCRIPT, COMMAND = "script", "command"
+preload.KINDS = (*preload.KINDS, SCRIPT, COMMAND)
 
 # What test files load that workers do not.
 MODULES = (*preload.MODULES, "deepspeed", "pytest", "hypothesis", "scipy.optimize", "peft")
@@ -52,7 +53,6 @@ def fork_command(words: Sequence[str], folder: Path, variables: Mapping[str, str
     own = VARIABLE in variables or any("launcher" in word for word in words)  # messages, processes of its own
     if place is None or variables.get(preload.SHARED, "off") == "off" or own:
         return None
-    preload.KINDS = tuple({*preload.KINDS, COMMAND})
     arguments = [COMMAND, *map(str, files), str(folder), *words]
     with patch.dict(os.environ, {preload.SHARED: place}):
         command = preload.start(arguments, files[1], variables, None, [])
@@ -63,7 +63,6 @@ def fork_ranks(ranks: int, script: str, arguments: Sequence[str], variables: dic
     """Run a file of Python in forks, as torchrun would run it; its exit status, None without the process."""
     if preload.SHARED not in os.environ:
         return None
-    preload.KINDS = tuple({*preload.KINDS, SCRIPT})
     worker = preload.start([SCRIPT, script, *arguments], log, variables, ranks, [])
     return None if worker is None else worker.wait()
 

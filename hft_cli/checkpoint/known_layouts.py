@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from hft_cli.checkpoint.conversion import Layout
 from hft_cli.checkpoint.tensors import StoredTensor
 from hft_cli.errors import UserError
-from hft_cli.files import read_json, write_json
+from hft_cli.files import hash_code, hash_values, read_json, write_json
 from hft_cli.paths import user_cache
-
-FORMAT = 1  # of the files; to raise when hft reads layouts in another way
 
 
 def known_layout(
@@ -24,14 +21,15 @@ def known_layout(
 ) -> Layout:
     """The layout of a checkpoint: from the user's cache, or what `read` returns, which is kept there.
 
-    It depends on config.json, the names and shapes of the tensors, model.part, and the version of transformers.
+    It depends on config.json, the names and shapes of the tensors, model.part, transformers, and the code here.
 
     Raises:
         UserError: as `read` does; nothing is kept then.
     """
     shapes = sorted((name, tensor.shape) for name, tensor in tensors.items())
-    known_by = json.dumps([FORMAT, config, shapes, part, metadata.version("transformers")])
-    file = user_cache() / "layouts" / f"{hashlib.sha256(known_by.encode()).hexdigest()}.json"
+    code = hash_code(Path(__file__).parent)
+    key = hash_values(code, metadata.version("transformers"), config, shapes, part)
+    file = user_cache() / "layouts" / f"{key}.json"
     with suppress(OSError, UserError, AttributeError, KeyError, TypeError, ValueError):
         return _from_json(read_json(file))
     layout = read()

@@ -232,6 +232,8 @@ def _dpo_can_be_done(config: RunConfig) -> str | None:
         )
     if config.train.packing:
         return "train.packing=true is for SFT; DPO's pairs are not packed. Set train.packing=false."
+    if config.train.padding_free:
+        return "train.padding_free=true is for SFT; DPO's pairs are padded. Set train.padding_free=false."
     return None
 
 

@@ -248,13 +248,9 @@ def _rows_have_one_order(config: RunConfig) -> str | None:
 
 
 def _padding_is_there_to_leave_out(config: RunConfig) -> str | None:
-    if not config.train.padding_free:
+    if not (config.train.padding_free and config.train.packing):
         return None
-    if config.train.packing:
-        return "train.padding_free=true has no effect on packed rows: they are not padded. Set one of the two to false."
-    if "dpo" in config.method.stages:
-        return "train.padding_free=true is for SFT; DPO's pairs are padded. Set train.padding_free=false."
-    return None
+    return "train.padding_free=true has no effect on packed rows: they are not padded. Set one of the two to false."
 
 
 def _flash_attention_is_in_bfloat16(config: RunConfig) -> str | None:

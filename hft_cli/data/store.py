@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
 from operator import eq
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from hft_cli.files import read_json, write_json
+from hft_cli.files import hash_code, read_json, write_json
 from hft_cli.paths import expanded, home
 
 logger = logging.getLogger(__name__)
@@ -43,16 +42,8 @@ def cache_folder() -> Path:
 
 def key_of(*facts: Any) -> str:
     """A name in the cache: 32 hex digits that depend on the facts and on the code that reads and tokenizes rows."""
-    text = json.dumps([_code(), *facts], sort_keys=True, default=str)
+    text = json.dumps([hash_code(Path(__file__).parent), *facts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@cache
-def _code() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def files_key(path: Path) -> list[list[Any]]:

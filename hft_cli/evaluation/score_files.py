@@ -6,14 +6,13 @@ beside it holds the items, one in a line.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hft_cli.files import finite, read_json, write_json, write_text
+from hft_cli.files import finite, hash_values, read_json, write_json, write_text
 from hft_cli.launch.environment import environment
 from hft_cli.paths import user_cache
 from hft_cli.text import plural
@@ -72,11 +71,6 @@ def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -
 def cache_folder() -> Path:
     """The folder of the cached scores."""
     return user_cache() / "scores"
-
-
-def hash_values(*values: Any) -> str:
-    """SHA-256 (hex) of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def cache_key(*dependencies: Any) -> str:

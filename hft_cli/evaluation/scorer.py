@@ -29,10 +29,10 @@ from hft_cli.evaluation.score_files import (
     cache_folder,
     cache_key,
     copy_from_cache,
-    hash_values,
     read_scores,
 )
 from hft_cli.evaluation.suite import Suite, rows_hash, uses_chat_template
+from hft_cli.files import hash_values
 from hft_cli.launch.environment import gpus
 from hft_cli.launch.jobs import HarnessJob, HarnessTask, ProbeJob, RowsJob, RowsTask
 from hft_cli.launch.worker import WorkerRun, run_worker

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
-from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
@@ -105,8 +104,7 @@ def _optimizer_state(work: Workload) -> float:
     """Bytes of the state of the optimizer; under DeepSpeed two moments in float32 of the rank's shard."""
     if work.setup.zero_stage is not None:
         return 8.0 * _trained_shard(work)
-    state_bytes = OPTIMIZERS[work.setup.optimizer].state_bytes
-    return sum(state_bytes(p.shape, p.kind == "embedding") for p in work.updated)
+    return work.optimizer_state
 
 
 def _gradients(work: Workload) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.plan.workload import Workload
 
 
@@ -64,6 +63,5 @@ def checkpoint_bytes(work: Workload) -> float:
     """
     stage, size, start = work.setup.zero_stage, work.setup.weight_bytes, 4.0 * (work.setup.anchor == "l2_sp")
     if stage is None:
-        state = OPTIMIZERS[work.setup.optimizer].state_bytes
-        return sum((4.0 + start) * p.elements + state(p.shape, p.kind == "embedding") for p in work.updated)
+        return (4.0 + start) * work.updated_elements + work.optimizer_state
     return float((12 + start + (size if stage in (1, 2) else 0)) * work.updated_elements)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hft_cli.checkpoint.naming import Param
-from hft_cli.config.optimizers import DEFAULT
+from hft_cli.config.optimizers import DEFAULT, OPTIMIZERS
 from hft_cli.config.training import LoraConfig
 from hft_cli.plan.compat import MAX_LIVE, PERSISTENT, REDUCE_BUCKET, SUB_GROUP
 
@@ -176,6 +176,12 @@ class Workload:
     @cached_property
     def updated_elements(self) -> int:
         return sum(p.elements for p in self.updated)
+
+    @cached_property
+    def optimizer_state(self) -> float:
+        """Bytes of the optimizer's state of the trained parameters, where one process holds all of it."""
+        state_bytes = OPTIMIZERS[self.setup.optimizer].state_bytes
+        return sum(state_bytes(p.shape, p.kind == "embedding") for p in self.updated)
 
     @cached_property
     def low(self) -> frozenset[str]:

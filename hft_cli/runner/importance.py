@@ -12,12 +12,12 @@ from hft_cli.checkpoint.folders import known_weights_hash
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
-from hft_cli.evaluation.score_files import cache_folder, cache_key
+from hft_cli.evaluation.score_files import cache_key
 from hft_cli.evaluation.scorer import ScoredModel, model_identity
 from hft_cli.files import read_record, write_json
 from hft_cli.launch.jobs import ImportanceJob
 from hft_cli.launch.worker import WorkerRun, run_worker
-from hft_cli.paths import resolve_path
+from hft_cli.paths import resolve_path, user_cache
 from hft_cli.run_dir import RoundDir, RunDir
 
 VERSION = 1  # of how importance is measured; with a higher one, what earlier versions measured is not used
@@ -62,7 +62,7 @@ def importance_of(config: RunConfig, base: Path, run: RunDir) -> Importance | No
         return known
     identity = model_identity(ScoredModel(base, config.model, weights))
     key = cache_key("importance", VERSION, identity, rows, selection.importance_limit)
-    file = cache_folder().with_name("importance") / f"{key}.json"
+    file = user_cache() / "importance" / f"{key}.json"
     if not file.exists():
         _measure(config, base, file)
     else:

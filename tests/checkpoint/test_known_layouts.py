@@ -65,6 +65,9 @@ def test_what_it_depends_on_is_read_anew(saved, built, monkeypatch, tmp_path):
     )
     parameters_from_folder(folder)
     assert len(built) == 5
+    monkeypatch.setattr(known_layouts, "hash_code", lambda _: "of other code")
+    parameters_from_folder(folder)
+    assert len(built) == 6
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"shapes": 1}', '{"shapes": {"a": 1}}'])

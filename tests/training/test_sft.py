@@ -12,7 +12,7 @@ from helpers import BASE, QUICK, hft, metrics, phase_job
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.errors import UserError
-from hft_cli.launch.jobs import Progress
+from hft_cli.launch.jobs import PhaseJob, Progress
 from hft_cli.run_dir import RoundDir
 from hft_cli.training.compat import LossOnlyTrainer
 from hft_cli.training.phase import train_phase
@@ -32,16 +32,20 @@ def mixture(tmp_path_factory) -> Path:
     return folder
 
 
+def trained(job: PhaseJob, folder: Path) -> list[dict]:
+    """The log of a phase that is trained in this process."""
+    folder.mkdir()
+    train_phase(job, RoundDir(folder), Progress(RoundDir(folder).progress))
+    return metrics(folder)
+
+
 def test_the_router_is_balanced_only_if_it_is_asked_for(mixture, tmp_path):
     losses = {}
     for weight in ("0", "0.5", "null"):
         job = phase_job(
             tmp_path / weight, mixture, *QUICK, "method=fft", "train.log_every=1", f"train.router_aux_loss={weight}"
         )
-        folder = RoundDir(tmp_path / weight)
-        folder.folder.mkdir()
-        train_phase(job, folder, Progress(folder.progress))
-        losses[weight] = metrics(folder.folder)[0]["loss"]
+        losses[weight] = trained(job, tmp_path / weight)[0]["loss"]
     assert losses["0"] < losses["0.5"] - 0.1
     assert losses["null"] == losses["0.5"]  # that of its config.json
     assert settings(RunConfig())[1]["router_aux_loss_coef"] == 0.0
@@ -63,10 +67,7 @@ def test_rows_without_padding_are_trained_on_as_with_it(more, tmp_path, monkeypa
     for free in ("false", "true"):
         shapes.clear()
         job = phase_job(tmp_path / free, BASE, *QUICK, *own, f"train.padding_free={free}")
-        folder = RoundDir(tmp_path / free)
-        folder.folder.mkdir()
-        train_phase(job, folder, Progress(folder.progress))
-        logs[free], sizes[free] = metrics(folder.folder), list(shapes)
+        logs[free], sizes[free] = trained(job, tmp_path / free), list(shapes)
     assert {rows for rows, _ in sizes["false"]} == {4}
     assert {rows for rows, _ in sizes["true"]} == {1}
     assert sum(length for _, length in sizes["true"]) < 4 * sum(length for _, length in sizes["false"])
