@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hft_cli.checkpoint.folders import COMPANION_SUFFIXES, NAMED_TEMPLATES, stored_tensors
-from hft_cli.checkpoint.tensors import THREADS, StoredTensor, Writer, read_header
+from hft_cli.checkpoint.tensors import WRITERS, StoredTensor, Writer, read_header
 from hft_cli.errors import UserError
 from hft_cli.files import new_folder
 
@@ -50,7 +50,7 @@ def apply_deltas(base: Path, deltas: Sequence[Path], out: Path, extra: Mapping[s
         contents: dict[Path, dict[str, StoredTensor]] = {}
         for name, tensor in tensors.items():
             contents.setdefault(tensor.file, {})[name] = changes.get(name, tensor)
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(lambda file: _write_shard(file, contents[file], part / file.name), sorted(contents)))
 
 

@@ -34,6 +34,8 @@ CHUNK = 1 << 20  # bytes read at a time: they stay in the cache of a core
 
 THREADS = min(4, os.cpu_count() or 1)  # that read and compare
 
+WRITERS = 4  # files written at a time: they wait for the disk more than for a core
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -195,6 +197,8 @@ class Writer:
                 if not count:  # the file ends early, which reading on will say
                     break
                 copied += count
+                # Start to write it to the disk, so that the end of the file does not wait for all of it.
+                os.posix_fadvise(self._file.fileno(), self._file.tell() - count, count, os.POSIX_FADV_DONTNEED)
         return copied
 
     def __enter__(self) -> Writer:
