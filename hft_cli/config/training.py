@@ -15,8 +15,9 @@ class TrainConfig:
 
     optimizer: str = setting(
         OPTIMIZER,
-        "The optimizer, by its name in transformers. Those other than AdamW are for engine=single. Adafactor needs the "
-        "least memory of those that adapt their steps; sgd has no momentum.",
+        "The optimizer, by its name in transformers. Those other than adamw_torch_fused are for engine=single. "
+        "Adafactor needs the least memory of those that adapt their steps; sgd has no momentum; those of 8 bits, paged "
+        "ones, Lion and AdEMAMix are from bitsandbytes.",
         choices=("hft_cli.config.optimizers:OPTIMIZERS",),
     )
     learning_rate: float = setting(2e-5, "Peak learning rate.", range="(0, inf)")
@@ -67,7 +68,11 @@ class TrainConfig:
         choices=("linear", "cosine", "constant", "constant_with_warmup"),
     )
     warmup: float = setting(0.03, "Share of the steps in which the learning rate rises.", range="[0, 1)")
-    weight_decay: float = setting(0.0, "Decoupled weight decay; it applies to updated matrices only.", range="[0, inf)")
+    weight_decay: float = setting(
+        0.0,
+        "Weight decay of updated matrices; decoupled, but for Adagrad and RMSprop, where it is a part of the gradient.",
+        range="[0, inf)",
+    )
     beta1: float = setting(0.9, "AdamW's decay rate of the first moment.", range="[0, 1)")
     beta2: float = setting(0.999, "AdamW's decay rate of the second moment.", range="[0, 1)")
     momentum_filter: float | None = setting(

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
+from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
@@ -94,7 +95,8 @@ def _step_memory(work: Workload) -> float:
     """Bytes that exist in the optimizer's step alone."""
     setup, shard = work.setup, _trained_shard(work)
     if setup.zero_stage is None:
-        return 4.0 * shard if setup.filtered else 0.0  # the weights before the step
+        copies = OPTIMIZERS[setup.optimizer].step_values[setup.decays]
+        return 4.0 * shard * (copies + setup.filtered)  # momentum_filter copies the weights before the step
     if setup.zero_stage in (1, 2) and setup.weight_bytes == 2:
         return 0.0  # the step takes the float32 sums as they are
     return 4.0 * (min(shard, setup.sub_group) if setup.zero_stage == 3 else shard)

@@ -194,6 +194,7 @@ def make_setup(config: PlanConfig, phase: Phase, model: Model) -> Setup:
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
         optimizer=train.optimizer,
+        decays=train.weight_decay > 0,
         anchor=config.anchor.name,
         filtered=train.momentum_filter is not None,
         low_files=model.dtype in ("bfloat16", "BF16"),

@@ -84,6 +84,7 @@ class Setup:
         offload_optimizer: whether master weights and moments are in host memory.
         offload_parameters: whether weights are in host memory as well.
         optimizer: train.optimizer.
+        decays: whether train.weight_decay is set.
         anchor: anchor.name.
         filtered: whether train.momentum_filter is set.
         low_files: whether the model's files are in bfloat16.
@@ -105,6 +106,7 @@ class Setup:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     optimizer: str = DEFAULT
+    decays: bool = False
     anchor: str = "none"
     filtered: bool = False
     low_files: bool = False

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import FAMILIES
 from helpers import phase_job, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import PARAMS, SHAPES, enlarge, families, few, fft, selections, setups, train
 
 from hft_cli.checkpoint.parameters import parameters_from_fields, parameters_from_folder
@@ -81,6 +83,31 @@ def test_a_single_process_holds_16_bytes_a_parameter():
     needed = memory(work)
     assert needed.weights + needed.gradients + needed.optimizer == 16 * work.total_elements
     assert (needed.masters, needed.step, needed.reference) == (0, 0, 0)
+
+
+TORCH = {"adamw_torch": "AdamW", "adagrad": "Adagrad", "rmsprop": "RMSprop", "sgd": "SGD"}
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("name", TORCH)
+def test_a_step_of_all_at_once_makes_the_planned_copies(name, decay):
+    param = torch.nn.Parameter(torch.ones(64))
+    param.grad = torch.ones(64)
+    optimizer = getattr(torch.optim, TORCH[name])([param], lr=0.1, weight_decay=0.1 * decay, foreach=True)
+    made = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if "_foreach" in str(func) and result is not None:  # it is None where a step changes what there is
+                made.extend(tensor for tensor in result if tensor.numel() == 64)
+            return result
+
+    optimizer.step()  # makes the state
+    with Count():
+        optimizer.step()
+    plain = fft("llama", Setup(None, 1, "float32", 2, 8, optimizer=name, decays=decay))
+    assert memory(plain).step == 4 * len(made) * plain.total_elements
 
 
 def test_an_anchor_takes_the_start_or_a_reference_and_logits():

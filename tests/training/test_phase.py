@@ -93,9 +93,9 @@ def test_a_phase_resumes_with_merged_experts_and_its_order(model_type, more, tmp
     assert resumed.delta.read_bytes() == whole.delta.read_bytes()
 
 
-EIGHT_BITS = pytest.param(
-    "adamw_bnb_8bit", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
-)
+NEEDS_PACKAGE = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+
+CASES = [pytest.param(name, marks=[NEEDS_PACKAGE] if one.package else []) for name, one in OPTIMIZERS.items()]
 
 
 def tensor_bytes(value: Any) -> int:
@@ -105,7 +105,7 @@ def tensor_bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) and value.dim() else 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd", EIGHT_BITS])
+@pytest.mark.parametrize("optimizer", CASES)
 def test_an_optimizer_holds_what_is_planned_and_resumes(optimizer, tmp_path):
     settings = (f"train.optimizer={optimizer}", "train.save_every=2", "train.weight_decay=0.1")
     whole = train(tmp_path / "whole", BASE, *settings)
