@@ -175,6 +175,12 @@ class DataConfig:
         "rounds/NN-NAME/data.json). Rows of a test set always stop.",
         choices=("hft_cli.data.bad_rows:BAD_ROWS",),
     )
+    special_tokens: str = setting(
+        "refuse",
+        "Turns whose text holds a special token that the chat template writes around turns, such as its end of a turn, "
+        "or the EOS token: refuse the row, or keep the text, as that token.",
+        choices=("hft_cli.data.rendering:SPECIAL_TOKENS",),
+    )
     columns: dict[str, str] = setting(
         {}, "Map from hft's names of columns and fields of turns to those of the rows: '{messages: dialog, role: who}'."
     )

@@ -59,7 +59,12 @@ class TokenizedPairs:
 
 
 def prepare_pairs(
-    pairs: Sequence[Preference], tokenizer: Any, max_length: int, where: str, bad_rows: str = "stop"
+    pairs: Sequence[Preference],
+    tokenizer: Any,
+    max_length: int,
+    where: str,
+    bad_rows: str = "stop",
+    special_tokens: str = "refuse",
 ) -> TokenizedPairs:
     """Render pairs with the tokenizer's chat template, tokenize them, and leave out those that teach nothing.
 
@@ -69,6 +74,7 @@ def prepare_pairs(
         max_length: see `tokenize_pairs`.
         where: the name of the data in errors.
         bad_rows: "stop", or "skip" to leave out rows that cannot be trained on.
+        special_tokens: see `Renderer`.
 
     Raises:
         UserError: for a template or a tokenizer that does not allow this, for bad rows, or if no row is left.
@@ -82,8 +88,8 @@ def prepare_pairs(
     tokens, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {**dict.fromkeys((*COLUMNS, "first", "last"), tokens), **dict.fromkeys(NUMBERS, number)}
     features = datasets.Features({**columns, "left_out": datasets.Value("string")})
-    key = ("pairs", tokenizer_key(tokenizer), max_length)
-    function = partial(tokenize_pairs, renderer=Renderer(tokenizer), max_length=max_length)
+    key = ("pairs", tokenizer_key(tokenizer), max_length, special_tokens)
+    function = partial(tokenize_pairs, renderer=Renderer(tokenizer, special_tokens), max_length=max_length)
     dataset, bad = prepare(pairs, Work(function, _columns, features, key, where, bad_rows))
     data = dataset.data
     reasons = data.column("left_out").to_pylist()

@@ -92,13 +92,14 @@ def require_tokens_below(dataset: Any, vocabulary: int, tokenizer: Any, model: s
 def _prepared(stage: str, rows: Rows[Any], config: RunConfig, tokenizer: Any, where: str) -> Tokenized | TokenizedPairs:
     options, bad_rows = TokenOptions.of(config), config.data.bad_rows
     if stage == "dpo":
-        return prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows)
+        return prepare_pairs(rows, tokenizer, options.max_length, where, bad_rows, options.special_tokens)
     return tokenize(rows, tokenizer, where=where, bad_rows=bad_rows, **vars(options))
 
 
 def tokenizing(stage: str, config: RunConfig, tokenizer: Any) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:
     """The function by which `phase_rows` tokenizes a batch: (rows, places) -> a TokenRow or PairRow for each."""
-    renderer, options = Renderer(tokenizer), TokenOptions.of(config)
+    options = TokenOptions.of(config)
+    renderer = Renderer(tokenizer, options.special_tokens)
     if stage == "dpo":
         return partial(tokenize_pairs, renderer=renderer, max_length=options.max_length)
     return partial(tokenize_chats, renderer=renderer, options=options)

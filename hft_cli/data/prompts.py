@@ -37,7 +37,9 @@ class Prompts:
     stop: str | None
 
 
-def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, where: str) -> Prompts:
+def make_prompts(
+    chats: Sequence[Chat], tokenizer: Any, *, max_length: int, where: str, special_tokens: str = "refuse"
+) -> Prompts:
     """Tokenize what precedes the last answer of each chat, up to the token at which `tokenize` starts to train.
 
     A token across that border is left to the model, for example the blank that many tokenizers join with the next word.
@@ -49,6 +51,7 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
         tokenizer: a fast tokenizer with a chat template.
         max_length: the largest number of tokens of a prompt. Longer ones are cut like long_prompts "cut" in `tokenize`.
         where: the name of the data in errors.
+        special_tokens: see `Renderer`.
 
     Raises:
         UserError: for a row or a template that does not allow this, or a prompt that is too long.
@@ -58,7 +61,7 @@ def make_prompts(chats: Sequence[Chat], tokenizer: Any, *, max_length: int, wher
         raise UserError(f"No rows in {where}.")
     if any(chat.text is not None for chat in chats):
         raise UserError(f"{where}: rows of raw text have no answers to score.")
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, special_tokens)
     ends, stop = answer_ends(renderer.template(chats[0], f"{where}, example 1").tail, tokenizer)
     prompts: list[list[int]] = []
     cut = 0

@@ -36,7 +36,9 @@ from hft_cli.data.templates import (
     own_template,
     reasoning_key,
 )
-from hft_cli.errors import UserError
+from hft_cli.errors import UserError, choose
+
+SPECIAL_TOKENS = ("refuse", "keep")
 
 REMEMBERED = 10_000  # texts between turns
 
@@ -79,10 +81,12 @@ class Renderer:
 
     Args:
         tokenizer: with a `chat_template`; of several named ones that for tools renders the chats with tools.
+        special_tokens: what to do with turns that hold special tokens of the template, a value of SPECIAL_TOKENS.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, special_tokens: str = "refuse") -> None:
+        choose("data.special_tokens", special_tokens, SPECIAL_TOKENS)
+        self.tokenizer, self.special_tokens = tokenizer, special_tokens
         self._templates: dict[str, Template] = {}
         self._reasoning: dict[str, str | None] = {}
         self._arguments: dict[str, str] = {}
@@ -109,6 +113,8 @@ class Renderer:
                 in generation.
         """
         template = self.template(chat, place)
+        if self.special_tokens == "refuse":
+            _check_special_tokens(chat, place, template.special)
         turns = self.turns(chat, place)
         text = self._text(turns, chat, place)
         pieces = self._locate(turns, chat, place, text)
@@ -338,6 +344,20 @@ class _Row:
         """The start of the first piece from a position on; the end of the text if there is none."""
         place = bisect_left(self._starts, position)
         return self._starts[place] if place < len(self._starts) else len(self.text)
+
+
+def _check_special_tokens(chat: Chat, place: str, special: Sequence[str]) -> None:
+    """UserError if a text of the chat holds one of these tokens: it would be read as that, and not as text."""
+    turns = {f"turn {number}, the {turn['role']}'s,": list(turn.values()) for number, turn in enumerate(chat.turns, 1)}
+    for what, value in {**turns, "'tools'": list(chat.tools)}.items():
+        texts = [REASONING_TAG.sub("", text) for text in _leaves(value)]
+        for token in special:
+            if any(token in text for text in texts):
+                raise UserError(
+                    f"{place}: {what} holds the text '{_shown(token)}', which the model reads as the token that ends "
+                    "or begins a turn. Take it out, leave such rows out (data.bad_rows=skip), or keep it as this token "
+                    "(data.special_tokens=keep)."
+                )
 
 
 def _plain(chat: Chat) -> list[Turn]:

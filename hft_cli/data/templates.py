@@ -125,6 +125,7 @@ class Template:
         end: what ends an answer: the text after it up to and including the first special token.
         tail: all that it writes after the last answer.
         ends_with_token: whether there is a special token in `end`.
+        special: the special tokens that it writes around turns, and the EOS token.
     """
 
     marked: str | None
@@ -132,6 +133,7 @@ class Template:
     end: str
     tail: str
     ends_with_token: bool
+    special: tuple[str, ...]
 
 
 START, END = "\U0010fff0", "\U0010fff1"  # private characters in the place of {% generation %} marks
@@ -164,7 +166,17 @@ def examine(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[
         end=end,
         tail=tail,
         ends_with_token=special is not None,
+        special=_around_turns(turns, place, tokenizer, options),
     )
+
+
+def _around_turns(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The special tokens that the template writes around turns of other texts, and the EOS token; not the BOS token."""
+    probe = [*({**turn, "content": "A question."} for turn in turns[:-1]), {"role": "assistant", "content": PROBE}]
+    without_tools = {key: value for key, value in options.items() if key != "tools"}
+    text = apply_template(probe, place, tokenizer, **without_tools).removeprefix(tokenizer.bos_token or "")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(token for token in special if token and (token in text or token == tokenizer.eos_token))
 
 
 def _visible_mark(mark: re.Match[str]) -> str:

@@ -46,17 +46,20 @@ class TokenOptions:
         long_prompts: what happens to a row longer than max_length before truncation. "drop": nothing, so that it is
             dropped if its prompt alone fills max_length. "cut": the first user turn loses as many tokens as needed at
             its start. What the template writes before that (BOS, a system turn) stays.
+        special_tokens: see `Renderer`.
     """
 
     max_length: int
     loss: str = "assistant"
     long_prompts: str = "drop"
+    special_tokens: str = "refuse"
 
     @classmethod
     def of(cls, config: RunConfig) -> TokenOptions:
         """Those of a run."""
         loss = "last_turn" if config.data.loss == "each_turn" else config.data.loss  # the rows end with each answer
-        return cls(config.train.max_length or sys.maxsize, loss, config.data.long_prompts)
+        longest = config.train.max_length or sys.maxsize
+        return cls(longest, loss, config.data.long_prompts, config.data.special_tokens)
 
     def check(self, tokenizer: Any) -> None:
         """UserError for an unknown value, or one that the tokenizer does not allow."""
@@ -141,7 +144,7 @@ def tokenize(
     if not chats:
         raise UserError(f"No rows in {where}.")
     key = (tokenizer_key(tokenizer), asdict(options))
-    function = partial(tokenize_chats, renderer=Renderer(tokenizer), options=options)
+    function = partial(tokenize_chats, renderer=Renderer(tokenizer, options.special_tokens), options=options)
     columns_of = partial(_columns, max_length=max_length)
     dataset, bad = prepare(chats, Work(function, columns_of, _features(), key, where, bad_rows))
     facts = [*(chats.facts if isinstance(chats, Rows) else ()), {"bad": bad}]
@@ -222,6 +225,8 @@ def _text_rows(
     all_ids, _ = encode(texts, tokenizer, special=True)
     rows = []
     for text, ids, place in zip(texts, all_ids, places, strict=True):
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:  # the text has one already
+            ids = ids[1:]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
             text += tokenizer.eos_token

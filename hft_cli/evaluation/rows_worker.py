@@ -144,14 +144,15 @@ def _put_back(model: Any, job: RowsJob, folder: str) -> None:
 def _score_forced(
     loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
-    tokenized = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=task.path)
+    settings: dict[str, Any] = {"max_length": loaded.max_length, "special_tokens": task.special_tokens}
+    tokenized = tokenize(chats, loaded.tokenizer, where=task.path, **settings)
     rows = list(tokenized.dataset)
     metric = task.metric
     items = dict(zip(tokenized.kept, _forced_items(loaded, rows, job, metric, progress), strict=True))
     # An answer that has other spellings gets the best score over all of them.
     if any(chat.aliases for chat in chats):
         others = [(index, spelling) for index in items for spelling in spellings(chats[index])]
-        more = tokenize([chat for _, chat in others], loaded.tokenizer, max_length=loaded.max_length, where=task.path)
+        more = tokenize([chat for _, chat in others], loaded.tokenizer, where=task.path, **settings)
         for number, item in zip(more.kept, _forced_items(loaded, list(more.dataset), job, metric), strict=True):
             own = items[others[number][0]]
             own[metric] = max(own[metric], item[metric])
@@ -221,7 +222,9 @@ def _score_answers(
     loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
     room = min(loaded.max_length - job.generation.max_new_tokens, job.generation.max_prompt_length or loaded.max_length)
-    questions = make_prompts(chats, loaded.tokenizer, max_length=room, where=task.path)
+    questions = make_prompts(
+        chats, loaded.tokenizer, max_length=room, where=task.path, special_tokens=task.special_tokens
+    )
     generate = _generate_by_vllm if job.generation.backend == "vllm" else _generate
     generated = generate(loaded, questions, job, progress)
     answers = [_decode(*pair, loaded.tokenizer, questions) for pair in zip(questions.ids, generated, strict=True)]

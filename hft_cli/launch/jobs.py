@@ -46,12 +46,16 @@ class PhaseJob:
 
 @dataclass(frozen=True)
 class RowsTask:
-    """A set of rows to score a model on: a file or hub name and its part of it, the metric, the format of the rows."""
+    """A set of rows to score a model on: a file or hub name and its part of it, the metric, the format of the rows.
+
+    `special_tokens` is data.special_tokens.
+    """
 
     path: str
     metric: str = "exact_match"
     format: str = "auto"
     hub: Hub = ANY_HUB
+    special_tokens: str = "refuse"
 
 
 @dataclass(frozen=True)

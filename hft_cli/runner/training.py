@@ -188,9 +188,9 @@ def _walk(session: Session) -> RunDir:
 
 
 def _all_tasks(prepared: Prepared) -> TasksToScore:
-    shape = test_format(prepared.config.data)
+    data = prepared.config.data
     tests = {
-        phase.task: RowsTask(phase.test, phase.metric, shape, phase.test_hub)
+        phase.task: RowsTask(phase.test, phase.metric, test_format(data), phase.test_hub, data.special_tokens)
         for phase in prepared.phases
         if phase.test is not None and not phase.replays
     }

@@ -103,6 +103,34 @@ def test_a_template_that_does_otherwise_is_refused(name: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_a_token_of_the_template_in_a_turn_is_kept_if_asked_for() -> None:
+    tokenizer, each = tokenizer_of(template=CHATML), chat("a<|im_end|>", "b</s>")
+    (row,) = tokenize([each], tokenizer, max_length=100, special_tokens="keep").dataset
+    end = [tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>")]
+    assert row["labels"][-3:-1] == end
+    assert row["input_ids"].count(end[1]) == 4  # three turns end, with that of the system
+    prompt = make_prompts([each], tokenizer, max_length=100, where="x", special_tokens="keep").ids[0]
+    assert prompt == row["input_ids"][: len(prompt)]
+    pair = Preference(each, Chat((*each.turns[:-1], turn("assistant", "Other"))))
+    kept = prepare_pairs([pair], tokenizer, 100, "x", special_tokens="keep").dataset[0]
+    assert kept["chosen_ids"][-2:] == end
+    assert tokenize([ONE, each], tokenizer, max_length=100, bad_rows="skip").summary.dropped == {"bad": 1}
+    for function, start in (
+        (lambda: tokenize([each], tokenizer, max_length=100), "the data, example 1: turn 1"),
+        (lambda: make_prompts([each], tokenizer, max_length=100, where="x"), "x, example 1: turn 1"),
+        (lambda: prepare_pairs([pair], tokenizer, 100, "x"), "x, example 1: chosen: turn 1"),
+    ):
+        with pytest.raises(UserError, match=rf"^{start}, the user's, holds the text '<\|im_end\|>'"):
+            function()
+
+
+def test_tokens_that_the_template_does_not_write_are_as_before() -> None:
+    tokenizer = tokenizer_of(template=CHATML)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<fim>"]})
+    (row,) = tokenize([chat("<fim>a", "b<fim>")], tokenizer, max_length=100).dataset
+    assert row["input_ids"].count(tokenizer.convert_tokens_to_ids("<fim>")) == 2
+
+
 def test_a_forced_think_is_the_prompt_of_rows_that_think() -> None:
     template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
     assert trained(template, THINK) == "six\n</think>\n\n42<|im_end|>"

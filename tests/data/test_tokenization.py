@@ -208,6 +208,13 @@ def test_a_template_of_last_turns_trains_on_each_answer() -> None:
     assert answers == [f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Because.", "  It is so.\n")]
 
 
+def test_a_text_with_bos_and_eos_gets_no_other() -> None:
+    tokenizer = tokenizer_of("bos")
+    rows = tokenize([Chat(text=text) for text in ("a b", "<s>a b", "a b</s>")], tokenizer, max_length=9).dataset
+    assert rows["input_ids"][0][0] == tokenizer.bos_token_id
+    assert rows["input_ids"][0] == rows["input_ids"][1] == rows["input_ids"][2]
+
+
 @given(st.integers(2, 40), st.text("ab c", min_size=1, max_size=200).filter(str.strip))
 def test_a_long_text_is_trained_on_in_pieces(max_length: int, text: str) -> None:
     tokenizer = tokenizer_of()

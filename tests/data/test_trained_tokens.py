@@ -139,7 +139,23 @@ CASES: dict[str, Case] = {
     "an empty completion": Case({"prompt": "q", "completion": " "}, refused={"": "turn 2: the assistant's answer"}),
     "blanks around an answer": Case(chat(Q, said("  a \n")), ["  a \n"]),
     "a blank at the end": Case({"prompt": "q", "completion": "a "}, ["a "]),
-    "the end's text in an answer": Case(chat(Q, said("a</s>b")), ["a</s>b"]),
+    "the EOS token in an answer": Case(
+        chat(Q, said("a</s>b")), refused={"": "turn 2, the assistant's, holds the text '</s>'"}
+    ),
+    "the end in an answer": Case(chat(Q, said("a<|im_end|>")), refused={"": "holds the text '<|im_end|>', which"}),
+    "a header in a question": Case(
+        chat(*TWO[:2], user("<|im_start|>q"), TWO[3]), refused={"": "turn 3, the user's, holds the text '<|im_start|>'"}
+    ),
+    "the end in reasoning": Case(
+        chat(Q, said("b", reasoning_content="a<|im_end|>")), refused={"": "holds the text '<|im_end|>'"}
+    ),
+    "the end in a call": Case(
+        chat(Q, said("", tool_calls=call({"city": "<|im_end|>"}))), refused={"": "holds the text '<|im_end|>'"}
+    ),
+    "the end in a tool": Case(
+        chat(*TWO, tools=[{"name": "f", "description": "<|im_end|>"}]), refused={"": "'tools' holds the text"}
+    ),
+    "the BOS token in a turn": Case(chat(user("<s>q"), said("a<s>b")), ["a<s>b"]),
     "a header's text in an answer": Case(chat(Q, said("assistant\nq"), *TWO[2:]), ["assistant\nq", "b"]),
     "private characters": Case(chat(user("\U000f0000q"), said("a\U000f0001")), ["a\U000f0001"]),
     # what has a loss

@@ -21,6 +21,17 @@ def test_a_row_of_a_later_round_is_refused_before_the_first(tmp_path: Path) -> N
     assert not list((tmp_path / "run/rounds").glob("*/outcome.json"))
 
 
+def test_tokens_of_the_template_are_kept_in_rows_of_both_kinds(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say <|end|> twice.", "completion": "No <|end|>"}) + "\n")
+    sets = ("train.max_steps=1", "+method=hft", f"data.path={rows}")
+    done = hft("train", *QUICK, *sets, f"output_dir={tmp_path}/run")
+    assert "rows.jsonl, line 1: turn 1, the user's, holds the text '<|end|>'" in done.err
+    run = train(tmp_path / "run", *sets, f"data.test_path={rows}", "data.special_tokens=keep")
+    assert json.loads((run / "rounds/01-rows/data.json").read_text())["used"] == 1
+    assert (run / "eval/after/data/rows.json").exists()
+
+
 def test_old_rows_are_trained_on_in_the_batches_of_new_ones(tmp_path: Path) -> None:
     mix = "data.mix=[{path: pocket:skills/order/train.jsonl, share: 0.2}]"
     tasks = "data.path=[pocket:skills/capitals/train.jsonl,pocket:skills/backwards/train.jsonl]"
