@@ -195,7 +195,7 @@ ROW_WORDS = (
 def rows(data: bytes) -> None:
     """A file of rows, each read as a chat."""
     source = Bytes(data)
-    name = source.choice(("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"))
+    name = source.choice(("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.csv", "rows.parquet", "rows.arrow"))
     lines = [_text(source, ROW_WORDS) for _ in range(1 + source.number() % 2)]
     read = ChatReader("auto", Names())
     for _, row in read_rows(str(_file(name, b"\n".join(lines))), "train"):

@@ -1,10 +1,11 @@
-"""Rows of JSON, JSONL and Parquet files, of folders and of hub data sets, each with its place for error messages.
+"""Rows of JSON, JSONL, CSV, Parquet and Arrow files, of folders and of hub data sets, each with its place for errors.
 
-The standard library is enough, except for Parquet files (pyarrow) and hub names (datasets).
+The standard library is enough, except for Parquet and Arrow files (pyarrow) and hub names (datasets).
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -17,9 +18,20 @@ from typing import Any
 
 from hft_cli.data.bad_rows import BadRows
 from hft_cli.errors import UserError, first_line
+from hft_cli.files import read_json
 from hft_cli.paths import expanded
+from hft_cli.text import plural
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (
+    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz",
+    ".parquet", ".arrow",
+)  # fmt: skip
+
+LINES, TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}  # of text; the delimiter of a table
+
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # files of folders that save_to_disk of datasets wrote
+
+LONGEST_CELL = 2**31 - 1  # characters: the csv module's own limit is 131,072
 
 PARQUET_BATCH = 1000  # rows read at a time
 
@@ -61,7 +73,9 @@ def _values(path: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str
     if local.exists() and hub != ANY_HUB:
         key, value = ("subset", hub.subset) if hub.subset is not None else ("revision", hub.revision)
         raise UserError(f"{path} is not on the hub, so it has no {key} '{value}': leave out data.{key}.")
-    if local.is_dir():
+    if (local / SAVED).is_file() or (local / SAVED_SPLITS).is_file():
+        yield from _rows_of_saved(local, split)
+    elif local.is_dir():
         for file in _files_of_split(local, split):
             yield from _rows_of_file(file)
     elif local.is_file():
@@ -100,20 +114,23 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
         name = file.name.lower()
         if not name.endswith(SUFFIXES):
             raise UserError(f"{file} has an unknown format. Known: {', '.join(SUFFIXES)}.")
-        if name.endswith(".parquet"):
-            import pyarrow.parquet
-
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH)
+        if name.endswith((".parquet", ".arrow")):
+            batches = _batches_of_arrow(file) if name.endswith(".arrow") else _batches_of_parquet(file)
             rows: Iterable[Any] = (_from_table(row) for batch in batches for row in batch.to_pylist())
         else:
-            with (gzip.open if name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
-                if name.removesuffix(".gz").endswith(".jsonl"):
+            opened = (gzip.open if name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="")
+            name = name.removesuffix(".gz")
+            with opened as text:
+                if name.endswith(LINES):
                     yield from _rows_of_lines(text, file)
+                    return
+                if name.endswith(tuple(TABLES)):
+                    yield from _rows_of_csv(text, file, TABLES[name[-4:]])
                     return
                 rows = _list_in(_parse(text.read(), str(file)), file)
         for number, row in enumerate(rows, 1):
             yield f"{file}, row {number}", row
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: not UTF-8, or not Parquet
+    except (OSError, EOFError, zlib.error, csv.Error, MemoryError, ValueError) as error:  # broken, or not UTF-8
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
@@ -126,6 +143,61 @@ def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]
             except UserError as error:
                 row = error
             yield place, row
+
+
+def _rows_of_csv(text: Iterable[str], file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a table with a header; all values are texts."""
+    csv.field_size_limit(LONGEST_CELL)
+    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    header = next(lines, [])
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise UserError(f"{file}: the column '{twice[0]}' comes twice. Rename one.")
+    for number, values in enumerate((line for line in lines if line), 1):
+        place = f"{file}, row {number}"
+        if len(values) == len(header):
+            yield place, dict(zip(header, values, strict=True))
+        else:
+            yield place, UserError(f"{place}: {plural(len(values), 'value')} in {plural(len(header), 'column')}.")
+
+
+def _rows_of_saved(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a folder that `save_to_disk` wrote: of one set, or of a split of several."""
+    if (folder / SAVED_SPLITS).is_file():
+        splits = read_json(folder / SAVED_SPLITS).get("splits")
+        if not isinstance(splits, list) or split not in splits:
+            raise UserError(f"No split '{split}' in {folder} (it holds {splits}). Set data.split.")
+        folder /= split
+    try:
+        files = [folder / Path(entry["filename"]).name for entry in read_json(folder / SAVED)["_data_files"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / SAVED} is not as save_to_disk writes it: it names no files.") from None
+    for file in files:
+        yield from _rows_of_file(file)
+
+
+def _batches_of_parquet(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH)
+
+
+def _batches_of_arrow(file: Path) -> Iterator[Any]:
+    """The record batches of an Arrow file, as a stream or with an index; ValueError for a broken one.
+
+    The file is not mapped into memory: a process that reads beyond the end of a truncated file would be killed.
+    """
+    import pyarrow
+
+    with pyarrow.OSFile(str(file)) as source:
+        try:
+            stream = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            indexed = pyarrow.ipc.open_file(source)
+            stream = map(indexed.get_batch, range(indexed.num_record_batches))
+        for batch in stream:
+            batch.validate(full=True)
+            yield batch
 
 
 def _list_in(document: Any, file: Path) -> list[Any]:

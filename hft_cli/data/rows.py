@@ -44,8 +44,8 @@ def read_chats(
     """Read rows as chats, or find them in the cache if they were read before.
 
     Args:
-        path: a .json file (a list of objects, or an object with one list in it), a .jsonl or .parquet file, the first
-            two also gzipped; a folder of such files; or the name of a hub data set.
+        path: a file with one of `files.SUFFIXES`, a folder of such files, a folder that save_to_disk of datasets wrote,
+            or the name of a hub data set.
         format: the shape of the rows, a key of READERS, or "auto": that of the first row. A row without its keys is
             read in another shape, if it has the keys of one; but not as raw text.
         split: which files of a folder (train.jsonl, train-00000-of-00002.parquet, …) or which split of a hub data set.

@@ -47,9 +47,13 @@ def key_of(*facts: Any) -> str:
 
 
 def files_key(path: Path) -> list[list[Any]]:
-    """What shows that a file, or the files of a folder, have changed: names, sizes and times."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return [[str(file), (state := file.stat()).st_size, state.st_mtime_ns] for file in files]
+    """What shows that a file, or the files of a folder and of those in it, have changed: names, sizes and times."""
+    files = (
+        [path] if path.is_file() else sorted(file for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file())
+    )
+    states = ((str(file), file.stat()) for file in files)
+    # The time of a file's change can be set back, as `cp -p` and `rsync -t` do, that of its inode cannot.
+    return [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states]
 
 
 def source_key(path: str, *facts: Any) -> str:

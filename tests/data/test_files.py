@@ -24,17 +24,55 @@ def write(path: Path, rows: list[Any]) -> str:
 
         pq.write_table(pa.Table.from_pylist(rows), path)
         return str(path)
-    lines = ".jsonl" in path.name
+    if path.name.endswith(".arrow"):
+        import pyarrow as pa
+
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+        return str(path)
+    lines = ".jsonl" in path.name or ".ndjson" in path.name
     text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
     path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet", ".arrow"])
 def test_every_file_format_gives_the_same_chats_and_hash(suffix: str, tmp_path: Path) -> None:
     read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE.turns}, {"messages": TWO.turns}]))
     assert read == [ONE, TWO]
     assert CHATS.sha256(read) == CHATS.sha256([ONE, TWO])
+
+
+TABLE = 'prompt,completion,system\n q ,1.0,\n"two\r\nlines, ""quoted""",null,Be brief.\n\n'
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
+def test_the_values_of_a_csv_table_are_its_texts(suffix: str, tmp_path: Path) -> None:
+    text = TABLE.replace("s, ", "s\0 ").replace(",", "\t").replace("\0", ",") if suffix == ".tsv" else TABLE
+    content = ("\ufeff" + text).encode()
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    first, second = read_chats(str(tmp_path / f"a{suffix}"))
+    assert [turn["content"] for turn in first.turns] == [" q ", "1.0"]
+    assert [turn["content"] for turn in second.turns] == ["Be brief.", 'two\r\nlines, "quoted"', "null"]
+
+
+def test_a_folder_of_save_to_disk_gives_its_split(tmp_path: Path) -> None:
+    import datasets
+
+    one, two = (datasets.Dataset.from_list([{"messages": list(each.turns)}]) for each in (ONE, TWO))
+    one.save_to_disk(str(tmp_path / "set"))
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "splits"))
+    assert read_chats(str(tmp_path / "set")) == read_chats(str(tmp_path / "set"), split="test") == [ONE]
+    assert read_chats(str(tmp_path / "splits")) == [ONE]
+    assert read_chats(str(tmp_path / "splits"), split="test") == [TWO]
+    with pytest.raises(UserError, match=r"No split 'dev' in .*splits \(it holds \['train', 'test'\]\)\. Set data\.split\.$"):
+        read_chats(str(tmp_path / "splits"), split="dev")
+    two.save_to_disk(str(tmp_path / "splits/train"))  # the cache sees changes below the folder
+    assert read_chats(str(tmp_path / "splits")) == [TWO]
+    (tmp_path / "splits/train/data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=r"splits/train/data-00000-of-00001\.arrow cannot be read: "):
+        read_chats(str(tmp_path / "splits"))
 
 
 def test_an_object_with_one_list_is_read_as_that_list(tmp_path: Path) -> None:
@@ -139,11 +177,14 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "not gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read: Not a gzipped file"),
     "gzip cut short": ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:15], "a.jsonl.gz cannot be read: "),
     "not parquet": ("a.parquet", b"{}", "a.parquet cannot be read: "),
-    "another suffix": (
-        "a.csv",
-        b"",
-        "a.csv has an unknown format. Known: .json, .jsonl, .json.gz, .jsonl.gz, .parquet.",
-    ),
+    "another suffix": ("a.xlsx", b"", "a.xlsx has an unknown format. Known: .json, .jsonl, .ndjson, .csv, .tsv, "),
+    "not Arrow": ("a.arrow", b"{}", "a.arrow cannot be read: "),
+    "an open quote": ("a.csv", b'prompt,answer\na,b\n"c,d\n', "a.csv cannot be read: unexpected end of data"),
+    "a row too long": ("a.csv", b"prompt,answer\na,b,c\n", "a.csv, row 1: 3 values in 2 columns."),
+    "a row too short": ("a.csv", b"prompt,answer\n\na\n", "a.csv, row 1: 1 value in 2 columns."),
+    "a column twice": ("a.csv", b"prompt,answer,answer\na,b,c\n", "a.csv: the column 'answer' comes twice."),
+    "a header alone": ("a.csv", b"prompt,answer\n", "No rows in "),
+    "semicolons": ("a.csv", b"prompt;answer\na;b\n", "a.csv, row 1: unknown shape (keys found: prompt;answer)."),
 }
 
 
@@ -167,7 +208,7 @@ def test_a_path_that_looks_local_is_not_looked_up_on_the_hub(path: str) -> None:
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        ([], "(it holds no file ending in .json, .jsonl, .json.gz, .jsonl.gz, .parquet)."),
+        ([], "(it holds no file ending in .json, .jsonl, .ndjson, .csv, "),
         (["eval.json", "test.json"], "No file for the split 'train' in the folder"),
         (["train_prefs.jsonl", "test_prefs.jsonl"], "(it holds test_prefs.jsonl, train_prefs.jsonl)."),
         (["tiny_dev.jsonl"], "(it holds tiny_dev.jsonl)."),

@@ -89,6 +89,17 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     assert len(reads) == 3
 
 
+def test_a_change_that_keeps_size_and_time_is_seen(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", "one"))
+    assert read_chats(str(path)) == [chat("q", "one")]
+    state = path.stat()
+    while path.stat().st_ctime_ns == state.st_ctime_ns:  # times of files have steps
+        write(path, "two")
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_mtime_ns == state.st_mtime_ns
+    assert read_chats(str(path)) == [chat("q", "two")]
+
+
 def test_what_a_row_has_besides_is_known_without_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "q", "answer": "a", "source": "x"}\n' * 2)
