@@ -103,7 +103,7 @@ class DataConfig:
     name: str = setting(REQUIRED, "Label in tables and figures.")
     path: Any = setting(
         None,
-        "Training rows: a file (JSON, JSONL, CSV, .gz, Parquet, Arrow), a folder or a hub name. A list: a round for each.",
+        "Training rows: a file (JSON, JSONL, CSV, Parquet, Arrow), a folder or a hub name. A list: one round for each.",
     )
     test_path: Any = setting(
         None,
