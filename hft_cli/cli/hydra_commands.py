@@ -111,7 +111,7 @@ def _keep_settings_of_run(config: EvalConfig, overrides: Sequence[str]) -> None:
         return
     typed = {override.split("=")[0].lstrip("+") for override in overrides}
     of_run = read_config(RunDir(Path(config.run))).model
-    for key in ("dtype", "attention", "chat_template", "thinking", "part", "kinds"):
+    for key in ("dtype", "attention", "chat_template", "thinking", "date", "part", "kinds"):
         if f"model.{key}" not in typed:
             setattr(config.model, key, getattr(of_run, key))
 

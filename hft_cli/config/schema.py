@@ -62,6 +62,11 @@ class ModelConfig:
         "Whether the chat template asks for reasoning before an answer (Qwen3's enable_thinking), in training and in "
         "scoring; null: the template's own default. Reasoning is no part of an answer that is scored.",
     )
+    date: str | None = setting(
+        None,
+        "The day that the chat template writes as today's (Llama 3.2, gpt-oss), as 2026-12-31; null: the day on which "
+        "the run began, also when it is continued later.",
+    )
     kinds: dict[str, str] = setting(
         {},
         "Map from a regular expression over parameter names to a kind of parameter, for names that hft does not know.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from datetime import date
 from typing import Any
 
 from hft_cli.config.data_sets import as_paths, count_rounds, mixed_sets, test_sets
@@ -167,6 +168,14 @@ def _stages_match_training_sets(config: RunConfig) -> str | None:
     return f"method.stages names {stages} stages for {rounds} training sets: give one for all sets, or one for each."
 
 
+def _date_is_a_day(config: RunConfig | EvalConfig) -> str | None:
+    try:
+        date.fromisoformat(config.model.date or "2026-12-31")
+    except ValueError:
+        return f"model.date={config.model.date} is no day, as 2026-12-31."
+    return None
+
+
 def _ranks_are_counted(config: RunConfig | EvalConfig) -> str | None:
     if config.engine.num_processes or config.engine.name == AUTO:
         return None
@@ -287,6 +296,7 @@ RULES: tuple[Rule, ...] = (
     _stages_match_training_sets,
     _optimizer_suits_the_engine,
     _rows_have_one_order,
+    _date_is_a_day,
     _padding_is_there_to_leave_out,
     _flash_attention_is_in_bfloat16,
     _batch_is_whole,
@@ -306,4 +316,4 @@ def _eval_has_models(config: EvalConfig) -> str | None:
     return None if config.models else "models is empty: give after, before or both."
 
 
-EVAL_RULES: tuple[Rule, ...] = (_ranks_are_counted, _eval_uses_one_node, _eval_has_models)
+EVAL_RULES: tuple[Rule, ...] = (_date_is_a_day, _ranks_are_counted, _eval_uses_one_node, _eval_has_models)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.templates import MARKS, REASONING_TAG, chat_template, own_template, template_file
+from hft_cli.data.templates import MARKS, REASONING_TAG, TODAY, chat_template, fix_date, own_template, template_file
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 
@@ -22,9 +24,12 @@ _CLOSING = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷")
 
 
 def use_template(config: ModelConfig, tokenizer: Any) -> str:
-    """Give the tokenizer the chat template of `model.chat_template` and `model.thinking`, and return it.
+    """Give the tokenizer the chat template of `model.chat_template`, `model.thinking` and `model.date`.
 
-    With neither, a tokenizer keeps several named templates.
+    With neither of the first two, a tokenizer keeps several named templates.
+
+    Returns:
+        The template to save with the model, which writes the day on which it is used.
 
     Raises:
         UserError: if there is no such template, or it has no switch for `model.thinking`.
@@ -32,7 +37,14 @@ def use_template(config: ModelConfig, tokenizer: Any) -> str:
     template = chat_template(config.chat_template, tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = template
-    return template if config.thinking is None else _set_thinking(config.thinking, tokenizer)
+    if config.thinking is not None:
+        template = _set_thinking(config.thinking, tokenizer)
+    if config.date is not None:
+        day, own = date.fromisoformat(config.date), tokenizer.chat_template
+        named = isinstance(own, dict)
+        fixed = {name: fix_date(text, day) for name, text in (own if named else {"": own}).items()}
+        tokenizer.chat_template = fixed if named else fixed[""]
+    return template
 
 
 def _set_thinking(thinking: bool, tokenizer: Any) -> str:
@@ -77,14 +89,27 @@ def check_thinking(config: ModelConfig, folder: Path) -> None:
     """Raise UserError if `model.thinking` is set and the template has no switch. Does not load the tokenizer."""
     if config.thinking is None:
         return
+    template = stored_template(config, folder)
+    if isinstance(template, str):  # of several named ones the worker takes the default
+        switch_of(template, config.thinking)
+
+
+def stored_template(config: ModelConfig, folder: Path) -> Any:
+    """The chat template of a model in its files: a text, several named ones as a list, or None."""
     files = [folder / "chat_template.jinja"]
     if config.chat_template is not None:
         files = [template_file(config.chat_template)]
     template = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
     if template is None and (settings := folder / "tokenizer_config.json").is_file():
         template = read_json(settings).get("chat_template")
-    if isinstance(template, str):  # of several named ones the worker takes the default
-        switch_of(template, config.thinking)
+    return template
+
+
+def dated(config: ModelConfig, folder: Path, day: str | None = None) -> ModelConfig:
+    """The config with `model.date` if the chat template writes the date: its own, else `day`, else today."""
+    if config.date is not None or TODAY not in str(stored_template(config, folder)):
+        return config
+    return replace(config, date=day or date.today().isoformat())
 
 
 def has_reasoning(tokenizer: Any) -> bool:

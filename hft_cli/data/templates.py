@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,26 @@ def _template_errors(place: str) -> Iterator[None]:
         yield
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: the chat template fails: {error}") from error
+
+
+TODAY = "strftime_now"  # the function by which chat templates write the date
+
+_CALL = re.compile(rf"{TODAY}\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def fix_date(template: str, day: date) -> str:
+    """A chat template that writes a day in the place of today.
+
+    Raises:
+        UserError: if it does not call the function with a text, so that what it writes cannot be known.
+    """
+    fixed = _CALL.sub(lambda call: repr(datetime.combine(day, time()).strftime(call[2])), template)
+    if f"{TODAY}(" in fixed:
+        raise UserError(
+            f"The chat template writes the date by {TODAY} in a format that is no text, so it cannot be held to one day: "
+            f"{OTHER_TEMPLATE}."
+        )
+    return fixed
 
 
 def apply_template(turns: Sequence[Turn], place: str, tokenizer: Any, **options: Any) -> str:

@@ -208,7 +208,7 @@ def _probe_entry(suite: Suite, name: str, settings: ProbeConfig, chat: bool) -> 
 
 def model_identity(model: ScoredModel) -> dict[str, Any]:
     """What every score depends on: the weights, and the files and settings that say how they are used."""
-    template, thinking = model.config.chat_template, model.config.thinking
+    template, switches = model.config.chat_template, (model.config.thinking, model.config.date)
     template_file = expanded(template) if template else None
     return {
         "weights": model.weights,
@@ -218,7 +218,7 @@ def model_identity(model: ScoredModel) -> dict[str, Any]:
             if path.is_file() and path.suffix in COMPANION_SUFFIXES
         },
         "template": template_file.read_text() if template_file and template_file.is_file() else template,
-        "model": [model.config.dtype, model.config.attention, *([] if thinking is None else [thinking])],
+        "model": [model.config.dtype, model.config.attention, *(each for each in switches if each is not None)],
     }
 
 

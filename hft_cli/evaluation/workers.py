@@ -62,13 +62,14 @@ def load_weights(path: str, config: ModelConfig) -> Any:
 
 
 def load_tokenizer(path: str, config: ModelConfig) -> Any:
-    """Load a tokenizer; `model.chat_template` replaces its own chat template, `model.thinking` sets its switch.
+    """Load a tokenizer; `model.chat_template` replaces its own chat template, `model.thinking` sets its switch,
+    and `model.date` the day that it writes.
 
     Raises:
         UserError: for an unknown chat template, or a tokenizer that cannot be read.
     """
     tokenizer = templates.load_tokenizer(path)
-    if config.changes_template:
+    if config.changes_template or (config.date is not None and tokenizer.chat_template is not None):
         use_template(config, tokenizer)
     return tokenizer
 

@@ -20,6 +20,7 @@ IGNORED_KEYS = (
     "selection.seed",
     "output_dir",
     "resume",
+    "model.date",
     "train.save_every",
     "train.save_minutes",
     "train.save_limit",

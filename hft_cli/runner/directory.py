@@ -29,9 +29,10 @@ def find_unfinished(config: RunConfig) -> RunDir:
     """The newest unfinished run of this configuration among the runs in folders named by date; UserError if none."""
     root = Path(config.output_dir).parent.parent
     plans = sorted(root.glob("*/*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    free = ("model.date",) if config.model.date is None else ()  # a run that is continued keeps its own
     for run in (RunDir(path.parent) for path in plans):
         try:
-            if run.config.exists() and not run.done.exists() and not _differences(run, config):
+            if run.config.exists() and not run.done.exists() and not _differences(run, config, free):
                 return run
         except UserError:  # a config.yaml of another program
             continue

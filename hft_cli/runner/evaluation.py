@@ -14,7 +14,7 @@ from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
 from hft_cli.config.settings import AUTO
 from hft_cli.config.validate import check_eval
-from hft_cli.data.reasoning import check_thinking
+from hft_cli.data.reasoning import check_thinking, dated
 from hft_cli.errors import UserError
 from hft_cli.evaluation.rescoring import compare_scorings
 from hft_cli.evaluation.score_files import notes_on, read_scores
@@ -125,7 +125,7 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
     for model in models.values():
         check_thinking(model.config, model.path)
         uses_chat_template(config.suite, model.config, model.path)  # raises if the template is needed and missing
-    return models
+    return {name: replace(model, config=dated(model.config, model.path)) for name, model in models.items()}
 
 
 def _models_of_run(config: EvalConfig, folder: str) -> dict[str, ScoredModel]:
@@ -166,7 +166,7 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     """The settings of a model that its scores depend on."""
-    return {key: getattr(config, key) for key in ("dtype", "attention", "chat_template", "thinking")}
+    return {key: getattr(config, key) for key in ("dtype", "attention", "chat_template", "thinking", "date")}
 
 
 def _merge(old: Record, new: Record) -> Record:

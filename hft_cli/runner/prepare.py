@@ -14,9 +14,9 @@ from hft_cli.checkpoint.parameters import parameters_from_folder, require_traina
 from hft_cli.checkpoint.same_function import require_same_function
 from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
-from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig
+from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig, read_config
 from hft_cli.data.mixing import read_mixed, validation_rows
-from hft_cli.data.reasoning import check_thinking
+from hft_cli.data.reasoning import check_thinking, dated
 from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.data.templates import template_file
 from hft_cli.errors import UserError
@@ -78,6 +78,15 @@ def fetch_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     base = model_folder(resolve_path(path), revision=recorded_revision(run, path) or config.model.revision)
     config = automatic(config, folder=base)
     return with_model_limits(config, read_model_config(base / "config.json", config.model.part), base.name), base
+
+
+def with_date(config: RunConfig, base: Path, run: RunDir) -> RunConfig:
+    """The config with the day that the chat template writes: of a run that is continued, the one on which it began.
+
+    Without this, a run that goes on for days or is continued would train and score on other tokens than it began with.
+    """
+    begun = read_config(run).model.date if run.config.exists() else None
+    return replace(config, model=dated(config.model, base, begun))
 
 
 def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:

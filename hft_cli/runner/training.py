@@ -38,7 +38,7 @@ from hft_cli.runner.directory import (
     seal,
 )
 from hft_cli.runner.phase import Position, Session, run_phase
-from hft_cli.runner.prepare import Prepared, fetch_model, node_facts, prepare
+from hft_cli.runner.prepare import Prepared, fetch_model, node_facts, prepare, with_date
 from hft_cli.runner.results import Scores, results
 from hft_cli.runner.tracking import require_tracker, track
 from hft_cli.runner.verify import verify
@@ -82,6 +82,7 @@ def _lead(config: RunConfig, overrides: Sequence[str], search: bool, followers: 
         run = find_unfinished(config)
     elif config.resume and not run.config.exists():
         raise UserError(f"resume=true, but there is no run in {run.folder}.")
+    config = with_date(config, base, run)
     if run.done.exists():
         require_same_config(run, config)
         logger.info(f"{run.folder} is finished already; nothing to do.")
@@ -125,6 +126,7 @@ def _follow(config: RunConfig, node: Node) -> None:
     leader: Peer | None = None
     try:
         config, base = fetch_model(config, run)
+        config = with_date(config, base, run)
         if run.done.exists():
             require_same_config(run, config)
             return

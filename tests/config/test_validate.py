@@ -62,6 +62,7 @@ BROKEN = {
     "_importance_has_rows": ((HFT, "selection=importance"), r"needs data\.general=PATH"),
     "_names_are_given": ((HFT, "selection=names"), r"give both selection=names and selection\.names=\[PATTERN"),
     "_optimizer_suits_the_engine": ((HFT, "engine=zero2", "train.optimizer=sgd"), r"sgd is for engine=single"),
+    "_date_is_a_day": ((HFT, "model.date=2026-13-31"), r"model\.date=2026-13-31 is no day, as 2026-12-31"),
     "_rows_have_one_order": (
         (HFT, "train.packing=true", "train.group_by_length=true"),
         r"no effect on packed rows",

@@ -19,6 +19,8 @@ from chats import (
     trained_text,
 )
 
+from hft_cli.config.schema import ModelConfig
+from hft_cli.data.reasoning import use_template
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
@@ -57,6 +59,39 @@ def test_none_is_the_tokenizers_own_template(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(template=CHATML)
     assert chat_template(None, tokenizer) == CHATML
     assert chat_template(str(tmp_path / "mine.jinja"), tokenizer) == "{{ messages[0].content }} ü"
+
+
+LLAMA = (  # the beginning of Llama 3.2's
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}'
+    "{%- endif %}{%- endif %}{{ '<s>Today Date: ' + date_string + '\n' }}"
+)
+DATED = {
+    LLAMA: "<s>Today Date: 02 Mar 2025\n",
+    "{{ 'Current date: ' + strftime_now( '%Y-%m-%d' ) + '\n' }}": "Current date: 2025-03-02\n",  # gpt-oss
+    '{% set today = strftime_now("%B %d, %Y") %}{{ "It\'s " + today }}': "It's March 02, 2025",  # Granite
+}
+
+
+@pytest.mark.parametrize("beginning", DATED)
+def test_a_template_writes_the_day_of_the_run(beginning: str) -> None:
+    tokenizer = tokenizer_of(template=beginning + CHATML)
+    today = rendered(tokenizer, ONE)
+    saved = use_template(ModelConfig(date="2025-03-02"), tokenizer)
+    assert saved == beginning + CHATML
+    assert rendered(tokenizer, ONE).startswith(DATED[beginning])
+    assert rendered(tokenizer, ONE) != today
+    named = tokenizer_of(template=CHATML)
+    named.chat_template = {"default": CHATML, "tool_use": beginning + CHATML}
+    use_template(ModelConfig(date="2025-03-02"), named)
+    assert named.chat_template["default"] == CHATML
+    assert named.chat_template["tool_use"] == tokenizer.chat_template
+
+
+def test_a_date_that_cannot_be_held_is_refused() -> None:
+    tokenizer = tokenizer_of(template="{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML)
+    with pytest.raises(UserError, match=r"^The chat template writes the date by strftime_now in a format that is no"):
+        use_template(ModelConfig(date="2025-03-02"), tokenizer)
 
 
 def test_a_missing_template_is_answered_with_the_choices(tmp_path: Path) -> None:

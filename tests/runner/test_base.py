@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import BASE, composed
 
+from hft_cli.data import reasoning
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.base import base_record, find_base, recorded_revision
-from hft_cli.runner.prepare import fetch_model
+from hft_cli.runner.directory import find_unfinished
+from hft_cli.runner.prepare import fetch_model, with_date
 from hft_cli.runner.verify import verify
 
 
@@ -84,6 +89,28 @@ def test_a_model_of_the_hub_starts_at_the_revision_asked_for(tmp_path, monkeypat
     local = composed("+method=hft", f"model.path={BASE}", "model.revision=v1.0", "data=pocket_order")
     with pytest.raises(UserError, match=r"is a folder, so it has no revision 'v1\.0': leave out model\.revision"):
         fetch_model(local, run)
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    model = Path(shutil.copytree(BASE, tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    config = composed("+method=hft", f"model.path={model}", "data=pocket_order", f"output_dir={tmp_path}/a/b/new")
+    run = RunDir(tmp_path / "a/b/run")
+    run.folder.mkdir(parents=True)
+    assert with_date(config, model, run).model.date is None
+    template.write_text("{{ strftime_now('%d') }}" + template.read_text())
+    monkeypatch.setattr(reasoning, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 2)}))
+    begun = with_date(config, model, run)
+    assert begun.model.date == "2025-03-02"
+    run.config.write_text(yaml.safe_dump(asdict(begun)))
+    write_json(run.plan, {})
+    monkeypatch.setattr(reasoning, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 3)}))
+    assert with_date(config, model, run) == begun
+    assert find_unfinished(config) == run
+    typed = replace(config, model=replace(config.model, date="2025-03-03"))
+    assert with_date(typed, model, run) == typed
+    with pytest.raises(UserError, match="There is no unfinished run of this configuration"):
+        find_unfinished(typed)
 
 
 def test_a_model_of_the_hub_is_fetched_at_its_recorded_commit(copied, tmp_path, monkeypatch):
