@@ -183,8 +183,8 @@ class DataConfig:
     special_tokens: str = setting(
         "refuse",
         "Turns whose text holds a special token that the chat template writes around turns, such as its end of a turn, "
-        "or the EOS token: refuse the row, or keep the text, as that token.",
-        choices=("hft_cli.data.rendering:SPECIAL_TOKENS",),
+        "or the EOS token: refuse the row, tokenize it as other text, or keep it as that token.",
+        choices=("hft_cli.data.special_tokens:SPECIAL_TOKENS",),
     )
     columns: dict[str, str] = setting(
         {}, "Map from hft's names of columns and fields of turns to those of the rows: '{messages: dialog, role: who}'."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 from hft_cli.data.chats import Turn
@@ -31,19 +31,64 @@ def batches(rows: Sequence[Any], where: str) -> Iterator[tuple[Sequence[Any], li
         yield batch, [f"{where}, example {start + number}" for number in range(1, len(batch) + 1)]
 
 
-def encode(texts: list[str], tokenizer: Any, *, special: bool = False) -> tuple[list[list[int]], list[list[Span]]]:
+def encode_chats(
+    texts: Sequence[str], literal: Sequence[Sequence[Span]], tokenizer: Any
+) -> tuple[list[list[int]], list[list[Span]]]:
+    """As `encode`, of rendered chats.
+
+    Args:
+        literal: for each text the spans of it, in order, in which no special token is read as one.
+    """
+    all_ids, all_offsets = encode(list(texts), tokenizer)
+    for number, (text, spans) in enumerate(zip(texts, literal, strict=True)):
+        if spans:
+            check_fast(tokenizer, "data.special_tokens=text")
+            all_ids[number], all_offsets[number] = _encode_in_parts(text, spans, tokenizer)
+    return all_ids, all_offsets
+
+
+def _encode_in_parts(text: str, literal: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """Tokens and spans of a text, whose literal spans and the parts between them are tokenized one by one."""
+    ids: list[int] = []
+    offsets: list[Span] = []
+    edges = [0, *(edge for span in literal for edge in span), len(text)]
+    for number, (start, end) in enumerate(pairwise(edges)):
+        part, spans = _encode_part(text[start:end], tokenizer, is_first=number == 0, split=number % 2 == 1)
+        ids += part
+        offsets += [(first + start, last + start) for first, last in spans]
+    return ids, offsets
+
+
+BEFORE = ("\n", ".", "x")  # put before a part of a text, where it is not joined with the part
+
+
+def _encode_part(part: str, tokenizer: Any, *, is_first: bool, split: bool) -> tuple[list[int], list[Span]]:
+    """Tokens and spans of a part of a text. Tokenizers like SentencePiece put a blank before the start of a text."""
+    for before in () if is_first else BEFORE:
+        (alone, ids), (_, spans) = encode([before, before + part], tokenizer, split=split)
+        if ids[: len(alone)] == alone:
+            return ids[len(alone) :], [(start - 1, end - 1) for start, end in spans[len(alone) :]]
+    (ids,), (spans,) = encode([part], tokenizer, split=split)
+    return ids, spans
+
+
+def encode(
+    texts: list[str], tokenizer: Any, *, special: bool = False, split: bool = False
+) -> tuple[list[list[int]], list[list[Span]]]:
     """Tokens of each text, and each token's span in it; no spans if the tokenizer is not a fast one.
 
     A special token that takes in the white space beside it (`lstrip`, `rstrip`) has the span of its own text.
 
     Args:
         special: whether the tokenizer adds its BOS token and the like. The template of a chat has written them.
+        split: whether special tokens in the texts are tokenized as other text is.
     """
     encoded = tokenizer(
         texts,
         add_special_tokens=special,
         return_offsets_mapping=tokenizer.is_fast,
         return_attention_mask=False,
+        split_special_tokens=split,
         verbose=False,
     )
     ids: list[list[int]] = encoded["input_ids"]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hft_cli.data.chats import Chat
-from hft_cli.data.encoding import TokenPlaces, check_fast, encode
+from hft_cli.data.encoding import TokenPlaces, check_fast, encode_chats
 from hft_cli.data.preferences import ANSWERS, Preference
 from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Renderer
@@ -152,7 +152,7 @@ def tokenize_pairs(
 def _tokens(chats: Sequence[Chat], places: Sequence[str], renderer: Renderer) -> list[tuple[str, list[int], int]]:
     """Of each chat the text, the tokens through the end of its last answer, and the number of those before it."""
     rendered = [renderer.render(chat, place, chat.answers[-1:]) for chat, place in zip(chats, places, strict=True)]
-    all_ids, all_offsets = encode([each.text for each in rendered], renderer.tokenizer)
+    all_ids, all_offsets = encode_chats([r.text for r in rendered], [r.literal for r in rendered], renderer.tokenizer)
     rows = []
     for each, ids, offsets, place in zip(rendered, all_ids, all_offsets, places, strict=True):
         answer = each.answers[0]

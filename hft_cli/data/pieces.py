@@ -138,6 +138,15 @@ def search_pieces(turns: Sequence[Turn], text: str) -> list[Piece]:
     return pieces
 
 
+def leaves(value: Any) -> Iterator[str]:
+    """The texts in lists and objects, such as the arguments of a call."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    elif isinstance(value, str) and value.strip():
+        yield value
+
+
 def _function(tool: Any) -> Any:
     function = tool.get("function")
     return function if isinstance(function, dict) else tool

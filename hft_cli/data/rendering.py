@@ -18,12 +18,22 @@ import copy
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.data.chats import Chat, Turn
-from hft_cli.data.pieces import Piece, Span, first_mark_of, mark_pieces, search_pieces, take_out_marks, tool_name
+from hft_cli.data.pieces import (
+    Piece,
+    Span,
+    first_mark_of,
+    leaves,
+    mark_pieces,
+    search_pieces,
+    take_out_marks,
+    tool_name,
+)
+from hft_cli.data.special_tokens import SPECIAL_TOKENS, literal_spans
 from hft_cli.data.templates import (
     END,
     OTHER_TEMPLATE,
@@ -37,8 +47,6 @@ from hft_cli.data.templates import (
     reasoning_key,
 )
 from hft_cli.errors import UserError, choose
-
-SPECIAL_TOKENS = ("refuse", "keep")
 
 REMEMBERED = 10_000  # texts between turns
 
@@ -70,10 +78,12 @@ class Rendered:
     Attributes:
         text: what is tokenized.
         answers: those that were asked for, in order.
+        literal: the spans, in order, of special tokens in the texts of the turns, which are to be read as text.
     """
 
     text: str
     answers: tuple[Answer, ...]
+    literal: tuple[Span, ...] = ()
 
 
 class Renderer:
@@ -113,8 +123,6 @@ class Renderer:
                 in generation.
         """
         template = self.template(chat, place)
-        if self.special_tokens == "refuse":
-            _check_special_tokens(chat, place, template.special)
         turns = self.turns(chat, place)
         text = self._text(turns, chat, place)
         pieces = self._locate(turns, chat, place, text)
@@ -122,11 +130,14 @@ class Renderer:
         for piece in pieces:
             _check_piece(piece, text, chat, place, needed)
         self._check_tools(turns, chat, place, text)
+        literal = literal_spans(chat, place, text, pieces, template.special, self.special_tokens)
         row = _Row(chat, turns, place, text, pieces, template)
         if whole:  # the answers are taken out of the loss, however they are written
-            return Rendered(text, tuple(self._answer(row, index, True, None, learnt=False) for index in answers))
+            found = tuple(self._answer(row, index, True, None, learnt=False) for index in answers)
+            return Rendered(text, found, literal)
         marks = self._marks(row) if answers else None
-        return Rendered(text, tuple(self._answer(row, index, index == answers[-1], marks) for index in answers))
+        found = tuple(self._answer(row, index, index == answers[-1], marks) for index in answers)
+        return Rendered(text, found, literal)
 
     def turns(self, chat: Chat, place: str) -> list[Turn]:
         """The turns in the form that the template reads: the name of the reasoning, the form of calls' arguments."""
@@ -194,7 +205,7 @@ class Renderer:
                 raise UserError(f"{place}: the chat template leaves out the row's 'tools': {OTHER_TEMPLATE}.")
         for number, turn in enumerate(chat.turns, 1):
             for call in turn.get("tool_calls", ()):
-                for leaf in _leaves(call["function"]["arguments"]):
+                for leaf in leaves(call["function"]["arguments"]):
                     if leaf not in text and json.dumps(leaf, ensure_ascii=False)[1:-1] not in text:
                         raise UserError(
                             f"{place}: the chat template leaves out '{leaf}' of the call in turn {number}: "
@@ -346,20 +357,6 @@ class _Row:
         return self._starts[place] if place < len(self._starts) else len(self.text)
 
 
-def _check_special_tokens(chat: Chat, place: str, special: Sequence[str]) -> None:
-    """UserError if a text of the chat holds one of these tokens: it would be read as that, and not as text."""
-    turns = {f"turn {number}, the {turn['role']}'s,": list(turn.values()) for number, turn in enumerate(chat.turns, 1)}
-    for what, value in {**turns, "'tools'": list(chat.tools)}.items():
-        texts = [REASONING_TAG.sub("", text) for text in _leaves(value)]
-        for token in special:
-            if any(token in text for text in texts):
-                raise UserError(
-                    f"{place}: {what} holds the text '{_shown(token)}', which the model reads as the token that ends "
-                    "or begins a turn. Take it out, leave such rows out (data.bad_rows=skip), or keep it as this token "
-                    "(data.special_tokens=keep)."
-                )
-
-
 def _plain(chat: Chat) -> list[Turn]:
     """A short chat to examine the template on: the first turns of this one, through its first question."""
     users = [index for index, turn in enumerate(chat.turns) if turn["role"] == "user"]
@@ -400,15 +397,6 @@ def _is_reasoning(piece: Piece, chat: Chat) -> bool:
 
 def _has_reasoning(turn: Turn) -> bool:
     return "reasoning_content" in turn or REASONING_TAG.search(turn["content"]) is not None
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The texts in the arguments of a call."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif isinstance(value, str) and value.strip():
-        yield value
 
 
 def _within(marks: Sequence[Span], pieces: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:

@@ -123,8 +123,8 @@ def fix_date(template: str, day: date) -> str:
     fixed = _CALL.sub(lambda call: repr(datetime.combine(day, time()).strftime(call[2])), template)
     if f"{TODAY}(" in fixed:
         raise UserError(
-            f"The chat template writes the date by {TODAY} in a format that is no text, so it cannot be held to one day: "
-            f"{OTHER_TEMPLATE}."
+            f"The chat template writes the date by {TODAY} in a format that is no text, so it cannot be held to one "
+            f"day: {OTHER_TEMPLATE}."
         )
     return fixed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.chats import LOSSES, Chat
-from hft_cli.data.encoding import TokenPlaces, check_fast, encode, question_span, surplus_tokens
+from hft_cli.data.encoding import TokenPlaces, check_fast, encode, encode_chats, question_span, surplus_tokens
 from hft_cli.data.pieces import Span
 from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Rendered, Renderer
@@ -244,7 +244,7 @@ def _chat_rows(
         if not whole and not answers:
             raise UserError(f"{place}: no answer has a loss under data.loss={options.loss}, because of its own marks.")
         rendered.append(renderer.render(chat, place, answers, whole=whole))
-    all_ids, all_offsets = encode([each.text for each in rendered], renderer.tokenizer)
+    all_ids, all_offsets = encode_chats([r.text for r in rendered], [r.literal for r in rendered], renderer.tokenizer)
     rows = []
     for chat, place, each, ids, offsets in zip(chats, places, rendered, all_ids, all_offsets, strict=True):
         labels = _labels(ids, offsets, each, place, inverted=options.loss == "all")

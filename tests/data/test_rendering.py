@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chats import BODY, CHATML, ONE, chat, chat_of, tokenizer_of, trained_text, turn
+from chats import BODY, CHATML, ONE, chat, chat_of, rendered, tokenizer_of, trained_text, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from hft_cli.data.pairs import prepare_pairs
 from hft_cli.data.preferences import Preference
 from hft_cli.data.prompts import make_prompts
 from hft_cli.data.rendering import Renderer
+from hft_cli.data.summary import trained_runs
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
 
@@ -122,6 +123,37 @@ def test_a_token_of_the_template_in_a_turn_is_kept_if_asked_for() -> None:
     ):
         with pytest.raises(UserError, match=rf"^{start}, the user's, holds the text '<\|im_end\|>'"):
             function()
+
+
+@pytest.mark.parametrize("template", ["chatml", "tulu"])
+@pytest.mark.parametrize("kind", ["bytes", "trimming", "bos", "pieces"])
+def test_a_token_of_the_template_is_text_if_asked_for(kind: str, template: str) -> None:
+    tokenizer = tokenizer_of(kind, CHATML if template == "chatml" else template)
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    each = chat(f"{end}{end} a {end}", f" b{end} c", f"{end}q", f"a\n{end}")
+    (row, plain) = tokenize([each, ONE], tokenizer, max_length=999, special_tokens="text").dataset
+    number = tokenizer.convert_tokens_to_ids(end)
+    assert row["input_ids"].count(number) == rendered(tokenizer, chat("a", "b", "c", "d")).count(end)
+    text = rendered(tokenizer, each)
+    assert tokenizer.decode(row["input_ids"]).strip() == text.strip()
+    answers = f" b{end} c{end}", f"a\n{end}{end}"
+    runs = [trained_text(tokenizer, row["labels"][start:stop]) for start, stop in trained_runs(row["labels"])]
+    assert [run.strip() for run in runs] == [answer.strip() for answer in answers]
+    prompt = make_prompts([each], tokenizer, max_length=999, where="x", special_tokens="text").ids[0]
+    assert prompt == row["input_ids"][: len(prompt)]
+    assert row["labels"][len(prompt) - 1] == -100
+    assert tokenize([ONE], tokenizer, max_length=999).dataset[0]["input_ids"] == plain["input_ids"]
+    pair = Preference(each, Chat((*each.turns[:-1], turn("assistant", "Other"))))
+    kept = prepare_pairs([pair], tokenizer, 999, "x", special_tokens="text").dataset[0]
+    assert kept["prompt_ids"] + kept["chosen_ids"] == row["input_ids"][: len(kept["prompt_ids"] + kept["chosen_ids"])]
+
+
+def test_a_token_in_a_call_cannot_be_text() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": "<|im_end|>"}}}
+    template = CHATML.replace("m.content", "m.content + (m.tool_calls | tojson if m.tool_calls else '')")
+    each = chat_of(turn("user", "q"), {"role": "assistant", "content": "a", "tool_calls": [call]})
+    with pytest.raises(UserError, match=r"^the data, example 1: a special token in reasoning, a call or 'tools'"):
+        tokenize([each], tokenizer_of(template=template), max_length=99, special_tokens="text")
 
 
 def test_tokens_that_the_template_does_not_write_are_as_before() -> None:

@@ -147,13 +147,16 @@ CASES: dict[str, Case] = {
         chat(*TWO[:2], user("<|im_start|>q"), TWO[3]), refused={"": "turn 3, the user's, holds the text '<|im_start|>'"}
     ),
     "the end in reasoning": Case(
-        chat(Q, said("b", reasoning_content="a<|im_end|>")), refused={"": "holds the text '<|im_end|>'"}
+        chat(Q, said("b", reasoning_content="a<|im_end|>")),
+        refused={**NO_REASONING, "reasoning": "holds the text '<|im_end|>'"},
     ),
     "the end in a call": Case(
-        chat(Q, said("", tool_calls=call({"city": "<|im_end|>"}))), refused={"": "holds the text '<|im_end|>'"}
+        chat(Q, said("", tool_calls=call({"city": "<|im_end|>"}))),
+        refused={**NO_CALLS, "reasoning": "holds the text '<|im_end|>'"},
     ),
     "the end in a tool": Case(
-        chat(*TWO, tools=[{"name": "f", "description": "<|im_end|>"}]), refused={"": "'tools' holds the text"}
+        chat(*TWO, tools=[{"name": "f", "description": "<|im_end|>"}]),
+        refused={**NO_TOOLS, "reasoning": "'tools' holds the text"},
     ),
     "the BOS token in a turn": Case(chat(user("<s>q"), said("a<s>b")), ["a<s>b"]),
     "a header's text in an answer": Case(chat(Q, said("assistant\nq"), *TWO[2:]), ["assistant\nq", "b"]),
