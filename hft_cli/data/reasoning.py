@@ -23,17 +23,20 @@ _OPENED = re.compile(rf"{_OPENING.pattern}\s*$")
 _CLOSING = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷")
 
 
-def use_template(config: ModelConfig, tokenizer: Any) -> str:
+def use_template(config: ModelConfig, tokenizer: Any) -> str | None:
     """Give the tokenizer the chat template of `model.chat_template`, `model.thinking` and `model.date`.
 
     With neither of the first two, a tokenizer keeps several named templates.
 
     Returns:
-        The template to save with the model, which writes the day on which it is used.
+        The template to save with the model, which writes the day on which it is used. None if neither the config nor
+        the tokenizer has one: rows of raw text need none, and others are refused where they are rendered.
 
     Raises:
         UserError: if there is no such template, or it has no switch for `model.thinking`.
     """
+    if not (config.changes_template or tokenizer.chat_template):
+        return None
     template = chat_template(config.chat_template, tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = template

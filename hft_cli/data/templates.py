@@ -19,6 +19,10 @@ TEMPLATES = PACKAGE / "assets" / "chat_templates"
 
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
+NO_TEMPLATE = (
+    "The tokenizer has no chat template. Set model.chat_template=tulu|plain|PATH. (Rows of raw text need none.)"
+)
+
 OTHER_TEMPLATE = "choose another template (model.chat_template=tulu|plain|PATH)"
 
 # The tags between which models write their reasoning. Templates split an answer at them.
@@ -90,7 +94,7 @@ def own_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
     try:
         return str(tokenizer.get_chat_template(tools=list(tools) or None))
     except ValueError:
-        raise UserError("The tokenizer has no chat template. Set model.chat_template=tulu|plain|PATH.") from None
+        raise UserError(NO_TEMPLATE) from None
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

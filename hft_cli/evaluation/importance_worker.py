@@ -14,7 +14,6 @@ from typing import Any
 from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.data.rows import read_chats
-from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
 from hft_cli.evaluation.workers import device_of_rank, load_model
 from hft_cli.files import write_json
@@ -27,7 +26,6 @@ def measure_importance(job: ImportanceJob, folder: RoundDir, progress: Progress)
     """Write the file `job.out`: unit -> mean squared gradient of its elements."""
     progress.activity("loading the model")
     loaded = load_model(job.path, job.model, device_of_rank())
-    chat_template(None, loaded.tokenizer)  # raises an error if there is none
     params = parameters_from_folder(job.path, job.model.kinds, job.model.part)
     chats = spread(read_chats(resolve_path(job.rows), split="train"), job.limit)
     rows = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=job.rows).dataset

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
+from hft_cli.data.reasoning import stored_template
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import local_files, probe, texts
 from hft_cli.evaluation.benchmarks import BENCHMARKS, benchmark_settings
 from hft_cli.evaluation.vllm_engine import check_backend
-from hft_cli.files import read_json
 from hft_cli.launch.jobs import RowsTask
 from hft_cli.paths import expanded, resolve_path
 
@@ -156,12 +156,7 @@ def uses_chat_template(suite: SuiteConfig, model: ModelConfig, folder: Path) -> 
     Raises:
         UserError: for suite.chat=true and a model without a chat template.
     """
-    choice, tokenizer_config = suite.chat.lower(), folder / "tokenizer_config.json"
-    has_template = (
-        model.chat_template is not None
-        or (folder / "chat_template.jinja").exists()
-        or (tokenizer_config.exists() and bool(read_json(tokenizer_config).get("chat_template")))
-    )
+    choice, has_template = suite.chat.lower(), bool(stored_template(model, folder))
     if choice == "true" and not has_template:
         raise UserError(f"suite.chat=true, but {folder} has no chat template. Set model.chat_template=tulu|plain|PATH.")
     return has_template and choice != "false"

@@ -69,7 +69,7 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
         UserError: for an unknown chat template, or a tokenizer that cannot be read.
     """
     tokenizer = templates.load_tokenizer(path)
-    if config.changes_template or (config.date is not None and tokenizer.chat_template is not None):
+    if config.changes_template or config.date is not None:
         use_template(config, tokenizer)
     return tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig, read_config
 from hft_cli.data.mixing import read_mixed, validation_rows
-from hft_cli.data.reasoning import check_thinking, dated
+from hft_cli.data.reasoning import check_thinking, dated, stored_template
 from hft_cli.data.rows import count_repeats, read_chats
-from hft_cli.data.templates import template_file
+from hft_cli.data.templates import NO_TEMPLATE, template_file
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
+from hft_cli.evaluation.texts import METRIC
 from hft_cli.evaluation.vllm_engine import check_backend
 from hft_cli.files import flatten
 from hft_cli.launch.environment import environment
@@ -113,6 +115,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
+    _require_template(config, base, plan, suite)
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config, base) for phase in plan]
     row_counts = {phase.number: row["rows"] for phase, row in zip(plan, rounds, strict=True) if "rows" in row}
     local = replace(config, model=replace(config.model, path=str(base)))  # not the hub's name: nothing to fetch
@@ -132,6 +135,16 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
         "costs": costs.expected(),
     }
     return Prepared(config, base, plan, drawn, suite, record, deepspeed_settings(config), importance)
+
+
+def _require_template(config: RunConfig, base: Path, plan: Sequence[Phase], suite: Suite) -> None:
+    """Raise UserError if rows of chats are trained on or scored, and there is no chat template."""
+    if stored_template(config.model, base):
+        return
+    scored = any(phase.test is not None for phase in plan) or any(t.metric != METRIC for t in suite.tasks.values())
+    trained = (read_mixed(p.stage, p.sources, config, p.validation).rows.facts for p in plan if p.trains)
+    if scored or any(facts.get("shapes", {}).keys() != {"text"} for each in trained for facts in each):
+        raise UserError(NO_TEMPLATE)
 
 
 def node_facts(prepared: Prepared) -> dict[str, Any]:

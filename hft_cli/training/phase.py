@@ -132,7 +132,7 @@ def load_tokenizer(job: PhaseJob, folder: RoundDir, ranks: Ranks) -> PreTrainedT
             "to one length. Set eos_token or pad_token in its tokenizer_config.json."
         )
     template = use_template(job.config.model, tokenizer)
-    if ranks.first:
+    if ranks.first and template is not None:
         write_text(folder.template, template)
     return tokenizer
 
@@ -155,7 +155,7 @@ def load_rows(
         _require_known_tokens(job, tokenizer, rows, validated)
         summaries = {"validation": validated.summary.to_json()} if validated else {}
         write_json(folder.data, rows.summary.to_json() | summaries)
-        if (end := templates.answer_end(tokenizer)) and set(rows.summary.shapes) != {"text"}:
+        if set(rows.summary.shapes) != {"text"} and (end := templates.answer_end(tokenizer)):
             write_json(folder.answer_end, {"token": end[0], "id": end[1]})
         _rows_in_order(job, rows.dataset).save_to_disk(str(folder.tokens))
         if validated:

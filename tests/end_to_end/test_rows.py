@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from helpers import QUICK, hft, train
+from helpers import BASE, QUICK, hft, train
 
 
 def test_a_row_of_a_later_round_is_refused_before_the_first(tmp_path: Path) -> None:
@@ -30,6 +31,23 @@ def test_tokens_of_the_template_are_kept_in_rows_of_both_kinds(tmp_path: Path) -
     run = train(tmp_path / "run", *sets, f"data.test_path={rows}", "data.special_tokens=keep")
     assert json.loads((run / "rounds/01-rows/data.json").read_text())["used"] == 1
     assert (run / "eval/after/data/rows.json").exists()
+
+
+def test_raw_text_needs_no_chat_template(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(BASE, tmp_path / "base"))
+    (model / "chat_template.jinja").unlink()
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Text number {n}. " * 5}) + "\n" for n in range(40)))
+    chats.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    start = ("+method=hft", f"model.path={model}", "suite=none")
+    run = train(tmp_path / "run", *start, f"data.path={texts}", "data.validation=0.1")
+    assert hft("verify", run).status == 0
+    assert {file.name for file in (run / "model").iterdir()} == {file.name for file in model.iterdir()}
+    for more in ((f"data.path={chats}",), (f"data.path={texts}", f"data.test_path={chats}"),
+                 (f"data.path={texts}", "suite=pocket"), (f"data.path=[{texts},{chats}]",)):  # fmt: skip
+        done = hft("train", *QUICK, *start, *more, f"output_dir={tmp_path}/refused")
+        assert "hft: The tokenizer has no chat template. Set model.chat_template" in done.err
+        assert not (tmp_path / "refused").exists()
 
 
 def test_old_rows_are_trained_on_in_the_batches_of_new_ones(tmp_path: Path) -> None:
