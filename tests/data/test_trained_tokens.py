@@ -175,6 +175,9 @@ CASES: dict[str, Case] = {
         chat(*TWO[:3], said("b", weight=0)), refused={"": "no answer has a loss under data.loss=last_turn"},
         loss="last_turn",
     ),
+    "an answer to avoid": Case({"prompt": "q", "completion": "a", "label": False}, refused={"": "'label' is false, by"}),
+    "a good answer": Case({"prompt": "q", "completion": "a", "label": True}, ["a"]),
+    "a class": Case({"prompt": "q", "completion": "a", "label": 0}, ["a"]),
     # D. values
     "null fields": Case(chat(user("q", weight=None), said("a", tool_calls=None, weight=None), tools=None), ["a"]),
     "a null column": Case({"messages": None, **ALPACA}, ["a"]),
