@@ -173,12 +173,14 @@ def with_row_fields(chat: Chat, row: Row) -> Chat:
     for key in LOSS_KEYS:
         if key in row and row.pop(key) not in (1,):
             raise UserError(f"the row has '{key}', and hft has no weights of rows. Take it out of the file.")
-    if chat.text is None and str(row.get("label")).lower() in ("true", "false"):  # not 0 and 1, which are classes
-        if str(row.pop("label")).lower() == "false":
-            raise UserError(
-                "'label' is false, by which data for KTO mark an answer to avoid, and it would be learnt. Leave such rows "
-                "out (data.bad_rows=skip)."
-            )
+    label = str(row.get("label")).lower()  # 0 and 1 are classes
+    if chat.text is None and label == "false":
+        raise UserError(
+            "'label' is false, by which data for KTO mark an answer to avoid, and it would be learnt. Leave such rows out "
+            "(data.bad_rows=skip)."
+        )
+    if chat.text is None and label == "true":
+        del row["label"]
     for key in REASONING_KEYS:
         if row.get(key) not in (None, ""):
             raise UserError(f"the row has '{key}': put it into the assistant's turn, as its 'reasoning_content'.")

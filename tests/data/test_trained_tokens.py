@@ -175,7 +175,7 @@ CASES: dict[str, Case] = {
         chat(*TWO[:3], said("b", weight=0)), refused={"": "no answer has a loss under data.loss=last_turn"},
         loss="last_turn",
     ),
-    "an answer to avoid": Case({"prompt": "q", "completion": "a", "label": False}, refused={"": "'label' is false, by"}),
+    "an answer to avoid": Case({"prompt": "q", "completion": "a", "label": False}, refused={"": "'label' is false"}),
     "a good answer": Case({"prompt": "q", "completion": "a", "label": True}, ["a"]),
     "a class": Case({"prompt": "q", "completion": "a", "label": 0}, ["a"]),
     # D. values
