@@ -176,8 +176,8 @@ def with_row_fields(chat: Chat, row: Row) -> Chat:
     label = str(row.get("label")).lower()  # 0 and 1 are classes
     if chat.text is None and label == "false":
         raise UserError(
-            "'label' is false, by which data for KTO mark an answer to avoid, and it would be learnt. Leave such rows out "
-            "(data.bad_rows=skip)."
+            "'label' is false, by which data for KTO mark an answer to avoid, and it would be learnt. Leave such rows "
+            "out (data.bad_rows=skip)."
         )
     if chat.text is None and label == "true":
         del row["label"]
@@ -300,6 +300,11 @@ def _text(row: Row, names: Names) -> Chat:
     text = row.pop("text")
     if not isinstance(text, str):
         raise UserError(f"'text' is {json_type(text)}, not a string.")
+    if "role" in row:
+        raise UserError(
+            f"the row is one turn of a chat, of the role {row['role']!r}: put the turns of a chat into 'messages' of one "
+            "row."
+        )
     return Chat(text=text)
 
 
