@@ -301,10 +301,8 @@ def _text(row: Row, names: Names) -> Chat:
     if not isinstance(text, str):
         raise UserError(f"'text' is {json_type(text)}, not a string.")
     if "role" in row:
-        raise UserError(
-            f"the row is one turn of a chat, of the role {row['role']!r}: put the turns of a chat into 'messages' of one "
-            "row."
-        )
+        said = "the row is one turn of a chat, of the role"
+        raise UserError(f"{said} {row['role']!r}: put the turns of a chat into 'messages' of one row.")
     return Chat(text=text)
 
 

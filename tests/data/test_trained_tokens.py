@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
         loss="last_turn",
     ),
     "an answer to avoid": Case({"prompt": "q", "completion": "a", "label": False}, refused={"": "'label' is false"}),
-    "a turn of a tree": Case({"text": "a", "role": "prompter"}, refused={"": "the row is one turn of a chat, of the role"}),
+    "a turn of a tree": Case({"text": "a", "role": "prompter"}, refused={"": "the row is one turn of a chat"}),
     "a good answer": Case({"prompt": "q", "completion": "a", "label": True}, ["a"]),
     "a class": Case({"prompt": "q", "completion": "a", "label": 0}, ["a"]),
     # D. values
