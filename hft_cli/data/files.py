@@ -94,7 +94,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         matching = files
     if not matching:
         names = ", ".join(file.name for file in files) or f"no file ending in {', '.join(SUFFIXES)}"
-        raise UserError(f"No file for the split '{split}' in the folder {folder} (it holds {names}).")
+        below = sorted({file.parent.name for file in folder.glob("*/*") if file.name.lower().endswith(SUFFIXES)})
+        hint = f" Give one of the folders in it that have some: {', '.join(below)}." if below and not files else ""
+        raise UserError(f"No file for the split '{split}' in the folder {folder} (it holds {names}).{hint}")
     like = [file.name for file in files if file.name.lower().startswith(split.lower()) and file not in matching]
     if like:
         raise UserError(

@@ -205,6 +205,16 @@ def test_a_path_that_looks_local_is_not_looked_up_on_the_hub(path: str) -> None:
     assert str(caught.value) == f"No such file or folder: '{path}'."
 
 
+def test_a_clone_of_a_hub_data_set_names_its_folders(tmp_path: Path) -> None:
+    for name in ("main/train-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, [{"messages": ONE.turns}])
+    (tmp_path / "README.md").write_text("---\n")
+    with pytest.raises(UserError, match=r"Give one of the folders in it that have some: main, socratic\.$"):
+        read_chats(str(tmp_path))
+    assert read_chats(str(tmp_path / "main")) == [ONE]
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
