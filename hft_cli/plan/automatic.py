@@ -90,8 +90,10 @@ def automatic(config: AnyRun, machine: Machine | None = None, folder: Path | Non
         raise UserError("engine=auto: the memory of the GPUs is not known here. Choose engine=zero1, zero2 or zero3.")
     fits = engine_fits(replace(_planned(config), model=replace(config.model, path=str(folder or config.model.path))))
     fit = fastest(fits, machine.memory * USABLE)
+    if all(fit.bytes is None for fit in fits):
+        raise UserError(f"engine=auto: no engine can do this on {ranks}. {fits[0].refusal}")
     if fit is None:
-        least = min((fit.bytes for fit in fits if fit.bytes is not None), default=0.0)
+        least = min(fit.bytes for fit in fits if fit.bytes is not None)
         raise UserError(
             f"engine=auto: nothing fits {ranks} of {format_bytes(machine.memory)}: the engine that needs least takes "
             f"{format_bytes(least)} of each according to the plan. Take more GPUs, a smaller train.micro_batch_size or "

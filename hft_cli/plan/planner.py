@@ -65,13 +65,15 @@ class PlannedPhase:
 class Fit:
     """The peak memory of a GPU with an engine, under the worst draw, in bytes; None if the engine is refused.
 
-    `seconds` puts engines in order (see `step_seconds`): of a step of the phase that takes longest.
+    `seconds` puts engines in order (see `step_seconds`): of a step of the phase that takes longest. `refusal` is why an
+    engine is refused.
     """
 
     engine: str
     checkpointing: bool
     bytes: float | None
     seconds: float = 0.0
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -341,8 +343,8 @@ def _fits(config: PlanConfig, model: Model, run: Sequence[Phase], drawn: Sequenc
             variant = replace(config, engine=engine, train=train)
             try:
                 check(variant)
-            except UserError:
-                yield Fit(name, checkpointing, None)
+            except UserError as error:
+                yield Fit(name, checkpointing, None, refusal=str(error))
                 continue
             drawn_setups = [(each, make_setup(phase_config(variant, phase), phase, model)) for phase, each in trained]
             peaks = [_worst_memory(variant, model, draw, setup).total for draw, setup in drawn_setups]

@@ -93,6 +93,11 @@ def test_ranks_without_gpus_are_refused():
             r"engine=auto: nothing fits 8 GPUs of 2.0 GiB: .* takes [\d.]+ GiB of each",
         ),
         (
+            EIGHT,
+            ("train.optimizer=adafactor",),
+            r"engine=auto: no engine can do this on 8 GPUs. train.optimizer=adafactor is for engine=single",
+        ),
+        (
             replace(EIGHT, memory=None),
             (),
             r"engine=auto: the memory of the GPUs is not known here. Choose engine=zero1",
