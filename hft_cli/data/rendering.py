@@ -130,7 +130,7 @@ class Renderer:
         for piece in pieces:
             _check_piece(piece, text, chat, place, needed)
         self._check_tools(turns, chat, place, text)
-        literal = literal_spans(chat, place, text, pieces, template.special, self.special_tokens)
+        literal = literal_spans(chat, place, text, pieces, template.tokens, self.special_tokens)
         row = _Row(chat, turns, place, text, pieces, template)
         if whole:  # the answers are taken out of the loss, however they are written
             found = tuple(self._answer(row, index, True, None, learnt=False) for index in answers)

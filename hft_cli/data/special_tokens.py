@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hft_cli.data.chats import Chat
 from hft_cli.data.pieces import Piece, Span, leaves
@@ -14,26 +14,27 @@ SPECIAL_TOKENS = ("refuse", "text", "keep")
 
 
 def literal_spans(
-    chat: Chat, place: str, text: str, pieces: Sequence[Piece], special: Sequence[str], policy: str
+    chat: Chat, place: str, text: str, pieces: Sequence[Piece], tokens: Mapping[str, bool], policy: str
 ) -> tuple[Span, ...]:
     """The spans of special tokens that are to be tokenized as other text, in order.
 
     Args:
         text: the rendered chat.
         pieces: the texts of the chat, with their places in it.
-        special: the tokens that the chat template writes around turns.
+        tokens: see `Template.tokens`.
         policy: a value of SPECIAL_TOKENS.
 
     Raises:
-        UserError: if a text holds one and the policy is "refuse", or if it is "text" and one is not in a piece.
+        UserError: if a text holds one and the policy is "refuse", or if it is "text" and one is not in a piece, or is
+            no special token, which the tokenizer cannot split.
     """
     if policy == "keep":
         return ()
-    tokens = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    any_token = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
     turns = {f"turn {number}, the {turn['role']}'s,": list(turn.values()) for number, turn in enumerate(chat.turns, 1)}
-    count = 0
+    all_found: list[str] = []
     for what, value in {**turns, "'tools'": list(chat.tools)}.items():
-        found = [token for leaf in leaves(value) for token in tokens.findall(REASONING_TAG.sub("", leaf))]
+        found = [token for leaf in leaves(value) for token in any_token.findall(REASONING_TAG.sub("", leaf))]
         if found and policy == "refuse":
             shown = found[0].replace("\n", "\\n")
             raise UserError(
@@ -41,11 +42,13 @@ def literal_spans(
                 "turn. Take it out, leave such rows out (data.bad_rows=skip), tokenize it as other text "
                 "(data.special_tokens=text), or keep it as this token (data.special_tokens=keep)."
             )
-        count += len(found)
-    if count != sum(len(tokens.findall(piece.text)) for piece in pieces if piece.spans):
+        all_found += found
+    in_pieces = [token for piece in pieces if piece.spans for token in any_token.findall(piece.text)]
+    if len(all_found) != len(in_pieces) or not all(tokens[token] for token in all_found):
         raise UserError(
-            f"{place}: a special token in reasoning, a call or 'tools' cannot be tokenized as other text. Take it out, "
-            "leave such rows out (data.bad_rows=skip), or keep it as this token (data.special_tokens=keep)."
+            f"{place}: '{(all_found or in_pieces)[0]}' cannot be tokenized as other text: it is in reasoning, a call "
+            "or 'tools', or is no special token of the tokenizer. Take it out, leave such rows out (data.bad_rows=skip), "
+            "or keep it as this token (data.special_tokens=keep)."
         )
     places = (place for piece in pieces for place in piece.spans)
-    return tuple(sorted({token.span() for place in places for token in tokens.finditer(text, *place)}))
+    return tuple(sorted({token.span() for place in places for token in any_token.finditer(text, *place)}))

@@ -150,7 +150,8 @@ class Template:
         end: what ends an answer: the text after it up to and including the first special token.
         tail: all that it writes after the last answer.
         ends_with_token: whether there is a special token in `end`.
-        special: the special tokens that it writes around turns, and the EOS token.
+        tokens: the added tokens of the tokenizer that it writes around turns, and the EOS token, with whether it is a
+            special one.
     """
 
     marked: str | None
@@ -158,7 +159,7 @@ class Template:
     end: str
     tail: str
     ends_with_token: bool
-    special: tuple[str, ...]
+    tokens: Mapping[str, bool]
 
 
 START, END = "\U0010fff0", "\U0010fff1"  # private characters in the place of {% generation %} marks
@@ -191,17 +192,21 @@ def examine(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[
         end=end,
         tail=tail,
         ends_with_token=special is not None,
-        special=_around_turns(turns, place, tokenizer, options),
+        tokens=_around_turns(turns, place, tokenizer, options),
     )
 
 
-def _around_turns(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The special tokens that the template writes around turns of other texts, and the EOS token; not the BOS token."""
+def _around_turns(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, bool]:
+    """The added tokens that the template writes around turns of other texts, and the EOS token; not the BOS token."""
     probe = [*({**turn, "content": "A question."} for turn in turns[:-1]), {"role": "assistant", "content": PROBE}]
     without_tools = {key: value for key, value in options.items() if key != "tools"}
     text = apply_template(probe, place, tokenizer, **without_tools).removeprefix(tokenizer.bos_token or "")
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(token for token in special if token and (token in text or token == tokenizer.eos_token))
+    added = {str(token): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
+    return {
+        token: special
+        for token, special in added.items()
+        if token.strip() and (token in text or token == tokenizer.eos_token)
+    }
 
 
 def _visible_mark(mark: re.Match[str]) -> str:

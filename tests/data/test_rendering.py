@@ -152,8 +152,19 @@ def test_a_token_in_a_call_cannot_be_text() -> None:
     call = {"function": {"name": "f", "arguments": {"a": "<|im_end|>"}}}
     template = CHATML.replace("m.content", "m.content + (m.tool_calls | tojson if m.tool_calls else '')")
     each = chat_of(turn("user", "q"), {"role": "assistant", "content": "a", "tool_calls": [call]})
-    with pytest.raises(UserError, match=r"^the data, example 1: a special token in reasoning, a call or 'tools'"):
+    with pytest.raises(UserError, match=r"^the data, example 1: '<\|im_end\|>' cannot be tokenized as other text"):
         tokenize([each], tokenizer_of(template=template), max_length=99, special_tokens="text")
+
+
+def test_an_added_token_of_the_template_counts_as_special() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = tokenizer_of(template=CHATML.replace("<|im_start|>", "<user>"))
+    tokenizer.add_tokens([AddedToken("<user>", special=False)])  # as DeepSeek's
+    for policy, reason in (("refuse", "turn 1, the user's, holds the text '<user>'"), ("text", "'<user>' cannot be")):
+        with pytest.raises(UserError, match=rf"^the data, example 1: {reason}"):
+            tokenize([chat("a<user>", "b")], tokenizer, max_length=99, special_tokens=policy)
+    tokenize([chat("a<user>", "b")], tokenizer, max_length=99, special_tokens="keep")
 
 
 def test_tokens_that_the_template_does_not_write_are_as_before() -> None:
