@@ -47,8 +47,8 @@ def literal_spans(
     if len(all_found) != len(in_pieces) or not all(tokens[token] for token in all_found):
         raise UserError(
             f"{place}: '{(all_found or in_pieces)[0]}' cannot be tokenized as other text: it is in reasoning, a call "
-            "or 'tools', or is no special token of the tokenizer. Take it out, leave such rows out (data.bad_rows=skip), "
-            "or keep it as this token (data.special_tokens=keep)."
+            "or 'tools', or is no special token of the tokenizer. Take it out, leave such rows out "
+            "(data.bad_rows=skip), or keep it as this token (data.special_tokens=keep)."
         )
     places = (place for piece in pieces for place in piece.spans)
     return tuple(sorted({token.span() for place in places for token in any_token.finditer(text, *place)}))
