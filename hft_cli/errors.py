@@ -20,6 +20,10 @@ class FileError(Exception):
     """The file system failed: a full disk, for instance. The message is one line. Exit status 1."""
 
 
+class PipeClosed(BaseException):
+    """The program that read the output has ended, as `head` does. No Exception, of which Hydra would print a line."""
+
+
 class Stopped(BaseException):
     """This process received a signal that asks it to end. Exit status 128 + `number`."""
 

@@ -20,7 +20,7 @@ from hft_cli.cli.hydra_errors import one_line
 from hft_cli.cli.launchers import follow_jobs, launcher_arguments
 from hft_cli.config import defaults
 from hft_cli.config.schema import SCHEMAS, RunConfig
-from hft_cli.errors import FileError, JobFailure, NodeError, Stopped, UserError, file_error
+from hft_cli.errors import FileError, JobFailure, NodeError, PipeClosed, Stopped, UserError, file_error
 from hft_cli.files import read_json, write_json
 from hft_cli.launch.parallel import stopped_by_command
 from hft_cli.logs import set_up_logging
@@ -130,6 +130,8 @@ class HydraJob:
             if "joblib" not in launcher:
                 raise
             error = stop
+        except BrokenPipeError:
+            raise PipeClosed from None
         except Exception as failure:
             error = self._known(failure) or failure
         if isinstance(error, NodeError | FileError) and not submitted:

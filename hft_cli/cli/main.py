@@ -11,7 +11,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from hft_cli.cli.commands import COMMANDS, overview, run_command
-from hft_cli.errors import Stopped, UserError, choose, file_error
+from hft_cli.errors import PipeClosed, Stopped, UserError, choose, file_error
 from hft_cli.logs import set_up_logging, take_log_flags
 from hft_cli.paths import home
 
@@ -34,13 +34,13 @@ def main() -> None:
     except UserError as error:
         logger.error("hft: %s", error)
         status = 2
+    except (BrokenPipeError, PipeClosed):  # the program that read our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except (Stopped, KeyboardInterrupt) as stop:
         resume = " with resume=true" if argv[:1] == ["train"] else ""
         logger.error("hft: stopped. The same command%s continues.", resume)
         status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-    except BrokenPipeError:  # the program that read our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
     except MemoryError:
         logger.error("hft: out of memory.")
         status = 1

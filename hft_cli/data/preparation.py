@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,6 +77,9 @@ def _in_memory(rows: Sequence[Any], work: Work, bad: BadRows) -> Any:
 
 def _in_cache(rows: Rows[Any], work: Work, bad: BadRows) -> Any:
     import datasets
+
+    if not sys.stderr.isatty():  # a log, or the text for another program
+        datasets.disable_progress_bars()
 
     def make(folder: Path) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

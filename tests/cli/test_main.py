@@ -79,9 +79,10 @@ def test_an_error_is_one_line_and_a_status(error, status, message, monkeypatch, 
     assert (end.value.code, errors) == (status, [message])
 
 
-def test_output_into_a_closed_pipe_ends_quietly():
+@pytest.mark.parametrize("words", [("train", "--help"), ("plan", "+method=hft"), ("show", "tokens", "+method=hft")])
+def test_output_into_a_closed_pipe_ends_quietly(words):
     with subprocess.Popen(
-        command("train", "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
