@@ -104,8 +104,11 @@ def check_chat(chat: Chat) -> Chat:
         raise UserError("no assistant turn, so nothing to learn.")
     if roles[-1] != "assistant":
         raise UserError(f"the last turn is the {roles[-1]}'s, not the assistant's.")
-    if roles[0] == "assistant":
-        raise UserError("the first turn is the assistant's: there is nothing for it to answer.")
+    if roles[0] == "assistant" and 0 not in chat.masked:
+        raise UserError(
+            "the first turn is the assistant's: there is nothing for it to answer. With 'weight': 0 in that turn it is "
+            "read, and not learnt."
+        )
     if set(chat.answers) <= set(chat.masked):
         raise UserError("every answer is without a loss (weight, train, loss or mask of its turn): nothing to learn.")
     return chat

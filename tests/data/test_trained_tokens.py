@@ -176,6 +176,8 @@ CASES: dict[str, Case] = {
         loss="last_turn",
     ),
     "an answer to avoid": Case({"prompt": "q", "completion": "a", "label": False}, refused={"": "'label' is false"}),
+    "a greeting": Case(chat(said("hello"), Q, said("a")), refused={"": "the first turn is the assistant's: there is"}),
+    "a greeting without a loss": Case(chat(said("hello", weight=0), Q, said("a")), ["a"]),
     "a turn of a tree": Case({"text": "a", "role": "prompter"}, refused={"": "the row is one turn of a chat"}),
     "a good answer": Case({"prompt": "q", "completion": "a", "label": True}, ["a"]),
     "a class": Case({"prompt": "q", "completion": "a", "label": 0}, ["a"]),
