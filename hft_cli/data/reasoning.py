@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.templates import MARKS, REASONING_TAG, TODAY, chat_template, fix_date, own_template, template_file
+from hft_cli.data.templates import (
+    MARKS,
+    REASONING_TAG,
+    TODAY,
+    chat_template,
+    fix_date,
+    own_template,
+    read_template,
+    template_file,
+)
 from hft_cli.errors import UserError
 from hft_cli.files import read_json
 
@@ -102,7 +111,7 @@ def stored_template(config: ModelConfig, folder: Path) -> Any:
     files = [folder / "chat_template.jinja"]
     if config.chat_template is not None:
         files = [template_file(config.chat_template)]
-    template = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+    template = next((read_template(file) for file in files if file.is_file()), None)
     if template is None and (settings := folder / "tokenizer_config.json").is_file():
         template = read_json(settings).get("chat_template")
     return template

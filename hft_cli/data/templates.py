@@ -62,10 +62,18 @@ def chat_template(name_or_path: str | None, tokenizer: Any) -> str:
         return own_template(tokenizer)
     file = template_file(name_or_path)
     if file.parent != TEMPLATES:
-        return file.read_text(encoding="utf-8")
+        return read_template(file)
     if not tokenizer.eos_token:
         raise UserError(f"The chat template '{name_or_path}' ends answers with the EOS token; the tokenizer has none.")
-    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + file.read_text(encoding="utf-8")
+    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + read_template(file)
+
+
+def read_template(file: Path) -> str:
+    """The text of a template; UserError if it is no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The chat template {file} is not UTF-8 ({error}). Fetch or write it again.") from None
 
 
 def template_file(name_or_path: str) -> Path:

@@ -20,7 +20,7 @@ from chats import (
 )
 
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.reasoning import use_template
+from hft_cli.data.reasoning import stored_template, use_template
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
@@ -86,6 +86,18 @@ def test_a_template_writes_the_day_of_the_run(beginning: str) -> None:
     use_template(ModelConfig(date="2025-03-02"), named)
     assert named.chat_template["default"] == CHATML
     assert named.chat_template["tool_use"] == tokenizer.chat_template
+
+
+def test_a_template_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+    file.write_bytes(b"\xff{{")
+    for read in (
+        lambda: stored_template(ModelConfig(), tmp_path),
+        lambda: stored_template(ModelConfig(chat_template=str(file)), tmp_path),
+        lambda: chat_template(str(file), tokenizer_of()),
+    ):
+        with pytest.raises(UserError, match=r"^The chat template .*chat_template\.jinja is not UTF-8 \("):
+            read()
 
 
 def test_a_date_that_cannot_be_held_is_refused() -> None:
