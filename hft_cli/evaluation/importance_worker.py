@@ -28,7 +28,8 @@ def measure_importance(job: ImportanceJob, folder: RoundDir, progress: Progress)
     loaded = load_model(job.path, job.model, device_of_rank())
     params = parameters_from_folder(job.path, job.model.kinds, job.model.part)
     chats = spread(read_chats(resolve_path(job.rows), split="train"), job.limit)
-    rows = tokenize(chats, loaded.tokenizer, max_length=loaded.max_length, where=job.rows).dataset
+    longest = loaded.max_length
+    rows = tokenize(chats, loaded.tokenizer, max_length=longest, where=job.rows, special_tokens="text").dataset
     write_json(folder.folder / job.out, squared_gradients(loaded.model, rows, params, progress))
 
 

@@ -70,7 +70,7 @@ def read_suite(config: SuiteConfig) -> Suite:
     probes, left_out = _read_probes(config, data_dir)
     if both := sorted(config.tasks.keys() & config.text.keys()):
         raise UserError(f"suite.tasks and suite.text both have {both[0]}: give another name to one of them.")
-    tasks = {name: RowsTask(config.tasks[name]) for name in _wanted(config, config.tasks)}
+    tasks = {name: RowsTask(config.tasks[name], special_tokens="text") for name in _wanted(config, config.tasks)}
     tasks |= {name: RowsTask(config.text[name], texts.METRIC) for name in _wanted(config, config.text)}
     return Suite(
         config=config,

@@ -12,7 +12,7 @@ import pytest
 from helpers import HANGS_AFTER, QUICK, command, environment, hft, train, wait_for_step, wait_until_gone, weights
 
 pair = pytest.mark.xdist_group("nodes")
-SETTINGS = ("+method=hft", "engine=zero3", "train.micro_batch_size=2", "train.max_steps=40", "train.save_every=10")
+SETTINGS = ("+method=hft", "engine=zero3", "train.micro_batch_size=4", "train.max_steps=40", "train.save_every=10")
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch):
 def test_only_picks_and_probes_get_names_of_their_own(tmp_path):
     read = read_suite(SuiteConfig(name="s", tasks={"facts": "pocket:facts.jsonl"}, probe=FACTS, only=["facts"]))
     assert list(read.hashes) == ["facts", "facts_ranking"]
+    assert read.tasks["facts"].special_tokens == "text"
     with pytest.raises(UserError, match="Did you mean 'facts'"):
         read_suite(SuiteConfig(name="s", probe=FACTS, only=["fact"]))
 
