@@ -68,7 +68,9 @@ def _encode_part(part: str, tokenizer: Any, *, is_first: bool, split: bool) -> t
         (alone, ids), (_, spans) = encode([before, before + part], tokenizer, split=split)
         if ids[: len(alone)] == alone:
             return ids[len(alone) :], [(start - 1, end - 1) for start, end in spans[len(alone) :]]
-    (ids,), (spans,) = encode([part], tokenizer, split=split)
+    (ids,), (spans,) = encode(
+        [part], tokenizer, split=split
+    )  # the first part, or one that all of these are joined with
     return ids, spans
 
 

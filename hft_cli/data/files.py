@@ -29,7 +29,8 @@ SUFFIXES = (
 
 LINES, TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}  # of text; the delimiter of a table
 
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # files of folders that save_to_disk of datasets wrote
+# Files of folders that save_to_disk of datasets wrote.
+SAVED, SAVED_TOO, SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 LONGEST_CELL = 2**31 - 1  # characters: the csv module's own limit is 131,072
 
@@ -73,7 +74,7 @@ def _values(path: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str
     if local.exists() and hub != ANY_HUB:
         key, value = ("subset", hub.subset) if hub.subset is not None else ("revision", hub.revision)
         raise UserError(f"{path} is not on the hub, so it has no {key} '{value}': leave out data.{key}.")
-    if (local / SAVED).is_file() or (local / SAVED_SPLITS).is_file():
+    if (local / SAVED_SPLITS).is_file() or all((local / name).is_file() for name in (SAVED, SAVED_TOO)):
         yield from _rows_of_saved(local, split)
     elif local.is_dir():
         for file in _files_of_split(local, split):

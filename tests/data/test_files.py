@@ -68,6 +68,10 @@ def test_a_folder_of_save_to_disk_gives_its_split(tmp_path: Path) -> None:
     assert read_chats(str(tmp_path / "splits"), split="test") == [TWO]
     with pytest.raises(UserError, match=r"No split 'dev' in .*splits \(it holds \['train', 'test'\]\)\. Set data\."):
         read_chats(str(tmp_path / "splits"), split="dev")
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other/train.jsonl", [{"messages": TWO.turns}])
+    (tmp_path / "other/state.json").write_text("{}")  # of another program
+    assert read_chats(str(tmp_path / "other")) == [TWO]
     two.save_to_disk(str(tmp_path / "splits/train"))  # the cache sees changes below the folder
     assert read_chats(str(tmp_path / "splits")) == [TWO]
     (tmp_path / "splits/train/data-00000-of-00001.arrow").write_bytes(b"")
