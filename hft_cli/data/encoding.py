@@ -9,6 +9,7 @@ from typing import Any
 
 from hft_cli.data.chats import Turn
 from hft_cli.data.pieces import Span
+from hft_cli.data.rendering import Rendered
 from hft_cli.data.templates import apply_template
 from hft_cli.errors import UserError
 
@@ -31,19 +32,13 @@ def batches(rows: Sequence[Any], where: str) -> Iterator[tuple[Sequence[Any], li
         yield batch, [f"{where}, example {start + number}" for number in range(1, len(batch) + 1)]
 
 
-def encode_chats(
-    texts: Sequence[str], literal: Sequence[Sequence[Span]], tokenizer: Any
-) -> tuple[list[list[int]], list[list[Span]]]:
-    """As `encode`, of rendered chats.
-
-    Args:
-        literal: for each text the spans of it, in order, in which no special token is read as one.
-    """
-    all_ids, all_offsets = encode(list(texts), tokenizer)
-    for number, (text, spans) in enumerate(zip(texts, literal, strict=True)):
-        if spans:
+def encode_chats(rendered: Sequence[Rendered], tokenizer: Any) -> tuple[list[list[int]], list[list[Span]]]:
+    """As `encode`, of rendered chats, in whose literal spans no special token is read as one."""
+    all_ids, all_offsets = encode([each.text for each in rendered], tokenizer)
+    for number, each in enumerate(rendered):
+        if each.literal:
             check_fast(tokenizer, "data.special_tokens=text")
-            all_ids[number], all_offsets[number] = _encode_in_parts(text, spans, tokenizer)
+            all_ids[number], all_offsets[number] = _encode_in_parts(each.text, each.literal, tokenizer)
     return all_ids, all_offsets
 
 

@@ -152,7 +152,7 @@ def tokenize_pairs(
 def _tokens(chats: Sequence[Chat], places: Sequence[str], renderer: Renderer) -> list[tuple[str, list[int], int]]:
     """Of each chat the text, the tokens through the end of its last answer, and the number of those before it."""
     rendered = [renderer.render(chat, place, chat.answers[-1:]) for chat, place in zip(chats, places, strict=True)]
-    all_ids, all_offsets = encode_chats([r.text for r in rendered], [r.literal for r in rendered], renderer.tokenizer)
+    all_ids, all_offsets = encode_chats(rendered, renderer.tokenizer)
     rows = []
     for each, ids, offsets, place in zip(rendered, all_ids, all_offsets, places, strict=True):
         answer = each.answers[0]

@@ -138,6 +138,11 @@ def search_pieces(turns: Sequence[Turn], text: str) -> list[Piece]:
     return pieces
 
 
+def shown(text: str) -> str:
+    """A text in one line of an error."""
+    return text.replace("\n", "\\n")
+
+
 def leaves(value: Any) -> Iterator[str]:
     """The texts in lists and objects, such as the arguments of a call."""
     if isinstance(value, dict | list):

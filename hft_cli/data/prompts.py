@@ -67,7 +67,7 @@ def make_prompts(
     cut = 0
     for batch, places in batches(chats, where):
         rendered = [renderer.render(chat, place, chat.answers[-1:]) for chat, place in zip(batch, places, strict=True)]
-        all_ids, all_offsets = encode_chats([r.text for r in rendered], [r.literal for r in rendered], tokenizer)
+        all_ids, all_offsets = encode_chats(rendered, tokenizer)
         for chat, place, each, ids, offsets in zip(batch, places, rendered, all_ids, all_offsets, strict=True):
             answer = each.answers[0]
             prompt = ids[: TokenPlaces(offsets).before(answer.spans[0][0] if answer.spans else answer.start)]

@@ -30,6 +30,7 @@ from hft_cli.data.pieces import (
     leaves,
     mark_pieces,
     search_pieces,
+    shown,
     take_out_marks,
     tool_name,
 )
@@ -252,8 +253,8 @@ class Renderer:
         header = row.template.header
         if header and not row.text.startswith(header, start):
             raise UserError(
-                f"{row.place}: the chat template writes '{_shown(row.text[start:first])}' before turn {index + 1}, and "
-                f"'{_shown(header)}' before other answers: {OTHER_TEMPLATE}."
+                f"{row.place}: the chat template writes '{shown(row.text[start:first])}' before turn {index + 1}, and "
+                f"'{shown(header)}' before other answers: {OTHER_TEMPLATE}."
             )
         start = min(start + len(header), first)
         if EMPTY_REASONING.search(before) and _has_reasoning(row.chat.turns[index]):
@@ -284,7 +285,7 @@ class Renderer:
         prompt = self._text(row.turns[:index], row.chat, row.place, add_generation_prompt=True)
         if not row.text.startswith(prompt) or len(prompt) > first:
             common = _common(prompt, row.text)
-            asked, written = (_shown(text[common : common + 30]) for text in (prompt, row.text))
+            asked, written = (shown(text[common : common + 30]) for text in (prompt, row.text))
             raise UserError(
                 f"{row.place}: the chat template writes the prompt for an answer differently than in the whole chat "
                 f"(turn {index + 1}: '{asked}' instead of '{written}'), so the model would be asked in another form "
@@ -310,7 +311,7 @@ class Renderer:
                 if row.text.startswith(end, position):
                     return position + len(end)
         raise UserError(
-            f"{row.place}: the chat template does not write '{_shown(end)}' after turn {index + 1} as it does after "
+            f"{row.place}: the chat template does not write '{shown(end)}' after turn {index + 1} as it does after "
             f"the last answer, so the model would not learn to stop there: {FIXES}."
         )
 
@@ -413,7 +414,3 @@ def _common(text: str, other: str) -> int:
     """The number of characters that two texts begin with in common."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(text), len(other)))
-
-
-def _shown(text: str) -> str:
-    return text.replace("\n", "\\n")

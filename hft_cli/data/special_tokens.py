@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from hft_cli.data.chats import Chat
-from hft_cli.data.pieces import Piece, Span, leaves
+from hft_cli.data.pieces import Piece, Span, leaves, shown
 from hft_cli.data.templates import REASONING_TAG
 from hft_cli.errors import UserError
 
@@ -36,17 +36,18 @@ def literal_spans(
     for what, value in {**turns, "'tools'": list(chat.tools)}.items():
         found = [token for leaf in leaves(value) for token in any_token.findall(REASONING_TAG.sub("", leaf))]
         if found and policy == "refuse":
-            shown = found[0].replace("\n", "\\n")
             raise UserError(
-                f"{place}: {what} holds the text '{shown}', which the model reads as the token that ends or begins a "
-                "turn. Take it out, leave such rows out (data.bad_rows=skip), tokenize it as other text "
+                f"{place}: {what} holds the text '{shown(found[0])}', which the model reads as the token that ends or "
+                "begins a turn. Take it out, leave such rows out (data.bad_rows=skip), tokenize it as other text "
                 "(data.special_tokens=text), or keep it as this token (data.special_tokens=keep)."
             )
         all_found += found
+    if not all_found:
+        return ()
     in_pieces = [token for piece in pieces if piece.spans for token in any_token.findall(piece.text)]
     if len(all_found) != len(in_pieces) or not all(tokens[token] for token in all_found):
         raise UserError(
-            f"{place}: '{(all_found or in_pieces)[0]}' cannot be tokenized as other text: it is in reasoning, a call "
+            f"{place}: '{all_found[0]}' cannot be tokenized as other text: it is in reasoning, a call "
             "or 'tools', or is no special token of the tokenizer. Take it out, leave such rows out "
             "(data.bad_rows=skip), or keep it as this token (data.special_tokens=keep)."
         )

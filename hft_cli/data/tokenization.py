@@ -244,7 +244,7 @@ def _chat_rows(
         if not whole and not answers:
             raise UserError(f"{place}: no answer has a loss under data.loss={options.loss}, because of its own marks.")
         rendered.append(renderer.render(chat, place, answers, whole=whole))
-    all_ids, all_offsets = encode_chats([r.text for r in rendered], [r.literal for r in rendered], renderer.tokenizer)
+    all_ids, all_offsets = encode_chats(rendered, renderer.tokenizer)
     rows = []
     for chat, place, each, ids, offsets in zip(chats, places, rendered, all_ids, all_offsets, strict=True):
         labels = _labels(ids, offsets, each, place, inverted=options.loss == "all")

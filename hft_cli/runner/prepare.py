@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)
     uses_chat_template(config.suite, config.model, base)  # raises if suite.chat=true and the model has no template
-    _require_template(config, base, plan, suite)
+    if any(task.metric != METRIC for task in suite.tasks.values()):
+        _require_template(config, base)
     rounds = [asdict(phase) | {"data": phase.data} | rows_record(phase, config, base) for phase in plan]
     row_counts = {phase.number: row["rows"] for phase, row in zip(plan, rounds, strict=True) if "rows" in row}
     local = replace(config, model=replace(config.model, path=str(base)))  # not the hub's name: nothing to fetch
@@ -137,13 +137,9 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     return Prepared(config, base, plan, drawn, suite, record, deepspeed_settings(config), importance)
 
 
-def _require_template(config: RunConfig, base: Path, plan: Sequence[Phase], suite: Suite) -> None:
-    """Raise UserError if rows of chats are trained on or scored, and there is no chat template."""
-    if stored_template(config.model, base):
-        return
-    scored = any(phase.test is not None for phase in plan) or any(t.metric != METRIC for t in suite.tasks.values())
-    trained = (read_mixed(p.stage, p.sources, config, p.validation).rows.facts for p in plan if p.trains)
-    if scored or any(facts.get("shapes", {}).keys() != {"text"} for each in trained for facts in each):
+def _require_template(config: RunConfig, base: Path) -> None:
+    """Raise UserError if there is no chat template. Rows of chats need one, trained on or scored."""
+    if not stored_template(config.model, base):
         raise UserError(NO_TEMPLATE)
 
 
@@ -193,6 +189,8 @@ def rows_record(phase: Phase, config: RunConfig, base: Path) -> dict[str, Any]:
     else:
         mixed = read_mixed(phase.stage, phase.sources, config, phase.validation)
         chats = mixed.rows
+        if any(facts.get("shapes", {}).keys() != {"text"} for facts in chats.facts):
+            _require_template(config, base)
         record = {"data_sha256": chats.sha256(), "rows": len(chats), "parts": [vars(part) for part in mixed.parts]}
     if phase.validation is not None:
         rows = validation_rows(phase.stage, mixed.held_out, config, phase.validation)
@@ -202,6 +200,7 @@ def rows_record(phase: Phase, config: RunConfig, base: Path) -> dict[str, Any]:
             logger.warning(f"{phase.name}: {shared:,} of {len(chats):,} rows are in the validation set too.")
     if phase.test is None:
         return record
+    _require_template(config, base)
     test = read_chats(resolve_path(phase.test), format=test_format(data), split="test", hub=phase.test_hub)
     record["test_sha256"] = test.sha256()
     if phase.stage == "sft" and not phase.replays:
