@@ -46,7 +46,7 @@ def test_raw_text_needs_no_chat_template(tmp_path: Path) -> None:
     for more in ((f"data.path={chats}",), (f"data.path={texts}", f"data.test_path={chats}"),
                  (f"data.path={texts}", "suite=pocket"), (f"data.path=[{texts},{chats}]",)):  # fmt: skip
         done = hft("train", *QUICK, *start, *more, f"output_dir={tmp_path}/refused")
-        assert "hft: The tokenizer has no chat template. Set model.chat_template" in done.err
+        assert done.err.startswith("hft: The tokenizer has no chat template. Set model.chat_template")  # no worker ran
         assert not (tmp_path / "refused").exists()
 
 
