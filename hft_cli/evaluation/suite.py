@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig, SuiteConfig
-from hft_cli.data.reasoning import stored_template
+from hft_cli.data.model_template import stored_template
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError, choose
 from hft_cli.evaluation import local_files, probe, texts

@@ -14,7 +14,7 @@ from hft_cli.checkpoint.architectures import DEFAULT_MAX_LENGTH, max_positions
 from hft_cli.checkpoint.text_part import load_options
 from hft_cli.config.schema import ModelConfig
 from hft_cli.data import templates
-from hft_cli.data.reasoning import use_template
+from hft_cli.data.model_template import use_template
 from hft_cli.errors import UserError
 from hft_cli.launch.ranks import Ranks
 from hft_cli.text import plural

@@ -14,7 +14,7 @@ from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
 from hft_cli.config.settings import AUTO
 from hft_cli.config.validate import check_eval
-from hft_cli.data.reasoning import check_thinking, dated
+from hft_cli.data.model_template import check_thinking, dated
 from hft_cli.errors import UserError
 from hft_cli.evaluation.rescoring import compare_scorings
 from hft_cli.evaluation.score_files import notes_on, read_scores

@@ -16,7 +16,7 @@ from hft_cli.config.data_sets import test_format
 from hft_cli.config.deepspeed import deepspeed_settings
 from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig, read_config
 from hft_cli.data.mixing import read_mixed, validation_rows
-from hft_cli.data.reasoning import check_thinking, dated, stored_template
+from hft_cli.data.model_template import check_thinking, dated, stored_template
 from hft_cli.data.rows import count_repeats, read_chats
 from hft_cli.data.templates import NO_TEMPLATE, template_file
 from hft_cli.errors import UserError

@@ -15,9 +15,9 @@ from hft_cli.config.schema import RunConfig
 from hft_cli.config.validate import check
 from hft_cli.data.bad_rows import BadRow, reason_of, try_rows
 from hft_cli.data.encoding import BATCH
+from hft_cli.data.model_template import use_template
 from hft_cli.data.pairs import PairRow
 from hft_cli.data.phase_rows import phase_rows, tokenizing
-from hft_cli.data.reasoning import use_template
 from hft_cli.data.shown import ShownRow, show_chat, show_pair
 from hft_cli.data.sources import Part
 from hft_cli.data.store import Rows

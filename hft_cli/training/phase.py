@@ -17,9 +17,9 @@ from hft_cli.checkpoint.naming import Param
 from hft_cli.checkpoint.parameters import parameters_from_folder
 from hft_cli.config.schema import RunConfig
 from hft_cli.data import templates
+from hft_cli.data.model_template import use_template
 from hft_cli.data.pairs import TokenizedPairs
 from hft_cli.data.phase_rows import PhaseRows, phase_rows, require_tokens_below, rows_to_validate
-from hft_cli.data.reasoning import use_template
 from hft_cli.data.tokenization import Tokenized
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, sync_tree, write_json, write_text

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.reasoning import decode_answer, has_reasoning, split_reasoning, use_template
+from hft_cli.data.model_template import use_template
+from hft_cli.data.reasoning import decode_answer, has_reasoning, split_reasoning
 from hft_cli.errors import UserError
 from hft_cli.paths import resolve_path
 

@@ -20,7 +20,7 @@ from chats import (
 )
 
 from hft_cli.config.schema import ModelConfig
-from hft_cli.data.reasoning import stored_template, use_template
+from hft_cli.data.model_template import stored_template, use_template
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers import BASE, composed
 
-from hft_cli.data import reasoning
+from hft_cli.data import model_template
 from hft_cli.errors import UserError
 from hft_cli.files import write_json
 from hft_cli.run_dir import RunDir
@@ -99,12 +99,12 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
     run.folder.mkdir(parents=True)
     assert with_date(config, model, run).model.date is None
     template.write_text("{{ strftime_now('%d') }}" + template.read_text())
-    monkeypatch.setattr(reasoning, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 2)}))
+    monkeypatch.setattr(model_template, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 2)}))
     begun = with_date(config, model, run)
     assert begun.model.date == "2025-03-02"
     run.config.write_text(yaml.safe_dump(asdict(begun)))
     write_json(run.plan, {})
-    monkeypatch.setattr(reasoning, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 3)}))
+    monkeypatch.setattr(model_template, "date", type("Day", (date,), {"today": lambda: date(2025, 3, 3)}))
     assert with_date(config, model, run) == begun
     assert find_unfinished(config) == run
     typed = replace(config, model=replace(config.model, date="2025-03-03"))
