@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := runs/demo
 
-.PHONY: help demo demo-continual test test-slurm torture bench fuzz check lint types wheel-test versions clean
+.PHONY: help demo demo-continual test test-slurm torture bench gpu-checks fuzz check lint types wheel-test versions clean
 
 help:
 	@echo "make demo        full and half fine-tuning and Half-Reset of the embedded model: a table and a figure, in minutes"
@@ -12,6 +12,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-slurm  the tests of scripts/slurm and of sweeps by submitit, on a SLURM set up for them (root, Debian)"
 	@echo "make torture     kills and disk faults before each file operation of short runs, and at random moments (hours)"
+	@echo "make gpu-checks  on a machine with GPUs: every engine, precision and optimizer, resume, and peak memory beside the plan"
 	@echo "make fuzz        ten million random inputs for all that reads files, messages and arguments (an hour; installs atheris)"
 	@echo "make check       lint, types and tests"
 	@echo "make wheel-test  build the wheel, install it elsewhere, run it from an empty folder"
@@ -44,6 +45,10 @@ torture: .venv/installed
 bench: .venv/installed
 	mkdir -p runs
 	$(BIN)/python scripts/bench/run.py --out runs/bench.json
+
+gpu-checks: .venv/installed
+	mkdir -p runs
+	$(BIN)/python scripts/gpu_checks.py --out runs/gpu_checks.json
 
 fuzz: .venv/installed
 	$(PIP) "atheris>=3,<4"
