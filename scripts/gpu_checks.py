@@ -77,7 +77,7 @@ class Failed(Exception):
     """A command failed, or what it left is wrong."""
 
 
-def train(folder: Path, *arguments: str, check: bool = True) -> dict[str, Any]:
+def train(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run `hft train` and return its results; Failed with the end of what it said, or if a frozen weight moved."""
     shutil.rmtree(folder, ignore_errors=True)
     method = () if any(each.startswith("method=") for each in arguments) else ("method=hft",)
@@ -85,7 +85,7 @@ def train(folder: Path, *arguments: str, check: bool = True) -> dict[str, Any]:
     if done.returncode:
         raise Failed(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}")
     results: dict[str, Any] = read_json(folder / "results.json")
-    if check and not all(each["frozen_bit_identical"] for each in results["rounds"]):
+    if not all(each["frozen_bit_identical"] for each in results["rounds"]):
         raise Failed("frozen weights moved")
     return results
 
@@ -154,7 +154,7 @@ def memory_check(work: Path, model: Path, arguments: tuple[str, ...]) -> str:
     results = train(
         work / "run", f"model.path={model}/model", f"data.path={model}/rows.jsonl", "data.name=rows", "suite=none",
         "data.loss=all", "train.max_steps=4", "train.batch_size=8", "train.micro_batch_size=8",
-        "method.save_model=false", *arguments, check=False,
+        *arguments,
     )  # fmt: skip
     planned = read_json(work / "run/plan.json")["costs"]["rounds"][0]["memory_bytes"]["total"]
     peak = results["rounds"][0]["peak_memory_bytes"]
