@@ -5,16 +5,19 @@ The standard library is enough, except for Parquet and Arrow files (pyarrow) and
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hft_cli.data.bad_rows import BadRows
 from hft_cli.errors import UserError, first_line
@@ -22,12 +25,11 @@ from hft_cli.files import read_json
 from hft_cli.paths import expanded
 from hft_cli.text import plural
 
-SUFFIXES = (
-    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz",
-    ".parquet", ".arrow",
-)  # fmt: skip
-
 LINES, TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}  # of text; the delimiter of a table
+
+TEXTS, COMPRESSED = (".json", *LINES, *TABLES), (".gz", ".bz2", ".xz", ".zst")
+
+SUFFIXES = (*TEXTS, *(text + how for text in TEXTS for how in COMPRESSED), ".parquet", ".arrow")
 
 # Files of folders that save_to_disk of datasets wrote.
 SAVED, SAVED_TOO, SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -36,7 +38,10 @@ LONGEST_CELL = 2**31 - 1  # characters: the csv module's own limit is 131,072
 
 PARQUET_BATCH = 1000  # rows read at a time
 
-_SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)[-_.]")
+_SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev|eval)\d*[-_.]", re.IGNORECASE)
+
+# Files of rows that are compressed in another way.
+_UNKNOWN = re.compile(r"\.(jsonl?|ndjson|[ct]sv|parquet|arrow)\.(7z|br|lz4|lzma|lzo|rar|snappy|sz|tar|tgz|z|zip|zstd)$")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,14 @@ def _values(path: str, split: str, hub: Hub, stream: bool) -> Iterator[tuple[str
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The files of a split, in the order of their names; all files as "train" if no name has a split."""
     files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES) and file.is_file())
-    matching = [file for file in files if re.match(rf"{re.escape(split)}(-\d.*)?\.", file.name)]
+    if unknown := sorted(file.name for file in folder.iterdir() if _UNKNOWN.search(file.name.lower())):
+        raise UserError(
+            f"{folder} holds {unknown[0]}, whose compression is not known. Known: {', '.join(COMPRESSED)}. Convert it, "
+            "or move it out of the folder."
+        )
+    name = re.escape(split)
+    patterns = re.compile(rf"{name}(-\d.*)?\."), re.compile(rf"{name}[-_]?\d*\.", re.IGNORECASE)
+    matching = next(filter(None, ([file for file in files if each.match(file.name)] for each in patterns)), [])
     if not matching and split == "train" and not any(_SPLIT_NAME.search(file.name) for file in files):
         matching = files
     if not matching:
@@ -121,9 +133,8 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
             batches = _batches_of_arrow(file) if name.endswith(".arrow") else _batches_of_parquet(file)
             rows: Iterable[Any] = (_from_table(row) for batch in batches for row in batch.to_pylist())
         else:
-            opened = (gzip.open if name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="")
-            name = name.removesuffix(".gz")
-            with opened as text:
+            name = name.removesuffix(how := next((how for how in COMPRESSED if name.endswith(how)), ""))
+            with _opened(file, how) as text:
                 if name.endswith(LINES):
                     yield from _rows_of_lines(text, file)
                     return
@@ -133,8 +144,24 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
                 rows = _list_in(_parse(text.read(), str(file)), file)
         for number, row in enumerate(rows, 1):
             yield f"{file}, row {number}", row
-    except (OSError, EOFError, zlib.error, csv.Error, MemoryError, ValueError) as error:  # broken, or not UTF-8
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, MemoryError, ValueError) as error:  # or not UTF-8
         raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _opened(file: Path, compression: str) -> TextIO:
+    """A text file that may be compressed."""
+    return io.TextIOWrapper(OPENERS[compression](file), encoding="utf-8-sig", newline="")
+
+
+def _open_zstd(file: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(str(file), "zstd")
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    "": lambda file: file.open("rb"), ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd,
+}  # fmt: skip
 
 
 def _rows_of_lines(lines: Iterable[str], file: Path) -> Iterator[tuple[str, Any]]:
@@ -229,14 +256,17 @@ def _is_row(document: dict[str, Any]) -> bool:
 
 def _from_table(row: Any) -> Any:
     """A row of a table, without the null fields of the objects in its columns."""
-    return {column: _without_nulls(value) for column, value in row.items()} if isinstance(row, dict) else row
+    return {column: without_nulls(value, _KEPT) for column, value in row.items()} if isinstance(row, dict) else row
 
 
-def _without_nulls(value: Any) -> Any:
-    """The value without null fields of nested objects: a table fills every field that another row has with null."""
+def without_nulls(value: Any, kept: Sequence[str] = ()) -> Any:
+    """The value without null fields of objects, but those that are to be kept.
+
+    A table fills every field that another row has with null, and so do JSON files that were written from one.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in _KEPT}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item, kept) for key, item in value.items() if item is not None or key in kept}
+    return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value
 
 
 _KEPT = ("content", "value")  # of turns: null is a mistake there, or stands beside calls of tools
@@ -256,10 +286,19 @@ def _rows_of_hub(name: str, split: str, hub: Hub, stream: bool) -> Iterator[tupl
         yield f"{name} ({split}), row {number}", _from_table(row)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError if it is none.
+
+    Raises:
+        BadValueError: for NaN, Infinity or a key that comes twice, which Python would take.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except _BadValueError as error:
+        return parse_json(text)
+    except BadValueError as error:
         raise UserError(f"{place}: {error}") from None
     except RecursionError:
         raise UserError(f"{place}: lists and objects are nested too deeply.") from None
@@ -269,7 +308,7 @@ def _parse(text: str, place: str) -> Any:
         raise UserError(f"{place}: not JSON ({error.msg} at {position}).{hint}") from None
 
 
-class _BadValueError(Exception):
+class BadValueError(Exception):
     """A value that JSON does not have, or that hides another one."""
 
 
@@ -279,12 +318,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadValueError(f"the key '{twice}' comes twice in an object.")
+        raise BadValueError(f"the key '{twice}' comes twice in an object.")
     return values
 
 
 def _refuse_constant(text: str) -> Any:
-    raise _BadValueError(f"{text} is not JSON. Write null, or leave the field out.")
+    raise BadValueError(f"{text} is not JSON. Write null, or leave the field out.")
 
 
 def json_type(value: Any) -> str:

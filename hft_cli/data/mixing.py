@@ -12,7 +12,7 @@ from typing import Any
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.files import Hub
 from hft_cli.data.preferences import read_preferences
-from hft_cli.data.rows import each_answer, read_chats
+from hft_cli.data.rows import chat_of_answer, each_answer, read_chats
 from hft_cli.data.sources import Part, Source, ValidationSet, draw_rows, row_counts
 from hft_cli.data.store import Rows
 from hft_cli.data.turns import Names
@@ -40,7 +40,7 @@ def read_mixed(
 ) -> MixedRows:
     """Read the rows of a round, for a stage "sft" or "dpo". What is drawn depends on the run's seed and the paths.
 
-    Rows that are equal are either all trained on or all held out.
+    Rows that are equal, and the answers of one chat, are either all trained on or all held out.
 
     Raises:
         UserError: for a bad row, or if no row is left.
@@ -115,13 +115,36 @@ def _held_out(rows: Rows[Any], share: float, key: str) -> list[bool]:
         return hashlib.blake2b(key.encode() + digest, digest_size=16).digest()
 
     digests = list(rows.digests())
-    times, chosen, count = Counter(digests), set(), 0
-    for digest in sorted(times, key=order):
+    groups = _groups(digests, [chat_of_answer(place) for place in rows.places()])
+    first: dict[int, bytes] = {}
+    for group, digest in zip(groups, digests, strict=True):
+        first[group] = min(first.get(group, digest), digest)
+    times, chosen, count = Counter(groups), set(), 0
+    for group in sorted(times, key=lambda group: order(first[group])):
         if count >= max(round(share * len(digests)), 1):
             break
-        chosen.add(digest)
-        count += times[digest]
-    return [digest in chosen for digest in digests]
+        chosen.add(group)
+        count += times[group]
+    return [group in chosen for group in groups]
+
+
+def _groups(digests: Sequence[bytes], chats: Sequence[str | None]) -> list[int]:
+    """For each row the number of its group: rows that are equal, or answers of one chat (None: a row of its own)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not any(chats):
+        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
+        return [numbers[digest] for digest in digests]
+    nodes: dict[bytes | str, int] = {}
+    edges = [
+        (nodes.setdefault(digest, len(nodes)), nodes.setdefault(chat or digest, len(nodes)))
+        for digest, chat in zip(digests, chats, strict=True)
+    ]
+    starts, ends = zip(*edges, strict=True)
+    graph = coo_array(([1] * len(edges), (starts, ends)), shape=(len(nodes), len(nodes)))
+    _, labels = connected_components(graph, directed=False)
+    return [int(labels[start]) for start in starts]
 
 
 def _without_repeats(sets: Iterable[Rows[Any]]) -> list[Rows[Any]]:

@@ -105,6 +105,11 @@ def _cores(text: str, prefill: int) -> Iterator[Span]:
                 yield begin, left + len(core)
 
 
+def rest_of(content: str) -> str:
+    """What stands after the last text of a content: white space and tags of reasoning."""
+    return content[max((end for _, end in _cores(content, 0)), default=0) :]
+
+
 def take_out_marks(text: str, first_mark: int, count: int) -> tuple[str, list[tuple[Span, ...]]]:
     """The text without marks, and between which characters of it each of `count` pieces stands."""
     starts: list[list[int]] = [[] for _ in range(count)]

@@ -16,7 +16,7 @@ from hft_cli.data.chats import Chat, Turn, canonical, check_chat
 from hft_cli.data.files import ANY_HUB, Hub, read_rows
 from hft_cli.data.rows import Row, continued, history_of, question_of, read_each, with_row_fields
 from hft_cli.data.store import Codec, Rows, cache_folder, source_key, store
-from hft_cli.data.turns import Names, Turns, refuse_media, text_turn, turns_or_text
+from hft_cli.data.turns import Names, Turns, dialogue, refuse_media, text_turn, turns_or_text
 from hft_cli.errors import UserError, choose
 
 ANSWERS = ("chosen", "rejected")
@@ -144,7 +144,7 @@ def read_preference(row: Row, names: Names) -> Preference:
     _check_texts(values, prompt)
     chats = [_whole_chat(value, key, prompt, names) for value, key in zip(values, ANSWERS, strict=True)]
     rests = [dict(fields) for _ in chats]
-    chosen, rejected = (with_row_fields(chat, rest) for chat, rest in zip(chats, rests, strict=True))
+    chosen, rejected = (with_row_fields(chat, rest, names) for chat, rest in zip(chats, rests, strict=True))
     if chosen.turns[:-1] != rejected.turns[:-1]:
         raise UserError("'chosen' and 'rejected' differ before their last turn: they must answer the same prompt.")
     known = (*SCORES, "messages", "prompt_id")  # UltraFeedback's `messages` are the chosen chat once more
@@ -170,7 +170,7 @@ def _check_texts(values: list[Any], prompt: Turns) -> None:
         return
     if len(asked.split()) >= 3 and all(text.lstrip().startswith(asked) for text in texts):
         raise UserError("'chosen' and 'rejected' repeat the prompt: leave it out of them, or out of 'prompt'.")
-    if all(USER_MARKUP.search(text) and not turns_or_text(text, "", "x", Names()).turns[1:] for text in texts):
+    if all(USER_MARKUP.search(text) and not dialogue(text) for text in texts):
         raise UserError(
             "'chosen' and 'rejected' hold a whole dialogue as one text: write them as lists of turns (role, content)."
         )
@@ -178,7 +178,7 @@ def _check_texts(values: list[Any], prompt: Turns) -> None:
 
 def _whole_chat(value: Any, column: str, prompt: Turns, names: Names) -> Chat:
     """The prompt with one answer. A single assistant turn is an answer; anything else is the whole chat."""
-    answer = turns_or_text(value, column, "assistant", names)
+    answer = (isinstance(value, str) and dialogue(value)) or turns_or_text(value, column, "assistant", names)
     prefill = prompt_turns = 0
     if len(answer.turns) == 1 and answer.turns[0]["role"] == "assistant":
         if not prompt.turns:

@@ -23,22 +23,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hft_cli.data.chats import Chat, Turn
+from hft_cli.data.model_template import SWITCHES
 from hft_cli.data.pieces import (
     Piece,
     Span,
     first_mark_of,
     leaves,
     mark_pieces,
+    rest_of,
     search_pieces,
     shown,
     take_out_marks,
     tool_name,
 )
+from hft_cli.data.reasoning import split_reasoning
 from hft_cli.data.special_tokens import SPECIAL_TOKENS, literal_spans
 from hft_cli.data.templates import (
     END,
     OTHER_TEMPLATE,
-    REASONING_TAG,
     START,
     Template,
     apply_template,
@@ -53,7 +55,7 @@ REMEMBERED = 10_000  # texts between turns
 
 EMPTY_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1>|\[THINK\]\s*\[/THINK\]")
 
-FIXES = f"set data.loss=each_turn (a row for each answer), data.loss=last_turn or data.loss=all, or {OTHER_TEMPLATE}"
+_Kind = tuple[str, str, bool]  # of chats that a template treats alike
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ class Rendered:
         text: what is tokenized.
         answers: those that were asked for, in order.
         literal: the spans, in order, of special tokens in the texts of the turns, which are to be read as text.
+        end_token: see `Template.end_token`.
     """
 
     text: str
     answers: tuple[Answer, ...]
     literal: tuple[Span, ...] = ()
+    end_token: tuple[str, int] | None = None
 
 
 class Renderer:
@@ -98,17 +102,17 @@ class Renderer:
     def __init__(self, tokenizer: Any, special_tokens: str = "refuse") -> None:
         choose("data.special_tokens", special_tokens, SPECIAL_TOKENS)
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self._templates: dict[str, Template] = {}
-        self._reasoning: dict[str, str | None] = {}
-        self._arguments: dict[str, str] = {}
-        self._seen: dict[tuple[str, str, str], int] = {}
+        self._templates: dict[_Kind, Template] = {}
+        self._reasoning: dict[_Kind, str | None] = {}
+        self._arguments: dict[_Kind, str] = {}
+        self._seen: dict[tuple[_Kind, str, str], int] = {}
 
     def template(self, chat: Chat, place: str) -> Template:
         """What the template for this chat does."""
-        source = self._source(chat)
-        if source not in self._templates:
-            self._templates[source] = examine(_plain(chat), place, self.tokenizer, self.options(chat))
-        return self._templates[source]
+        kind = self._kind(chat)
+        if kind not in self._templates:
+            self._templates[kind] = examine(_plain(chat), place, self.tokenizer, self.options(chat))
+        return self._templates[kind]
 
     def render(self, chat: Chat, place: str, answers: Sequence[int], *, whole: bool = False) -> Rendered:
         """Render a chat, and find the answers in it.
@@ -133,12 +137,15 @@ class Renderer:
         self._check_tools(turns, chat, place, text)
         literal = literal_spans(chat, place, text, pieces, template.tokens, self.special_tokens)
         row = _Row(chat, turns, place, text, pieces, template)
+        without_text = [index for index in answers if not row.spans(index)]
+        if without_text:
+            raise UserError(f"{place}: turn {without_text[0] + 1}, the assistant's, has no text but tags of reasoning.")
         if whole:  # the answers are taken out of the loss, however they are written
             found = tuple(self._answer(row, index, True, None, learnt=False) for index in answers)
             return Rendered(text, found, literal)
         marks = self._marks(row) if answers else None
         found = tuple(self._answer(row, index, index == answers[-1], marks) for index in answers)
-        return Rendered(text, found, literal)
+        return Rendered(text, found, literal, template.end_token)
 
     def turns(self, chat: Chat, place: str) -> list[Turn]:
         """The turns in the form that the template reads: the name of the reasoning, the form of calls' arguments."""
@@ -147,28 +154,29 @@ class Renderer:
         return [self._turn(turn, chat, place) for turn in chat.turns]
 
     def _turn(self, turn: Turn, chat: Chat, place: str) -> Turn:
-        source, options = self._source(chat), self.options(chat)
+        kind, options = self._kind(chat), self.options(chat)
         if "reasoning_content" in turn:
-            if source not in self._reasoning:
-                self._reasoning[source] = reasoning_key(_plain(chat), place, self.tokenizer, options)
-            if (key := self._reasoning[source]) is None:
+            if kind not in self._reasoning:
+                self._reasoning[kind] = reasoning_key(_plain(chat), place, self.tokenizer, options)
+            if (key := self._reasoning[kind]) is None:
                 raise UserError(
                     f"{place}: the chat template leaves out the reasoning of turn {chat.turns.index(turn) + 1} "
                     f"('reasoning_content'). Write it into the content, or {OTHER_TEMPLATE}."
                 )
             turn = {key if name == "reasoning_content" else name: value for name, value in turn.items()}
         if "tool_calls" in turn:
-            if source not in self._arguments:
-                self._arguments[source] = arguments_form(_plain(chat), place, self.tokenizer, options)
-            if self._arguments[source] == "string":
+            if kind not in self._arguments:
+                self._arguments[kind] = arguments_form(_plain(chat), place, self.tokenizer, options)
+            if self._arguments[kind] == "string":
                 turn = copy.deepcopy(turn)
                 for call in turn["tool_calls"]:
                     call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         return turn
 
-    def _source(self, chat: Chat) -> str:
-        """The text of the template for this chat."""
-        return own_template(self.tokenizer, chat.tools)
+    def _kind(self, chat: Chat) -> _Kind:
+        """What one template does to a chat depends on: its text, the chat's variables, and whether there are tools."""
+        variables = json.dumps(chat.options, sort_keys=True)
+        return own_template(self.tokenizer, chat.tools), variables, bool(chat.tools)
 
     def options(self, chat: Chat) -> dict[str, Any]:
         """What `apply_template` needs besides the turns."""
@@ -207,9 +215,10 @@ class Renderer:
         for number, turn in enumerate(chat.turns, 1):
             for call in turn.get("tool_calls", ()):
                 for leaf in leaves(call["function"]["arguments"]):
-                    if leaf not in text and json.dumps(leaf, ensure_ascii=False)[1:-1] not in text:
+                    forms = (leaf, json.dumps(leaf, ensure_ascii=False)[1:-1], repr(leaf)[1:-1])
+                    if not any(form in text for form in forms):
                         raise UserError(
-                            f"{place}: the chat template leaves out '{leaf}' of the call in turn {number}: "
+                            f"{place}: the chat template leaves out '{shown(leaf)}' of the call in turn {number}: "
                             f"{OTHER_TEMPLATE}."
                         )
 
@@ -245,7 +254,7 @@ class Renderer:
     def _answer(self, row: _Row, index: int, is_last: bool, marks: list[Span] | None, learnt: bool = True) -> Answer:
         first, last = row.bounds(index)
         before, after = row.text[row.end_before(first) : first], row.text[last : row.start_after(last)]
-        key = (self._source(row.chat), before, after)
+        key = (self._kind(row.chat), before, after)
         extra = self._seen.get(key)
         if extra is None or is_last:
             extra = self._prompt_distance(row, index, first)
@@ -269,7 +278,7 @@ class Renderer:
                 raise UserError(
                     f"{row.place}: the chat template writes turn {index + 1} differently in the whole chat than at its "
                     "end (as templates do that drop earlier reasoning), so the model would learn an answer that it "
-                    f"must not give. Put {{% generation %}} marks into the template, {FIXES}."
+                    f"must not give. Put {{% generation %}} marks into the template, {self._fixes(row, index)}."
                 )
         if len(self._seen) >= REMEMBERED:
             self._seen.clear()
@@ -280,6 +289,15 @@ class Renderer:
         spans = ((start, end),) if marks is None else _within(marks, row.spans(index), start, end)
         return Answer(index, start, end, spans)
 
+    def _fixes(self, row: _Row, index: int) -> str:
+        """What to do about an answer that the template writes in another form than in generation."""
+        fixes = ["data.loss=all"]
+        if index < row.chat.answers[-1]:
+            fixes = ["data.loss=each_turn (a row for each answer)", "data.loss=last_turn", *fixes]
+        if any(switch in self._kind(row.chat)[0] for switch in SWITCHES):
+            fixes = ["model.thinking=true or false (reasoning)", *fixes]
+        return f"set {', '.join(fixes)}, or {OTHER_TEMPLATE}"
+
     def _prompt_distance(self, row: _Row, index: int, first: int) -> int:
         """How many characters the template writes between the prompt for an answer and its text, at `first`."""
         prompt = self._text(row.turns[:index], row.chat, row.place, add_generation_prompt=True)
@@ -289,7 +307,7 @@ class Renderer:
             raise UserError(
                 f"{row.place}: the chat template writes the prompt for an answer differently than in the whole chat "
                 f"(turn {index + 1}: '{asked}' instead of '{written}'), so the model would be asked in another form "
-                f"than it was trained on: {FIXES}."
+                f"than it was trained on: {self._fixes(row, index)}."
             )
         return first - len(prompt)
 
@@ -297,7 +315,7 @@ class Renderer:
         """Where what ends the answer ends. `last` is the end of its last text."""
         end, limit = row.template.end, row.start_after(last)
         if "tool_calls" in row.chat.turns[index]:
-            found = row.text.find(end, last, limit) if row.template.ends_with_token else -1
+            found = row.text.find(end, last, limit) if row.template.end_token else -1
             if found >= 0:
                 return found + len(end)
             through_turn = self._text(row.turns[: index + 1], row.chat, row.place)
@@ -305,14 +323,13 @@ class Renderer:
             if length > last and through_turn[:length] == row.text[:length]:
                 return length
         else:
-            content = row.chat.turns[index]["content"]
-            blanks = content[len(content.rstrip()) :]
-            for position in range(last + _common(row.text[last : last + len(blanks)], blanks), last - 1, -1):
+            rest = rest_of(row.chat.turns[index]["content"])
+            for position in range(last + _common(row.text[last : last + len(rest)], rest), last - 1, -1):
                 if row.text.startswith(end, position):
                     return position + len(end)
         raise UserError(
             f"{row.place}: the chat template does not write '{shown(end)}' after turn {index + 1} as it does after "
-            f"the last answer, so the model would not learn to stop there: {FIXES}."
+            f"the last answer, so the model would not learn to stop there: {self._fixes(row, index)}."
         )
 
 
@@ -397,7 +414,7 @@ def _is_reasoning(piece: Piece, chat: Chat) -> bool:
 
 
 def _has_reasoning(turn: Turn) -> bool:
-    return "reasoning_content" in turn or REASONING_TAG.search(turn["content"]) is not None
+    return "reasoning_content" in turn or bool((split_reasoning(turn["content"])[0] or "").strip())
 
 
 def _within(marks: Sequence[Span], pieces: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:

@@ -6,6 +6,7 @@ UserError that names the file, the line or row, and the reason.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from hft_cli.data.turns import (
 from hft_cli.errors import UserError, choose
 
 Row = dict[str, Any]
+
 
 Item = TypeVar("Item")
 
@@ -82,6 +84,12 @@ def each_answer(rows: Rows[Chat]) -> Rows[Chat]:
     (folder,), (facts,) = rows.folders, rows.facts
     kept = {name: value for name, value in facts.items() if name not in ("rows", "sha256")}
     return store(cache_folder() / "rows" / key_of("each answer", folder.name), parts(), CHATS, lambda: kept)
+
+
+def chat_of_answer(place: str) -> str | None:
+    """The place of the chat of which `each_answer` made a row; None for another row."""
+    answer = re.search(r", turn \d+$", place)
+    return place[: answer.start()] if answer else None
 
 
 def read_each(
@@ -147,7 +155,7 @@ class ChatReader:
             raise UserError(f"{what}, which the shape '{shape}' needs (keys found: {', '.join(row) or 'none'}).")
         refuse_media(row, "the row")
         fields = dict(row)
-        chat = check_chat(with_row_fields(read(fields, self.names), fields))
+        chat = check_chat(with_row_fields(read(fields, self.names), fields, self.names))
         self.names.unused.update(key for key, value in fields.items() if value not in ("", [], {}))
         self.shapes[shape] += 1
         return chat
@@ -168,7 +176,7 @@ def _shape_of(row: Row) -> str:
     )
 
 
-def with_row_fields(chat: Chat, row: Row) -> Chat:
+def with_row_fields(chat: Chat, row: Row, names: Names) -> Chat:
     """The chat with what else its row says: tools, a system turn, variables of the template."""
     for key in LOSS_KEYS:
         if key in row and row.pop(key) not in (1,):
@@ -186,7 +194,7 @@ def with_row_fields(chat: Chat, row: Row) -> Chat:
             raise UserError(f"the row has '{key}': put it into the assistant's turn, as its 'reasoning_content'.")
     tools = [column for column in ("tools", "functions") if row.get(column)]
     if tools:
-        chat = replace(chat, tools=read_tools(row.pop(tools[0]), tools[0]))
+        chat = replace(chat, tools=read_tools(row.pop(tools[0]), tools[0], names))
     options = row.pop("chat_template_kwargs", None) or {}
     if not isinstance(options, dict):
         raise UserError(f"'chat_template_kwargs' is {json_type(options)}, not an object.")
@@ -228,7 +236,7 @@ def question_of(row: Row, column: str, names: Names) -> str:
     """Take the question of an instruction out of a row, with the further text that Alpaca gives as `input`."""
     question = text_of(row, column, names)
     context = text_of(row, "input", names) if row.get("input") is not None else ""
-    return f"{question}\n\n{context}" if context.strip() else question
+    return "\n\n".join(text for text in (question, context) if text.strip()) or question
 
 
 def history_of(row: Row, names: Names) -> Turns:

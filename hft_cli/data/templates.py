@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
@@ -28,7 +28,29 @@ OTHER_TEMPLATE = "choose another template (model.chat_template=tulu|plain|PATH)"
 # The tags between which models write their reasoning. Templates split an answer at them.
 REASONING_TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>|\[/?THINK\]|◁/?think▷")
 
-PROBE = "An answer to look for."
+PROBE, QUESTION = "An answer to look for.", "A question."
+
+# The forms of the arguments of a call that templates read.
+ARGUMENTS: dict[str, Any] = {"object": {"key": "a value"}, "string": '{"key": "a value"}'}
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "a_function", "arguments": arguments}
+    return {"id": "call00001", "type": "function", "function": function}
+
+
+# Chats with turns that others do not have.
+_ROLES = ("system", "user", "assistant", "user", "assistant")
+WITH_SYSTEM: list[Turn] = [{"role": role, "content": QUESTION} for role in _ROLES]
+WITH_CALL: list[list[Turn]] = [
+    [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]},
+        {"role": "tool", "content": "1", "name": "a_function", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": PROBE},
+    ]
+    for arguments in ARGUMENTS.values()
+]
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -155,18 +177,19 @@ class Template:
         marked: the template with a character, START and END, in the place of each `{% generation %}` mark; None if it
             has no marks.
         header: what stands before an answer and is no generation prompt, because the template has none.
-        end: what ends an answer: the text after it up to and including the first special token.
+        end: what ends an answer: the text after it up to and including the first special token, or the EOS token if it
+            follows that one directly, wherever the answer stands.
         tail: all that it writes after the last answer.
-        ends_with_token: whether there is a special token in `end`.
-        tokens: the added tokens of the tokenizer that it writes around turns, and the EOS token, with whether it is a
-            special one.
+        end_token: the special token with which `end` ends, and its id; None if there is none.
+        tokens: the added tokens of the tokenizer that it writes around these turns, the special ones that it can
+            write around others, and the EOS token, with whether each is a special one.
     """
 
     marked: str | None
     header: str
     end: str
     tail: str
-    ends_with_token: bool
+    end_token: tuple[str, int] | None
     tokens: Mapping[str, bool]
 
 
@@ -193,28 +216,43 @@ def examine(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[
     header = REASONING_TAG.split(header)[0]
     special = first_special(tail, tokenizer)
     end = tail[: special[1]] if special else tail.rstrip() or tail
+    end_token = (tail[special[0] : special[1]], special[2]) if special else None
+    if special and tokenizer.eos_token and tail.startswith(tokenizer.eos_token, special[1]):
+        longer, more = end + tokenizer.eos_token, [{"role": "user", "content": QUESTION}, probe[-1]]
+        if apply_template([*probe, *more], place, tokenizer, **options).partition(PROBE)[2].startswith(longer):
+            end, end_token = longer, (tokenizer.eos_token, tokenizer.eos_token_id)
     source = own_template(tokenizer, options.get("tools", ()))
     return Template(
         marked=MARKS.sub(_visible_mark, source) if MARKS.search(source) else None,
         header=header if header.strip() else "",
         end=end,
         tail=tail,
-        ends_with_token=special is not None,
-        tokens=_around_turns(turns, place, tokenizer, options),
+        end_token=end_token,
+        tokens=_tokens(source, turns, place, tokenizer, options),
     )
 
 
-def _around_turns(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, bool]:
-    """The added tokens that the template writes around turns of other texts, and the EOS token; not the BOS token."""
-    probe = [*({**turn, "content": "A question."} for turn in turns[:-1]), {"role": "assistant", "content": PROBE}]
-    without_tools = {key: value for key, value in options.items() if key != "tools"}
-    text = apply_template(probe, place, tokenizer, **without_tools).removeprefix(tokenizer.bos_token or "")
+def _tokens(
+    source: str, turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]
+) -> dict[str, bool]:
+    """See `Template.tokens`. The BOS token at the start of a chat is none of them."""
+    plain = [*({**turn, "content": QUESTION} for turn in turns[:-1]), {"role": "assistant", "content": PROBE}]
+    written = apply_template(plain, place, tokenizer, **without_tools(options)).removeprefix(tokenizer.bos_token or "")
+    of_others = source.replace(tokenizer.bos_token or "\0", "")
+    for chat in (WITH_SYSTEM, *WITH_CALL):  # names of tokens may be joined out of parts, as '<|' + role + '|>'
+        with suppress(UserError):  # the template has no such turns
+            text = apply_template(chat, place, tokenizer, **without_tools(options))
+            of_others += "\n" + text.removeprefix(tokenizer.bos_token or "")
     added = {str(token): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     return {
         token: special
         for token, special in added.items()
-        if token.strip() and (token in text or token == tokenizer.eos_token)
+        if token.strip() and (token in written or (special and token in of_others) or token == tokenizer.eos_token)
     }
+
+
+def without_tools(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "tools"}
 
 
 def _visible_mark(mark: re.Match[str]) -> str:
@@ -237,8 +275,7 @@ def first_special(text: str, tokenizer: Any) -> tuple[int, int, int] | None:
 def answer_end(tokenizer: Any) -> tuple[str, int] | None:
     """The special token that ends an answer, and its id; None if text ends it."""
     chat = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": PROBE}]
-    found = first_special(examine(chat, "the chat template", tokenizer, {}).end, tokenizer)
-    return None if found is None else (str(tokenizer.added_tokens_decoder[found[2]]), found[2])
+    return examine(chat, "the chat template", tokenizer, {}).end_token
 
 
 def reasoning_key(turns: Sequence[Turn], place: str, tokenizer: Any, options: Mapping[str, Any]) -> str | None:
@@ -257,10 +294,8 @@ def arguments_form(turns: Sequence[Turn], place: str, tokenizer: Any, options: M
         UserError: if it writes no calls.
     """
     reasons = []
-    for form, arguments in (("object", {"key": "a value"}), ("string", '{"key": "a value"}')):
-        function = {"name": "a_function", "arguments": arguments}
-        call = {"id": "call00001", "type": "function", "function": function}
-        probe = [*turns[:-1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for form, arguments in ARGUMENTS.items():
+        probe = [*turns[:-1], {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}]
         try:
             text = apply_template(probe, place, tokenizer, **options)
         except UserError as error:

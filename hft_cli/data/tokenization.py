@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.chats import LOSSES, Chat
 from hft_cli.data.encoding import TokenPlaces, check_fast, encode, encode_chats, question_span, surplus_tokens
-from hft_cli.data.pieces import Span
+from hft_cli.data.pieces import Span, shown
 from hft_cli.data.preparation import Columns, Work, prepare, tokenizer_key
 from hft_cli.data.rendering import Rendered, Renderer
 from hft_cli.data.store import Rows
@@ -27,6 +26,8 @@ from hft_cli.data.summary import (
     trained_runs,
 )
 from hft_cli.errors import UserError, choose
+
+LONGEST = 2**31 - 1  # tokens: lengths are stored in 32 bits
 
 LONG_PROMPTS = ("drop", "cut")
 
@@ -58,7 +59,7 @@ class TokenOptions:
     def of(cls, config: RunConfig) -> TokenOptions:
         """Those of a run."""
         loss = "last_turn" if config.data.loss == "each_turn" else config.data.loss  # the rows end with each answer
-        longest = config.train.max_length or sys.maxsize
+        longest = config.train.max_length or LONGEST
         return cls(longest, loss, config.data.long_prompts, config.data.special_tokens)
 
     def check(self, tokenizer: Any) -> None:
@@ -227,7 +228,9 @@ def _text_rows(
     for text, ids, place in zip(texts, all_ids, places, strict=True):
         if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:  # the text has one already
             ids = ids[1:]
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        if tokenizer.eos_token_id is not None and ids[-2:] == [tokenizer.eos_token_id] * 2:
+            ids = ids[:-1]
+        elif tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
             text += tokenizer.eos_token
         rows.append(replace(_row(text, ids, list(ids), place, replace(options, max_length=len(ids))), is_text=True))
@@ -283,5 +286,17 @@ def _labels(ids: list[int], offsets: list[Span], rendered: Rendered, place: str,
         for span in answer.spans:
             is_end = span[1] == answer.end and not inverted
             tokens = places.within(span, f"{place}: what ends turn {answer.turn + 1}" if is_end else None)
+            if is_end and rendered.end_token:
+                _require_end_token(ids[tokens.stop - 1], rendered.text[: span[1]], rendered.end_token, place)
             labels[tokens] = [IGNORED] * (tokens.stop - tokens.start) if inverted else ids[tokens]
     return labels
+
+
+def _require_end_token(token: int, text: str, end_token: tuple[str, int], place: str) -> None:
+    """UserError if a text ends with the special token of a template, and its last token is another one."""
+    if text.endswith(end_token[0]) and token != end_token[1]:
+        raise UserError(
+            f"{place}: the tokenizer does not read '{end_token[0]}' as its special token in '{shown(text[-30:])}' (is "
+            "it one for single words?), so the model would not learn to stop: let the chat template write a line break "
+            "before it."
+        )

@@ -5,7 +5,6 @@ Every field of a turn is either read, refused by name, or counted as unused.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -16,7 +15,7 @@ from typing import Any
 
 from hft_cli.data.bad_rows import BadRows
 from hft_cli.data.chats import Turn
-from hft_cli.data.files import json_type
+from hft_cli.data.files import BadValueError, json_type, parse_json, without_nulls
 from hft_cli.errors import UserError, choose
 
 # The names that data sets give to the roles, in lower case.
@@ -163,19 +162,27 @@ def text_turn(role: str, text: str) -> Turns:
 
 
 def turns_or_text(value: Any, column: str, role: str, names: Names) -> Turns:
-    """A list of turns, one turn, a dialogue in one string (as in hh-rlhf), or a string as one turn of `role`.
+    """A list of turns, one turn, or a text or a number as one turn of `role`.
+
+    A prompt that ends with "Assistant:" is a dialogue, as in hh-rlhf; others may quote one.
 
     Raises:
         UserError: for anything else, with the column.
     """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = names.number_text(value, column)
     if isinstance(value, str):
-        return _dialogue(value) or text_turn(role, value)
+        turns = dialogue(value) if role == "user" else None
+        if turns is not None and not value.rstrip().endswith("Assistant:"):
+            names.notices[f"'{column}' that quotes 'Human:' and 'Assistant:' read as one turn"] += 1
+            turns = None
+        return turns or text_turn(role, value)
     if isinstance(value, dict):
         value = [value]
     return read_turns(value, column, names)
 
 
-def _dialogue(text: str) -> Turns | None:
+def dialogue(text: str) -> Turns | None:
     """The turns of a text that writes "Human:" and "Assistant:" before each; None for another text."""
     marks = list(DIALOGUE.finditer(text))
     if not marks or text[: marks[0].start()].strip() or marks[0][1] != "Human" or len(marks) < 2:
@@ -197,7 +204,7 @@ def read_turns(value: Any, column: str, names: Names) -> Turns:
         UserError: if it is no list of turns, or a turn holds something that is not known or cannot be trained on.
     """
     if isinstance(value, str):
-        value = json_or_text(value)
+        value = json_or_text(value, f"'{column}'")
     if not isinstance(value, list) or not value:
         raise UserError(f"'{column}' is {'empty' if value == [] else json_type(value)}, not a list of turns.")
     read = Turns()
@@ -212,12 +219,18 @@ def read_turns(value: Any, column: str, names: Names) -> Turns:
     return read
 
 
-def json_or_text(text: str) -> Any:
-    """The value of a text that is a JSON list or object; any other text as it is."""
+def json_or_text(text: str, what: str) -> Any:
+    """The value of a text that is a JSON list or object; any other text as it is.
+
+    Raises:
+        UserError: if it is JSON but for NaN, Infinity or a key that comes twice; `what` names the text.
+    """
     if text.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(text)
-        except ValueError:
+            return parse_json(text)
+        except BadValueError as error:
+            raise UserError(f"the JSON text of {what}: {error}") from None
+        except (ValueError, RecursionError):
             return text
     return text
 
@@ -233,11 +246,12 @@ def _turn(fields: dict[str, Any], place: str, names: Names) -> tuple[Turn, bool]
         raise UserError(f"'{role_key}' in {place} is {json_type(said)}, not a string.")
     role = names.role(said, place)
     turn: Turn = {"role": "assistant" if role == "function_call" else role}
-    calls = _tool_calls(fields, place)
+    calls = _tool_calls(fields, place, names)
     reasoning = [fields.pop(key) for key in REASONING_KEYS if _is_filled(fields.get(key))]
+    reasoning = [value for value in reasoning if not (isinstance(value, str) and not value.strip())]
     content = fields.pop(content_key, None)
     if role == "function_call":
-        calls, content = _calls_in(content, place), ""
+        calls, content = _calls_in(content, place, names), ""
     if content is None and calls:
         content = ""
     name = f"'{content_key}' in {place}"
@@ -327,26 +341,26 @@ def _is_filled(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tools
 
 
-def _tool_calls(fields: dict[str, Any], place: str) -> list[dict[str, Any]]:
+def _tool_calls(fields: dict[str, Any], place: str, names: Names) -> list[dict[str, Any]]:
     """Take the calls out of `fields`: `tool_calls`, or the older `function_call`."""
     calls = fields.pop("tool_calls", None)
     call = fields.pop("function_call", None)
     if isinstance(calls, str):
-        calls = json_or_text(calls) if calls.strip() else []
+        calls = json_or_text(calls, f"'tool_calls' of {place}") if calls.strip() else []
     calls = calls or ([call] if call else [])
     if not isinstance(calls, list):
         raise UserError(f"'tool_calls' of {place} is {json_type(calls)}, not a list.")
-    return [_tool_call(each, f"'tool_calls' of {place}") for each in calls]
+    return [_tool_call(each, f"'tool_calls' of {place}", names) for each in calls]
 
 
-def _calls_in(value: Any, place: str) -> list[dict[str, Any]]:
+def _calls_in(value: Any, place: str, names: Names) -> list[dict[str, Any]]:
     """The calls of a turn whose role is a function call, and whose text is JSON."""
-    calls = json_or_text(value) if isinstance(value, str) else value
+    calls = json_or_text(value, place) if isinstance(value, str) else value
     calls = calls if isinstance(calls, list) else [calls]
-    return [_tool_call(each, place) for each in calls]
+    return [_tool_call(each, place, names) for each in calls]
 
 
-def _tool_call(call: Any, place: str) -> dict[str, Any]:
+def _tool_call(call: Any, place: str, names: Names) -> dict[str, Any]:
     """A call as OpenAI writes it, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if isinstance(function, str) and isinstance(call, dict):
@@ -355,26 +369,36 @@ def _tool_call(call: Any, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: a call is an object with a function's 'name' and 'arguments'.")
     arguments: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            raise UserError(f"{place}: the arguments of {function['name']} are not JSON.") from None
+        name = f"the arguments of {function['name']}"
+        arguments = json_or_text(arguments.strip() or "{}", f"{name} in {place}")
+        if isinstance(arguments, str):
+            raise UserError(f"{place}: {name} are not JSON.")
     if not isinstance(arguments, dict):
         raise UserError(f"{place}: the arguments of {function['name']} are {json_type(arguments)}, not an object.")
+    arguments = _without_nulls(arguments, "the arguments of calls", names)
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def read_tools(value: Any, column: str) -> tuple[Any, ...]:
+def _without_nulls(value: Any, what: str, names: Names) -> Any:
+    """The value without null fields, which JSON files have that were written from a table."""
+    shorter = without_nulls(value, ("default", "const"))  # a JSON schema may say null there
+    if shorter != value:
+        names.notices[f"null fields in {what} left out"] += 1
+    return shorter
+
+
+def read_tools(value: Any, column: str, names: Names) -> tuple[Any, ...]:
     """The functions that an assistant may call: a list of JSON schemas, or its text.
 
     Raises:
         UserError: if it is neither.
     """
     if isinstance(value, str):
-        value = json_or_text(value) if value.strip() else []
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise UserError(f"'{column}' is {json_type(value)}, not a list of functions (JSON schemas).")
-    return tuple(value)
+        value = json_or_text(value, f"'{column}'") if value.strip() else []
+    tools = value if isinstance(value, list) else [value]
+    tools = [json_or_text(tool, f"'{column}'") if isinstance(tool, str) else tool for tool in tools]
+    if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
+        what = f"a list with {json_type(wrong[0])} in it" if isinstance(value, list) else json_type(value)
+        raise UserError(f"'{column}' is {what}, not a list of functions (JSON schemas).")
+    return tuple(_without_nulls(tool, f"'{column}'", names) for tool in tools)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from chats import ONE, TWO
 
@@ -14,6 +18,15 @@ from hft_cli.data.chats import CHATS
 from hft_cli.data.files import Hub
 from hft_cli.data.rows import read_chats
 from hft_cli.errors import UserError
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
+
+LINES = [f".jsonl{suffix}" for suffix in COMPRESS]
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -33,11 +46,11 @@ def write(path: Path, rows: list[Any]) -> str:
         return str(path)
     lines = ".jsonl" in path.name or ".ndjson" in path.name
     text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(text.encode()))
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet", ".arrow"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", *LINES, ".parquet", ".arrow"])
 def test_every_file_format_gives_the_same_chats_and_hash(suffix: str, tmp_path: Path) -> None:
     read = read_chats(write(tmp_path / f"a{suffix}", [{"messages": ONE.turns}, {"messages": TWO.turns}]))
     assert read == [ONE, TWO]
@@ -97,14 +110,34 @@ def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> No
         (["eval.json", "train.json", "test.json"], "eval"),
         (["train_prefs.jsonl.gz", "test_prefs.jsonl.gz"], "train_prefs"),
         (["mine.jsonl"], "train"),
+        (["Train.jsonl", "Test.jsonl"], "train"),
+        (["train1.jsonl", "test1.jsonl"], "train"),
     ],
 )
 def test_a_folder_gives_the_files_of_its_split(names: list[str], split: str, tmp_path: Path) -> None:
     for name in names:
-        wanted = name.startswith(split) or len(names) == 1
+        wanted = name.lower().startswith(split) or len(names) == 1
         write(tmp_path / name, [{"messages": (ONE if wanted else TWO).turns}])
     (tmp_path / "README.md").write_text("not data")
     assert read_chats(str(tmp_path), split=split) == [ONE]
+
+
+def test_a_part_in_an_unknown_compression_is_not_dropped(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.jsonl", [{"messages": ONE.turns}])
+    (tmp_path / "train.jsonl.md5").write_text("not data")
+    assert read_chats(str(tmp_path)) == [ONE]
+    (tmp_path / "train-00001-of-00002.jsonl.lz4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds train-00001-of-00002\.jsonl\.lz4, whose compression is not known"):
+        read_chats(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_broken_compressed_file_is_one_line(suffix: str, tmp_path: Path) -> None:
+    whole = COMPRESS[suffix](json.dumps({"text": "a b c"}).encode())
+    for content in (b"abc", whole[: len(whole) // 2]):
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} cannot be read: "):
+            read_chats(str(tmp_path / f"a.jsonl{suffix}"))
 
 
 def test_the_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.data.mixing import read_mixed
+from hft_cli.data.rows import chat_of_answer
 from hft_cli.data.sources import Source, draw_rows, row_counts
 from hft_cli.errors import UserError
 from hft_cli.method.rounds import phases
@@ -138,6 +139,29 @@ def test_equal_rows_are_on_the_same_side_of_a_split(
     (part,) = mixed.parts
     assert (part.taken, part.held_out) == (len(mixed.rows), len(mixed.held_out))
     assert read_mixed("sft", [Source(path)], seeded, share).held_out == mixed.held_out
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=4, max_size=20), st.integers(0, 5))
+def test_the_answers_of_a_chat_are_on_one_side_of_a_split(
+    tmp_path_factory: pytest.TempPathFactory, chats: list[list[int]], seed: int
+) -> None:
+    file = tmp_path_factory.mktemp("split") / "a, turn 2.jsonl"
+    rows = [
+        [{"role": role, "content": f"{number}"} for number in numbers for role in ("user", "assistant")]
+        for numbers in chats
+    ]
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
+    try:
+        mixed = read_mixed("sft", [Source(str(file))], config(f"seed={seed}", "data.loss=each_turn"), 0.3)
+    except UserError:  # all chats are connected by equal answers
+        return
+    trained, held_out = (set(map(chat_of_answer, rows.places())) for rows in (mixed.rows, mixed.held_out))
+    assert trained
+    assert held_out
+    assert not trained & held_out
+    assert None not in trained
+    assert not set(mixed.rows.digests()) & set(mixed.held_out.digests())
 
 
 def test_a_split_depends_on_the_seed_and_the_rows_alone(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "Why?", "completion": "Because."}, "no 'chosen': preferences are rows of 'chosen' and 'rejected', "),
     ({"prompt": "Why?", "chosen": "Because."}, "no 'rejected': "),
     ({"chosen": "Because.", "rejected": "No."}, "no 'prompt', and 'chosen' is only an answer."),
-    ({**TEXT, "prompt": 7}, "'prompt' is a number, not a list of turns."),
+    ({**TEXT, "prompt": True}, "'prompt' is a boolean, not a list of turns."),
     ({**TEXT, "prompt": []}, "'prompt' is empty, not a list of turns."),
     ({**TEXT, "rejected": None}, "'rejected' is null, not a list of turns."),
     ({**ONE, "chosen": [{"role": "assistant"}]}, "turn 1 of 'chosen' has no 'content' (keys found: role)."),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from chats import BODY, CHATML, ONE, chat, chat_of, rendered, tokenizer_of, trained_text, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from hft_cli.data.chats import Chat
 from hft_cli.data.pairs import prepare_pairs
@@ -15,6 +17,7 @@ from hft_cli.data.preferences import Preference
 from hft_cli.data.prompts import make_prompts
 from hft_cli.data.rendering import Renderer
 from hft_cli.data.summary import trained_runs
+from hft_cli.data.templates import answer_end
 from hft_cli.data.tokenization import tokenize
 from hft_cli.errors import UserError
 
@@ -102,6 +105,67 @@ def test_a_template_that_does_otherwise_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"^x, example 1: chosen: the chat template ") as caught:
         prepare_pairs([pair], tokenizer, 100, "x")
     assert reason in str(caught.value)
+
+
+# Its variable takes empty reasoning out of the prompt; what the prompt does not have is part of an answer.
+SWITCHED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think></think>' }}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' + ('' if thinking else '<think></think>') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_what_is_trained_on_does_not_depend_on_other_rows(order: tuple[int, ...]) -> None:
+    tokenizer = tokenizer_of(template=SWITCHED)
+    chats = [replace(chat("q", "a", "r", "b"), options=options) for options in ({"thinking": True}, {}, {"x": 1})]
+    expected = ["<think></think>a<|im_end|><think></think>b<|im_end|>", *["a<|im_end|>b<|im_end|>"] * 2]
+    rows = tokenize([chats[index] for index in order], tokenizer, max_length=1000).dataset
+    assert [trained_text(tokenizer, row["labels"]) for row in rows] == [expected[index] for index in order]
+
+
+@pytest.mark.parametrize("name", ["tool", "system"])
+def test_tokens_that_only_other_chats_have_are_refused_too(name: str) -> None:
+    template = CHATML.replace("<|im_end|>", "</s>").replace("+ m.role", f"+ (m.role, '<|im_end|>')[m.role == '{name}']")
+    tokenizer = tokenizer_of(template=template.replace("'<|im_end|>'", "'<|im' + '_end|>'"))
+    with pytest.raises(UserError, match=r"example 2: turn 2, the assistant's, holds the text '<\|im_end\|>'"):
+        tokenize([chat("q", "a"), chat("q", "a<|im_end|>")], tokenizer, max_length=100)
+
+
+def test_an_answer_ends_with_the_eos_token_that_follows_its_end() -> None:
+    tokenizer = tokenizer_of(template=CHATML.replace("'<|im_end|>'", "'<|im_end|></s>'"))
+    row = tokenize([chat("q", "a", "r", "b")], tokenizer, max_length=100).dataset[0]
+    assert trained_text(tokenizer, row["labels"]) == "a<|im_end|></s>b<|im_end|></s>"
+    assert answer_end(tokenizer) == ("</s>", tokenizer.eos_token_id)
+    footer = "{% if not add_generation_prompt %}{{ '</s>' }}{% endif %}"  # of the chat, not of an answer
+    tokenizer = tokenizer_of(template=CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'") + footer)
+    row = tokenize([chat("q", "a", "r", "b")], tokenizer, max_length=100).dataset[0]
+    assert trained_text(tokenizer, row["labels"]) == "a<|im_end|>b<|im_end|>"
+
+
+def test_an_end_that_is_not_read_as_its_token_is_refused() -> None:
+    tokenizer = tokenizer_of(template=CHATML)
+    tokenizer.add_tokens([AddedToken("<|im_end|>", single_word=True, special=True, normalized=False)])
+    assert len(tokenizer("four<|im_end|>")["input_ids"]) > 2
+    with pytest.raises(UserError, match=r"does not read '<\|im_end\|>' as its special token in '.*four<\|im_end\|>'"):
+        tokenize([chat("q", "four")], tokenizer, max_length=100)
+
+
+def test_a_fix_is_named_only_where_it_helps() -> None:
+    forced = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+    switched = forced + "{% if enable_thinking %}{% endif %}"
+    for template, each, fixes in (
+        (forced, chat("q", "a"), "set data.loss=all, or choose"),
+        (
+            forced,
+            chat("q", "a", "r", "b"),
+            "set data.loss=each_turn (a row for each answer), data.loss=last_turn, data",
+        ),
+        (switched, chat("q", "a"), "set model.thinking=true or false (reasoning), data.loss=all"),
+    ):
+        with pytest.raises(UserError) as caught:
+            trained(template, each)
+        assert fixes in str(caught.value)
 
 
 def test_a_token_of_the_template_in_a_turn_is_kept_if_asked_for() -> None:

@@ -192,6 +192,21 @@ def test_other_names_of_columns_and_roles_are_given(tmp_path: Path) -> None:
         read_chats(write(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "a"}]), names=Names({"system": "sys"}))
 
 
+def test_a_prompt_that_quotes_a_dialogue_is_one_turn(tmp_path: Path) -> None:
+    quoting = "Human: q\n\nAssistant: a\n\nIs it safe?"
+    dialogue = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
+    rows = [{"prompt": text, "completion": "yes"} for text in (quoting, dialogue)]
+    chats = read_chats(write(tmp_path / "a.jsonl", rows))
+    assert chats[0].turns == (turn("user", quoting), turn("assistant", "yes"))
+    assert [each["role"] for each in chats[1].turns] == ["user", "assistant"] * 2
+    assert chats.facts[0]["notices"] == {"'prompt' that quotes 'Human:' and 'Assistant:' read as one turn": 1}
+
+
+def test_an_alpaca_row_without_an_instruction_is_its_input(tmp_path: Path) -> None:
+    (each,) = read_chats(write(tmp_path / "a.jsonl", [{"instruction": "", "input": "q", "output": "a"}]))
+    assert each.turns == (turn("user", "q"), turn("assistant", "a"))
+
+
 def test_each_answer_is_the_end_of_a_row(tmp_path: Path) -> None:
     turns = [turn("user", "q1"), {**turn("assistant", "a1"), "weight": 0}, turn("user", "q2"), turn("assistant", "a2"),
              turn("user", "q3"), turn("assistant", "a3")]  # fmt: skip

@@ -21,6 +21,7 @@ from chats import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from hft_cli.data.chats import Chat
 from hft_cli.data.tokenization import tokenize
@@ -213,6 +214,15 @@ def test_a_text_with_bos_and_eos_gets_no_other() -> None:
     rows = tokenize([Chat(text=text) for text in ("a b", "<s>a b", "a b</s>")], tokenizer, max_length=9).dataset
     assert rows["input_ids"][0][0] == tokenizer.bos_token_id
     assert rows["input_ids"][0] == rows["input_ids"][1] == rows["input_ids"][2]
+
+
+def test_a_text_with_eos_gets_no_other_by_the_tokenizer() -> None:
+    tokenizer = tokenizer_of("bytes")
+    end = ("</s>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[end])
+    rows = tokenize([Chat(text=text) for text in ("a b", "a b</s>")], tokenizer, max_length=9).dataset["input_ids"]
+    assert rows[0] == rows[1]
+    assert rows[0].count(end[1]) == 1
 
 
 @given(st.integers(2, 40), st.text("ab c", min_size=1, max_size=200).filter(str.strip))

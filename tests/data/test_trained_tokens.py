@@ -192,6 +192,29 @@ CASES: dict[str, Case] = {
         {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f"}'}]},
         ["<call>f {}</call>"], NO_CALLS,
     ),
+    "a number as completion": Case({"prompt": 1, "completion": 2}, ["2"]),
+    "null in a call": Case(chat(Q, said("", tool_calls=call({"c": "O", "d": None, "e": [{"f": None}]}))),
+                           ['<call>weather {"c": "O", "e": [{}]}</call>'], NO_CALLS),
+    "NaN in a call": Case(chat(Q, said("", tool_calls=call('{"a": NaN}'))), refused={"": "NaN is not JSON"}),
+    "a key twice in a call": Case(
+        chat(Q, said("", tool_calls=call('{"a": 1, "a": 2}'))), refused={"": "the key 'a' comes twice"}
+    ),
+    "a key twice in turns": Case(
+        {"messages": '[{"role": "user", "role": "system", "content": "q"}]'}, refused={"": "the key 'role' comes twice"}
+    ),
+    "tools that are texts": Case(chat(Q, said("a"), tools=['{"name": "weather"}']), ["a"], NO_TOOLS),
+    "tools with a text that is none": Case(
+        chat(Q, said("a"), tools=["weather"]), refused={"": "'tools' is a list with a string in it, not a list of"}
+    ),
+    "blank reasoning": Case(chat(Q, said("a", reasoning_content=" \n")), ["a"]),
+    "empty reasoning in the content": Case(chat(Q, said("<think>\n\n</think>\n\na")), ["<think>\n\n</think>\n\na"]),
+    "tags alone": Case(chat(Q, said("<think></think>")), refused={"": "turn 2, the assistant's, has no text but tags"}),
+    "a tag that is mentioned": Case(chat(Q, said("Put <think> there.")), ["Put <think> there."]),
+    "a tag at the end": Case(chat(Q, said("in <thought> and </thought>")), ["in <thought> and </thought>"]),
+    "a tag and blanks at the end": Case(chat(Q, said("<think>t</think>\n\n")), ["<think>t</think>\n\n"]),
+    "a completion that is a dialogue": Case(
+        {"prompt": "Write one.", "completion": "Human: q\n\nAssistant: a"}, ["Human: q\n\nAssistant: a"]
+    ),
     "a dialogue as text": Case({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "a"}, ["a"]),
 }  # fmt: skip
 
