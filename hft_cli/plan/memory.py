@@ -11,7 +11,7 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 
 from hft_cli.checkpoint.naming import Param, Position
@@ -19,6 +19,8 @@ from hft_cli.config.optimizers import OPTIMIZERS
 from hft_cli.config.settings import FLASH_ATTENTION
 from hft_cli.plan.compat import LOGITS_TILE
 from hft_cli.plan.workload import Workload
+
+FORWARD = 10 / 12  # of what the loss takes: logits in bfloat16 and float32, and their log-probabilities
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class Memory:
     Attributes:
         weights: the model, in the dtype that it computes with (in a single process float32, except for frozen matrices
             that the files hold in bfloat16).
-        gradients: of the trained parameters, at their peak between the first backward pass and the optimizer.
+        gradients: of the trained parameters, before the optimizer's step.
         optimizer: its state; of AdamW two moments in float32.
         masters: float32 copies of the trained weights, as DeepSpeed keeps them.
         reference: the second model of DPO or of a KL anchor, or the start that L2-SP keeps.
         activations: what autograd saves of one micro-batch.
         buffers: for communication, the loss, gathered or cast weights, gradients in flight and GEM's memories.
-        step: float32 gradients, or weights before the step, that the optimizer step makes. They exist when activations
-            and buffers do not.
+        step: float32 gradients, or weights before the step, that the optimizer step makes.
+        total: the peak. Not all parts exist at once; see `_peak`.
     """
 
     weights: float = 0
@@ -46,16 +48,12 @@ class Memory:
     activations: float = 0
     buffers: float = 0
     step: float = 0
+    total: float = 0
 
     @property
     def persistent(self) -> float:
         """The bytes that stay allocated over the phase."""
         return self.weights + self.gradients + self.optimizer + self.masters + self.reference
-
-    @property
-    def total(self) -> float:
-        """The peak, as an upper bound: not all activations and gradients exist at once."""
-        return self.persistent + max(self.activations + self.buffers, self.step)
 
     def at_least(self, other: Memory) -> Memory:
         """The larger of the two, part by part."""
@@ -63,7 +61,7 @@ class Memory:
         return Memory(**{part: max(parts[part], others[part]) for part in parts})
 
 
-PARTS = tuple(part.name for part in fields(Memory))
+PARTS = tuple(part.name for part in fields(Memory) if part.name != "total")
 
 
 def memory(work: Workload) -> Memory:
@@ -79,16 +77,43 @@ def memory(work: Workload) -> Memory:
     if setup.anchor != "none":
         reference += float(size * updated) if setup.anchor == "kl" else 4.0 * shard
     on_gpu = not setup.offload_optimizer  # otherwise gradients go to host memory as well, bucket by bucket
-    return Memory(
+    parts = Memory(
         weights=weights,
         gradients=_gradients(work) * on_gpu,
         optimizer=_optimizer_state(work) * on_gpu,
         masters=0.0 if stage is None else 4.0 * shard * on_gpu,  # DeepSpeed copies float32 weights as well
         reference=reference,
         activations=activations(work),
-        buffers=_buffers(work),
+        buffers=_standing(work) + _buckets(work) + _cast(work) + max(_loss(work), _layer_gradients(work)),
         step=_step_memory(work) * on_gpu,
     )
+    return replace(parts, total=_peak(work, parts))
+
+
+def _peak(work: Workload, parts: Memory) -> float:
+    """The largest of what exists as a loss is computed, and its gradient, as the backward pass through the layers
+    begins and ends, and in the step.
+
+    As the backward pass goes through the layers, it frees activations and makes gradients, by and by. Those of a first
+    micro-batch find no gradients; under DeepSpeed there may be some.
+    """
+    setup = work.setup
+    gradients = parts.gradients if setup.accumulation > 1 or setup.zero_stage or setup.tasks else 0.0
+    saved, cast = _saved(work), _cast(work)
+    kept = 0.0 if setup.checkpointing else cast  # the layers are recomputed with casts of their own
+    layer = setup.tokens * max(_each_layer(work), default=0.0)
+    head = 4.0 * work.head.elements if work.head is not None and work.head.name in work.trained else 0.0
+    backward = _standing(work) + _buckets(work) + _layer_gradients(work)
+    filled = setup.zero_stage == 3 or (setup.zero_stage == 1 and setup.accumulation > 1)
+    forward = gradients + saved + _standing(work) + _buckets(work) * filled
+    moments = (
+        forward + cast + _loss(work) * FORWARD,
+        forward + kept + _loss(work),
+        gradients + head + saved + kept + layer * setup.checkpointing + backward,
+        parts.gradients + layer + backward,
+        parts.gradients + parts.step,
+    )
+    return parts.persistent - parts.gradients + max(moments)
 
 
 def _step_memory(work: Workload) -> float:
@@ -180,17 +205,25 @@ def activations(work: Workload) -> float:
     whose own linear layer always does. With checkpointing: the input of each layer, and all of the one that is
     recomputed.
     """
-    setup, shape = work.setup, work.shape
+    recomputed = max(_each_layer(work), default=0.0) if work.setup.checkpointing else 0.0
+    return _saved(work) + work.setup.tokens * recomputed
+
+
+def _saved(work: Workload) -> float:
+    """Bytes that autograd saves in the forward pass."""
+    setup, shape, each = work.setup, work.shape, _each_layer(work)
+    outside = (4 + setup.compute_bytes + setup.weight_bytes) * shape.hidden  # the final norm, and the input of the head
+    inside = len(each) * setup.weight_bytes * shape.hidden if setup.checkpointing else sum(each)
+    return float(setup.tokens * (inside + outside))
+
+
+def _each_layer(work: Workload) -> list[float]:
+    """Bytes for each token that autograd saves in each layer through which gradients pass."""
     layers: dict[int, list[Param]] = {}
     for p in work.params:
-        if p.layer is not None and p.layer >= work.lowest[0]:  # no gradient passes below
+        if p.layer is not None and p.layer >= work.lowest[0]:
             layers.setdefault(p.layer, []).append(p)
-    each = [_layer_activations(params, work) for params in layers.values()]
-    outside = (4 + setup.compute_bytes + setup.weight_bytes) * shape.hidden  # the final norm, and the input of the head
-    inside = sum(each)
-    if setup.checkpointing:
-        inside = len(each) * setup.weight_bytes * shape.hidden + max(each, default=0.0)
-    return float(setup.tokens * (inside + outside))
+    return [_layer_activations(params, work) for params in layers.values()]
 
 
 def _layer_activations(params: Sequence[Param], work: Workload) -> float:
@@ -240,8 +273,11 @@ def _attention_activations(readers: int, work: Workload) -> float:
     total = float(setup.compute_bytes * shape.hidden * copies * bool(readers or setup.zero_stage == 3))
     # Queries, keys, values and the output; a padding mask makes sdpa repeat keys and values for all heads.
     one_row = setup.rows * setup.answers == 1
-    stored_keys = keys if setup.attention in FLASH_ATTENTION or one_row else queries
+    unpadded = setup.attention in FLASH_ATTENTION or one_row
+    stored_keys = keys if unpadded else queries
     total += setup.compute_bytes * (2 * queries + 2 * stored_keys) + 4 * shape.heads
+    if setup.attention == "sdpa" and not unpadded:  # the mask, as numbers
+        total += setup.compute_bytes * setup.length
     if setup.attention == "eager":  # probabilities in float32, and their cast
         total += (4 + (2 if setup.compute_bytes == 2 else 0)) * shape.heads * setup.length
     return total
@@ -264,37 +300,58 @@ def _feed_forward_activations(readers: Sequence[Position], work: Workload) -> fl
     return total
 
 
-def _buffers(work: Workload) -> float:
-    """Temporary memory beside the activations; see `Memory.buffers`."""
-    setup, shape, updated = work.setup, work.shape, work.updated_elements
-    compute, size = setup.compute_bytes, setup.weight_bytes
-    # Gradients in the backward pass of a layer: of gate, up and their product, and of the residual stream.
-    total = setup.tokens * (3.0 * compute * shape.inner * shape.experts_used + 2 * size * shape.hidden)
-    # The loss: all logits, or one tile of them and the gradient of the head's input.
-    if work.holds_logits and work.head is not None:  # logits and their gradient, in float32 too
-        total += (8 + 2 * compute) * setup.tokens * work.head.shape[0]
-        if setup.anchor == "kl":  # logits of the start; log-probabilities of both in float32, and a gradient
-            total += (12 + compute) * setup.tokens * work.head.shape[0]
-    else:
-        total += compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * shape.hidden
-    if work.head is not None and work.head.name in work.trained:
-        total += 4 * work.head.elements  # the gradient of the head's weight, in float32 before the cast
-    if setup.autocast:
-        # Copies in bfloat16: of trained matrices over the forward pass; without checkpointing of every matrix, for the
-        # gradient of its input.
-        matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding" and p.name not in work.low]
-        total += 2 * sum(p.elements for p in matrices if p.name in work.trained or not setup.checkpointing)
-    if setup.zero_stage is not None:
-        # The bucket that is filled, and the one being sent. Stage 1 fills it from the float32 sums.
-        total += (4 if setup.zero_stage == 1 else size) * setup.bucket + size * min(setup.bucket, updated)
+def _layer_gradients(work: Workload) -> float:
+    """Gradients in the backward pass of a layer: of gate, up and their product, and of the residual stream."""
+    setup, shape = work.setup, work.shape
+    inner = 3.0 * setup.compute_bytes * shape.inner * shape.experts_used
+    return setup.tokens * (inner + 2 * setup.weight_bytes * shape.hidden)
+
+
+def _loss(work: Workload) -> float:
+    """What the loss takes: all logits, or one tile of them and the gradient of the head's input."""
+    setup, compute = work.setup, work.setup.compute_bytes
+    if not work.holds_logits or work.head is None:
+        head = 4.0 * work.head.elements if work.head is not None and work.head.name in work.trained else 0.0
+        return (
+            compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * work.shape.hidden + head
+        )
+    logits = setup.tokens * work.head.shape[0]
+    # Log-probabilities, their gradient and that of the logits in float32. With KL the logits of the start;
+    # log-probabilities of both in float32, and a gradient.
+    return (12.0 + (12 + compute if setup.anchor == "kl" else 0)) * logits
+
+
+def _cast(work: Workload) -> float:
+    """Copies in bfloat16 by autocast: of trained matrices over the forward pass; without checkpointing of every matrix,
+    for the gradient of its input."""
+    if not work.setup.autocast:
+        return 0.0
+    matrices = [p for p in work.params if len(p.shape) > 1 and p.kind != "embedding" and p.name not in work.low]
+    return 2.0 * sum(p.elements for p in matrices if p.name in work.trained or not work.setup.checkpointing)
+
+
+def _buckets(work: Workload) -> float:
+    """Gradients of DeepSpeed on their way: the bucket that is filled, and the one being sent."""
+    setup, size = work.setup, work.setup.weight_bytes
+    if setup.zero_stage is None:
+        return 0.0
+    total = size * min(setup.bucket, work.updated_elements)
+    total += (4 if setup.zero_stage == 1 else size) * setup.bucket  # stage 1 fills it from the float32 sums
     if setup.zero_stage in (2, 3):  # the newest gradient, before it goes into the bucket
         total += size * max((p.elements for p in work.updated), default=0)
+    return float(total)
+
+
+def _standing(work: Workload) -> float:
+    """Buffers that exist in the forward and in the backward pass: gathered weights, and GEM's memories."""
+    setup, size, updated = work.setup, work.setup.weight_bytes, work.updated_elements
+    total = 0.0
     if setup.zero_stage == 3:
         total += size * _gathered_elements(work)
     if setup.tasks:
         # GEM's gradients of past tasks, divided among the ranks, the whole one in work, and that of a batch.
         total += 4 * updated * (setup.tasks / setup.shards + (setup.shards > 1)) + size * updated
-    return float(total)
+    return total
 
 
 def _gathered_elements(work: Workload) -> int:

@@ -16,7 +16,7 @@ LABELS = {
     "optimizer": "optimizer state",
     "masters": "master weights",
     "reference": "reference",
-    "step": "optimizer step *",
+    "step": "optimizer step",
 }
 
 
@@ -44,8 +44,8 @@ def comparison_text(plans: Sequence[tuple[str, Plan]]) -> str:
         cells += [f"{ratio:.1%}", format_bytes(phase.network.total), format_bytes(plan.disk.total), _hours(plan)]
         body.append(cells)
     return (
-        f"{markdown_table(heads, body)}\n\nMemory: bytes on one GPU; the total counts the larger of activations with "
-        "buffers and the optimizer step, which do not exist at once. Network: bytes that one GPU sends in a step."
+        f"{markdown_table(heads, body)}\n\nMemory: bytes on one GPU; the total is the peak, at which not all parts "
+        "exist. Network: bytes that one GPU sends in a step."
     )
 
 
@@ -159,8 +159,7 @@ def _memory(plan: Plan) -> str:
     ]
     if any(p.kind == "mixer" for p in plan.model.params):
         lines.append("Nor what the kernels of state-space and linear-attention layers keep for the backward pass.")
-    if any(memory.step for memory in columns.values()):
-        lines.append("* exists when activations and buffers do not; the total counts the larger of the two.")
+    lines.append("The total is the peak. Not all parts exist at once.")
     if plan.has_draws:
         worst = plan.worst_elements / sum(p.elements for p in plan.model.params)
         lines.append(f"The worst draw updates {worst:.1%} of all elements.")
