@@ -18,14 +18,16 @@ from hft_cli.run_dir import Ledger
 from hft_cli.text import first_of
 
 LEDGER = "draws.json"
+RECORD = "half_finetune"  # key of `stateful_callbacks` in trainer_state.json, which every checkpoint has
 
 
 class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
     """Keep the ledger of a draw, prove that frozen weights keep their bits, and save what was trained.
 
     In the trainer's `output_dir` it writes `draws.json` when the training begins, and `delta-ROUND.safetensors` when it
-    ends: the updated parameters under their names in the model, in its dtype. A training that is resumed must have the
-    draw and the frozen weights that it began with.
+    ends: the updated parameters under their names in the model, in its dtype. Each checkpoint records the draw and the
+    checksums at the start (in its trainer_state.json): a training that is resumed from it must have that draw and those
+    frozen weights.
 
     >>> trainer = Trainer(model, arguments, callbacks=[HalfFinetuneCallback(draw)], …)  # doctest: +SKIP
 
@@ -37,7 +39,8 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, draw: Draw, save_delta: bool = True) -> None:
         self.draw = draw
         self.save_delta = save_delta
-        self.frozen_sum, self.trained_sum = 0, 0  # at the start
+        self.frozen_sum = 0  # of this rank, at the start
+        self.began: Any = None  # what checkpoints record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Raises UserError for a model that does not train what was drawn, and for a resumed one with another draw."""
@@ -48,25 +51,26 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
                 f"The model does not train what was drawn: {first_of(differing)}. Call half_finetune on the model that "
                 "the trainer gets, and change no requires_grad after it."
             )
-        ledger = Path(args.output_dir) / LEDGER
-        entries = read_record(ledger, Ledger)["rounds"] if ledger.exists() else []
-        self.frozen_sum, self.trained_sum = frozen_checksum(model), trained_checksum(model)
-        sums = of_all_ranks(self.frozen_sum)
+        self.frozen_sum = frozen_checksum(model)
+        frozen = of_all_ranks(self.frozen_sum)
+        self.began = state.stateful_callbacks.get(RECORD) if state.global_step else self._record(model, frozen)
         if state.global_step:
-            self._require_same_draw(entries, ledger)
-            self._require_same_weights(entries[-1].get("frozen_checksums", sums), sums, ledger)
-        elif state.is_world_process_zero:
+            self._require_same_draw()
+            self._require_same_weights(self.began["frozen_checksums"], frozen)
+        state.stateful_callbacks[RECORD] = self.began
+        if state.is_world_process_zero:
+            ledger = Path(args.output_dir) / LEDGER
+            entries = read_record(ledger, Ledger)["rounds"] if ledger.exists() else []
             earlier = [entry for entry in entries if entry["round"] < self.draw.round]
-            entry = {"name": f"round {self.draw.round}", **self.draw.as_dict(), "frozen_checksums": sums}
-            write_json(ledger, {"rounds": [*earlier, entry]})
-        self.first_step = state.global_step
+            name, sums = f"round {self.draw.round}", self.began["frozen_checksums"]
+            write_json(ledger, {"rounds": [*earlier, {"name": name, **self.draw.as_dict(), "frozen_checksums": sums}]})
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Raises RuntimeError if a frozen weight changed, or if no other weight did."""
         model = unwrapped(model)
         if frozen_checksum(model) != self.frozen_sum:
             raise RuntimeError("A frozen weight changed in memory during training: what sets or decays weights?")
-        if state.global_step > self.first_step and trained_checksum(model) == self.trained_sum:
+        if state.global_step and of_all_ranks(trained_checksum(model)) == self.began["trained_checksums"]:
             raise RuntimeError(
                 "No weight moved that was drawn. Is the learning rate 0, or so small that weights in bfloat16 keep "
                 "their values? Train in float32, or with bf16=True, which has master weights in float32."
@@ -82,22 +86,28 @@ class HalfFinetuneCallback(TrainerCallback):  # type: ignore[misc]
                 metadata = {"format": "pt", "round": str(self.draw.round), "names_sha256": self.draw.sha256}
                 save_file(values, Path(args.output_dir) / f"delta-{self.draw.round}.safetensors", metadata)
 
-    def _require_same_draw(self, entries: list[dict[str, Any]], ledger: Path) -> None:
-        last = entries[-1] if entries else {}
-        if (last.get("round"), last.get("sha256")) != (self.draw.round, self.draw.sha256):
-            began = f"round {last['round']}, seed {last['seed']}" if last else "no draw"
+    def _record(self, model: Any, frozen: list[int]) -> dict[str, Any]:
+        trained = of_all_ranks(trained_checksum(model))
+        drawn = {"round": self.draw.round, "seed": self.draw.seed, "sha256": self.draw.sha256}
+        return {**drawn, "frozen_checksums": frozen, "trained_checksums": trained}
+
+    def _require_same_draw(self) -> None:
+        began = self.began
+        if began is None or (began["round"], began["sha256"]) != (self.draw.round, self.draw.sha256):
+            other = f"round {began['round']}, seed {began['seed']}" if began else "no draw"
             raise UserError(
-                f"The training that is resumed began with another draw ({ledger} has {began}). Give half_finetune the "
-                "seed, the round and the settings of then, or begin anew in another output_dir."
+                f"The resumed checkpoint has another draw ({other}) than the model (round {self.draw.round}, "
+                f"seed {self.draw.seed}). Give half_finetune the seed, the round and the settings of "
+                "then, or begin this round without resume_from_checkpoint."
             )
 
-    def _require_same_weights(self, began: list[int], now: list[int], ledger: Path) -> None:
+    def _require_same_weights(self, began: list[int], now: list[int]) -> None:
         """Compare the frozen weights of each rank. Shards of other numbers of ranks cannot be compared."""
         whole = len(set(began)) == len(set(now)) == 1  # each rank holds all weights
         if (len(began) == len(now) and began != now) or (whole and began[0] != now[0]):
             raise UserError(
-                f"The frozen weights of the checkpoint are not those with which the training began ({ledger}). Resume "
-                "from another checkpoint, or begin anew in another output_dir."
+                "The frozen weights of the checkpoint are not those with which the training began. Resume from another "
+                "one, or begin this round without resume_from_checkpoint."
             )
 
 

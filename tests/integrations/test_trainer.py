@@ -102,8 +102,62 @@ def test_a_training_resumes_under_its_own_draw_only(tmp_path):
     trainer(again, tmp_path, HalfFinetuneCallback(same)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(value, whole[name]) for name, value in again.named_parameters())
     made = trainer(other, tmp_path, HalfFinetuneCallback(half_finetune(other, seed=1)))
-    with pytest.raises(UserError, match=r"began with another draw .*has round 1, seed 42"):
+    with pytest.raises(UserError, match=r"another draw \(round 1, seed 42\) than the model \(round 1, seed 1\)"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def killed_in_round_two(out: Path) -> dict[str, Any]:
+    """Train round 1, stop round 2 in the same folder before its first checkpoint; the weights after round 1."""
+    live = model()
+    draw = half_finetune(live, seed=44)
+    made = trainer(live, out, HalfFinetuneCallback(draw), save_strategy="steps", save_steps=2)
+    made.train()
+    after = {name: value.detach().clone() for name, value in live.named_parameters()}
+    next_round(live, made)
+    made.add_callback(Killed())
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    return after
+
+
+class Killed(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_round_is_not_resumed_from_that_before_it(tmp_path):
+    after = killed_in_round_two(tmp_path)
+    live = model()
+    live.load_state_dict(after, strict=False)
+    made = trainer(live, tmp_path, HalfFinetuneCallback(half_finetune(live, seed=44, round=2)))
+    with pytest.raises(UserError, match=r"another draw \(round 1, seed 44\) than the model \(round 2, seed 44\)"):
+        made.train(resume_from_checkpoint=True)
+    first = model()
+    made = trainer(first, tmp_path, HalfFinetuneCallback(half_finetune(first, seed=44)))
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # round 1 can be
+    assert all(torch.equal(value, after[name]) for name, value in first.named_parameters())
+    assert [entry["round"] for entry in read_json(tmp_path / "draws.json")["rounds"]] == [1]
+
+
+def test_a_checkpoint_without_a_draw_is_refused(tmp_path):
+    trainer(model(), tmp_path, save_strategy="steps", save_steps=2).train()
+    live = model()
+    for value in live.parameters():
+        value.requires_grad_(True)
+    made = trainer(live, tmp_path, HalfFinetuneCallback(half_finetune(live, level="all")))
+    with pytest.raises(UserError, match=r"another draw \(no draw\) than the model"):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_round_that_moved_nothing_is_noticed(tmp_path):
+    live = model()
+    still = {"learning_rate": 0.0, "save_strategy": "steps", "save_steps": 2}
+    for resumed in (False, True):
+        made = trainer(live, tmp_path, HalfFinetuneCallback(half_finetune(live)), **still)
+        with pytest.raises(RuntimeError, match="No weight moved that was drawn"):
+            made.train(resume_from_checkpoint=resumed)
+        del made
+        live = model()
 
 
 def test_a_checkpoint_with_other_frozen_weights_is_refused(tmp_path):
