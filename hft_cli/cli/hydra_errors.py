@@ -103,4 +103,4 @@ def _first_lines(text: str, name: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = [line for line in lines if not re.match(NOISE, line)] or lines
     key = re.search(r"full_key: (\S+)", text)
-    return f"{key[1]}: {message[0]}.{limits_text(SCHEMAS[name], key[1])}" if key else " ".join(message[:2])
+    return f"{key[1]}: {message[0].rstrip('.')}.{limits_text(SCHEMAS[name], key[1])}" if key else " ".join(message[:2])

@@ -128,6 +128,8 @@ def check_settings(config: Any, where: str = "") -> None:
         about: Setting = spec.metadata["setting"]
         if value is None and "None" in str(spec.type):
             continue
+        if str(spec.type).startswith("list") and not isinstance(value, list | tuple):
+            raise UserError(f"{key}={value!r} is not a list. Write {key}=[{value!r}].")
         for name, item in _items(key, value, str(spec.type)):
             _check_value(name, item, about)
 

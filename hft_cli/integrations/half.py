@@ -72,14 +72,14 @@ def half_finetune(
         The draw: names, counts and hash.
 
     Raises:
-        UserError: for an unknown setting, a model whose optimizer or engine exists already, with adapters, quantized,
-            compiled, wrapped, or that the selection cannot be made from.
+        UserError: for an unknown setting, one of a wrong type, something that is no model, a model whose optimizer or
+            engine exists already, with adapters, quantized, compiled, wrapped, or that has nothing to select from.
     """
     for name in selection:
         choose("setting", name, [*SETTINGS, "ratio", "level", "seed", "round", "kinds"])
     config = SelectionConfig(level=level, ratio=ratio, **selection)
+    _require_bare(model, kinds)
     parameters = dict(model.named_parameters())
-    _require_bare(model, parameters.values())
     shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
     drawn = draw_alone(make_params(shapes, {name: (name,) for name in shapes}, kinds), config, round, seed)
     updated = set(drawn.updated)
@@ -90,9 +90,17 @@ def half_finetune(
     return drawn
 
 
-def _require_bare(model: Any, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Raise UserError for a model that has something around it already."""
-    own = list(parameters)
+def _require_bare(model: Any, kinds: Any) -> None:
+    """Raise UserError for what is no model, or a model that has something around it already."""
+    if not isinstance(kinds, Mapping):
+        raise UserError(
+            f"kinds={kinds!r} is not a dict. Write {{NAME: CATEGORY}}, for instance {{'mix': 'attention'}}."
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(
+            f"The model is a {type(model).__name__}. Load it first: AutoModelForCausalLM.from_pretrained(…)."
+        )
+    own = list(model.parameters())
     if hasattr(model, "peft_config"):
         raise UserError("The model has adapters of PEFT, which HFT is an alternative to: give the model without them.")
     if hasattr(model, "_orig_mod"):

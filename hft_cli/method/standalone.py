@@ -17,6 +17,9 @@ def draw_alone(params: Sequence[Param], config: SelectionConfig, round: int, see
     Raises:
         UserError: for a setting that is not allowed, or that the model cannot satisfy.
     """
+    for name, value in (("round", round), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{name}={value!r} is not a whole number (int).")
     check_settings(config, "")
     if config.level == "importance":
         raise UserError("level=importance needs rows, which hft train has: hft train +method=importance.")

@@ -130,6 +130,14 @@ def test_a_living_optimizer_is_refused_and_a_dead_one_not():
         ({"level": "names"}, "give both level=names and names"),
         ({"round": 0}, "rounds are counted from 1"),
         ({"seed": -1}, "seed"),
+        ({"seed": 4.5}, "seed=4.5 is not a whole number"),
+        ({"seed": True}, "seed=True is not a whole number"),
+        ({"seed": "42"}, "seed='42' is not a whole number"),
+        ({"round": 1.5}, "round=1.5 is not a whole number"),
+        ({"kinds": ["q"]}, r"kinds=\['q'\] is not a dict"),
+        ({"level": "names", "names": "q_proj"}, r"names='q_proj' is not a list. Write names=\['q_proj'\]"),
+        ({"ratio": "0.5"}, "ratio=0.5 is not a number"),
+        ({"embeddings": False}, "Unknown embeddings 'False'"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_changes_nothing(settings, message):
@@ -138,6 +146,11 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(settings, message):
         half_finetune(live, **settings)
     assert "\n" not in str(error.value)
     assert len(training(live)) == 39
+
+
+def test_a_path_is_no_model():
+    with pytest.raises(UserError, match="The model is a PosixPath"):
+        half_finetune(BASE)
 
 
 def test_names_that_are_unknown_can_be_given_kinds():
