@@ -237,7 +237,7 @@ def load_libraries(deepspeed: bool) -> None:
 
 def _environment(ranks: int | None) -> dict[str, str]:
     """Environment variables of a worker."""
-    environment = {key: value for key, value in os.environ.items() if not re.match(TORCHRUN_VARIABLES, key)}
+    environment = {key: value for key, value in os.environ.items() if not re.match(NOT_FOR_WORKERS, key)}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks or 1))))
     if ranks is None:  # if it saw several GPUs, transformers would split each batch over them
@@ -246,8 +246,12 @@ def _environment(ranks: int | None) -> dict[str, str]:
     return environment
 
 
-# What a torchrun that started `hft` set for its own ranks: ours must not read it.
-TORCHRUN_VARIABLES = r"(TORCHELASTIC_\w+|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$"
+# What a torchrun, `accelerate launch` or mpirun that started `hft` set for its own ranks, and settings of accelerate:
+# transformers would take precision, engine and number of ranks from them instead of from the configuration.
+NOT_FOR_WORKERS = (
+    r"((TORCHELASTIC|ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
+    r"|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|FORK_LAUNCHED)$"
+)
 
 
 def _end(process: Process) -> None:

@@ -85,6 +85,19 @@ def test_the_bar_shows_the_activity_and_then_the_count(tmp_path):
     assert bar.bar_format == worker.WITH_COUNT
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_FP8_BACKEND", "FSDP_OFFLOAD_PARAMS",
+        "MEGATRON_LM_TP_DEGREE", "PARALLELISM_CONFIG_TP_SIZE", "FORK_LAUNCHED", "PMI_SIZE", "OMPI_COMM_WORLD_RANK",
+    ],
+)  # fmt: skip
+def test_workers_do_not_read_the_settings_of_accelerate(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert name not in worker._environment(None)
+    assert name not in worker._environment(2)
+
+
 def test_ranks_do_not_read_the_settings_of_an_outer_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "outer")
     monkeypatch.setenv("LOCAL_RANK", "3")
