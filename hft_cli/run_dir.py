@@ -58,6 +58,8 @@ class PlanRecord:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     base_path: str | None = None
     base_revision: str | None = None
+    base_files: dict[str, str] | None = None  # name -> SHA-256; None in runs of earlier versions
+    template_sha256: str | None = None  # of model.chat_template
 
 
 @dataclass(frozen=True)

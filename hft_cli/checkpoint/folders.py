@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from hft_cli.paths import ARCHITECTURES, user_cache
 
 # Suffixes of the files beside the weights (config, tokenizer), which go along when a model is copied or downloaded.
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+
+# Companions without an effect on what the weights compute and on how text becomes tokens.
+WITHOUT_EFFECT = re.compile(r"generation_config\.json|.*\.index\.json|(?!.*(vocab|merges)).*\.txt")
 
 NAMED_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates besides the default one
 
@@ -134,6 +138,17 @@ def known_weights_hash(folder: Path) -> str:
     inode cannot be set back, so this is safe but for those who can change the clock or write to the disk itself.
     """
     return _combined(folder, _known_digest)
+
+
+def companion_hashes(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 (hex) of the files beside the weights of a checkpoint folder."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in COMPANION_SUFFIXES)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def effective_hashes(folder: Path) -> dict[str, str]:
+    """The same of those that say what the weights compute and how text becomes tokens."""
+    return {name: sha256 for name, sha256 in companion_hashes(folder).items() if not WITHOUT_EFFECT.fullmatch(name)}
 
 
 def _combined(folder: Path, digest_of: Callable[[Path], bytes]) -> str:

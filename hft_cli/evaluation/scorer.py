@@ -10,7 +10,6 @@ Below RUN/eval or OUTPUT_DIR/eval, where WHEN is before, after, round-NN or mode
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import COMPANION_SUFFIXES
+from hft_cli.checkpoint.folders import companion_hashes
 from hft_cli.config.schema import ModelConfig
 from hft_cli.config.settings import FORCED_METRICS
 from hft_cli.config.suites import BenchmarkConfig, ProbeConfig
@@ -212,11 +211,7 @@ def model_identity(model: ScoredModel) -> dict[str, Any]:
     template_file = expanded(template) if template else None
     return {
         "weights": model.weights,
-        "files": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(model.path.iterdir())
-            if path.is_file() and path.suffix in COMPANION_SUFFIXES
-        },
+        "files": companion_hashes(model.path),
         "template": template_file.read_text() if template_file and template_file.is_file() else template,
         "model": [model.config.dtype, model.config.attention, *(each for each in switches if each is not None)],
     }

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hft_cli.checkpoint.folders import hub_revision, known_weights_hash, model_folder, weights_hash
+from hft_cli.checkpoint.folders import effective_hashes, hub_revision, known_weights_hash, model_folder, weights_hash
 from hft_cli.config.schema import read_config
 from hft_cli.errors import UserError
 from hft_cli.files import read_json, read_record
@@ -22,6 +22,7 @@ def base_record(path: str, folder: Path) -> dict[str, Any]:
         "base_path": path,
         "base_revision": hub_revision(folder),
         "base_sha256": known_weights_hash(folder),
+        "base_files": effective_hashes(folder),
     }
 
 

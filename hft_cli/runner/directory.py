@@ -110,6 +110,8 @@ def _differences(run: RunDir, config: RunConfig, free: Sequence[str] = ()) -> li
 def _require_same_inputs(run: RunDir, recorded: dict[str, Any], record: dict[str, Any]) -> None:
     if recorded["base_sha256"] != record["base_sha256"]:
         raise _changed(run, f"The weights in {record['base']} have", "them")
+    if recorded.get("base_files") is not None:  # none in runs of earlier versions
+        _require_same_use(run, recorded, record)
     if recorded.get("suite_sha256") != record["suite_sha256"]:
         raise _changed(run, f"The rows of suite={read_config(run).suite.name} have", "them")
     olds = recorded.get("rounds", [])
@@ -119,6 +121,15 @@ def _require_same_inputs(run: RunDir, recorded: dict[str, Any], record: dict[str
         for key, what in (("data", "data"), ("test", "test data"), ("validation", "validation data")):
             if old.get(f"{key}_sha256") != new.get(f"{key}_sha256"):
                 raise _changed(run, f"The {what} of round {old['name']} ({old.get(key)}) has", "it")
+
+
+def _require_same_use(run: RunDir, recorded: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise UserError if the base's weights would be used in another way: its config, tokenizer or chat template."""
+    old, new = recorded["base_files"], record["base_files"]
+    if different := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        raise _changed(run, f"{different[0]} in {record['base']} has", "it")
+    if recorded.get("template_sha256") != record["template_sha256"]:
+        raise _changed(run, f"model.chat_template={read_config(run).model.chat_template} has", "it")
 
 
 def _changed(run: RunDir, what: str, which: str) -> UserError:

@@ -23,7 +23,7 @@ from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.evaluation.texts import METRIC
 from hft_cli.evaluation.vllm_engine import check_backend
-from hft_cli.files import flatten
+from hft_cli.files import flatten, hash_values
 from hft_cli.launch.environment import environment
 from hft_cli.method.interpolation import kept_changes
 from hft_cli.method.rounds import Phase, draws, phases, with_model_limits
@@ -108,8 +108,8 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
         require_trainable(params, base)
         if not drawn[0].updated:
             raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
-    if config.model.chat_template is not None:
-        template_file(config.model.chat_template)  # raises if there is none
+    template = config.model.chat_template
+    template_sha256 = None if template is None else hash_values(template_file(template).read_text())
     check_thinking(config.model, base)
     check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)
@@ -131,6 +131,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
     record = {
         "suite_sha256": suite.hashes,
         **base_record(config.model.path, base),
+        "template_sha256": template_sha256,
         "rounds": rounds,
         "costs": costs.expected(),
     }
@@ -151,7 +152,7 @@ def node_facts(prepared: Prepared) -> dict[str, Any]:
     return {
         "versions": {"hft": versions["hft"], "python": versions["python"], **versions["packages"]},
         "config": config | {"the model's folder": str(prepared.base)},
-        "files": {"weights": record["base_sha256"], **data},
+        "files": {"weights": record["base_sha256"], **record["base_files"], **data},
     }
 
 
