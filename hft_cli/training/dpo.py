@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trl
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
 from hft_cli.checkpoint.folders import weights_hash
 from hft_cli.config.schema import RunConfig
@@ -109,6 +110,23 @@ def build_trainer(parts: TrainerParts, session: Session) -> Any:
     return dpo_trainer(replace(parts, callbacks=[*parts.callbacks, check]), reference)
 
 
+RANDOM = re.compile(r"drop|jitter")  # names such as attention_dropout, resid_pdrop, layerdrop, router_jitter_noise
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Turn off what is random in training, as DPO does: a policy with dropout differs from its reference at the start.
+
+    TRL turns off modules of dropout. This sets numbers in modules and their configs to 0, which some types read instead
+    (OPT, GPT-NeoX, Qwen2). The model's files keep theirs.
+    """
+    modules = list(model.modules())
+    configs = [config for module in modules if isinstance(config := getattr(module, "config", None), PreTrainedConfig)]
+    for owner in (*modules, *configs):
+        for name, value in list(vars(owner).items()):
+            if RANDOM.search(name) and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(owner, name, type(value)(0))
+
+
 def dpo_trainer(parts: TrainerParts, reference: PreTrainedModel | None) -> Any:
     """TRL's DPOTrainer over the data set of `prepare`, with the reference of `reference_model`.
 
@@ -121,6 +139,9 @@ def dpo_trainer(parts: TrainerParts, reference: PreTrainedModel | None) -> Any:
     """
     if (reference is None) != parts.arguments.precompute_ref_log_probs:
         raise ValueError("pass a reference, or None with precompute_ref_log_probs=True")
+    for model in (parts.model, reference):
+        if model is not None:
+            without_dropout(model)
     trainer = compat.ExactReferenceTrainer(
         model=parts.model,
         ref_model=reference,

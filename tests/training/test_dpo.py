@@ -274,6 +274,42 @@ def test_a_shared_reference_copies_only_what_is_updated() -> None:
     assert made.get_input_embeddings().weight is made.get_output_embeddings().weight
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("opt", {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.5}),
+        ("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+        ("qwen2", {"attention_dropout": 0.3}),
+        ("gpt2", {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}),
+        ("mixtral", {"router_jitter_noise": 0.3}),
+    ],
+)
+def test_nothing_is_random_in_the_policy(model_type: str, settings: dict[str, float]) -> None:
+    from model_types import tiny_config
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import disable_dropout_in_model
+
+    config = tiny_config(model_type)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.arange(3, 15)[None]
+    disable_dropout_in_model(model)  # as TRL does
+    dpo.without_dropout(model)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    assert torch.equal(model(tokens).logits, model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["precomputed", "full"])
+def test_a_model_with_dropout_starts_at_its_reference(kind: str, tmp_path: Path) -> None:
+    start = Path(shutil.copytree(BASE, tmp_path / "base"))
+    config = json.loads((start / "config.json").read_text()) | {"attention_dropout": 0.3}
+    (start / "config.json").write_text(json.dumps(config))
+    found = train(tmp_path, kind, start=start, max_steps=1)
+    assert found.logs[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+
+
 def test_without_a_reference_nothing_is_loaded_from_elsewhere(tokenizer: Any) -> None:
     from trl import DPOConfig
 
