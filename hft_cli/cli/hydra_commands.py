@@ -14,8 +14,11 @@ from hft_cli.cli.arguments import Parser
 from hft_cli.cli.hydra_app import composed_values, run_hydra
 from hft_cli.cli.overrides import hydra_arguments, is_sweep
 from hft_cli.config.schema import EvalConfig, PlanConfig, RunConfig
+from hft_cli.config.typed import refuse_unread
 from hft_cli.errors import JobFailure, UserError
 from hft_cli.files import from_dict
+from hft_cli.paths import expanded
+from hft_cli.run_dir import RunDir
 
 if TYPE_CHECKING:
     from hft_cli.plan.planner import Plan
@@ -50,8 +53,12 @@ def _train(composed: Any, argv: Sequence[str]) -> None:
     from hft_cli.runner.training import run
 
     values, overrides = composed_values(composed, argv)
+    config = from_dict(RunConfig, values)
+    begun = config.resume or RunDir(expanded(config.output_dir)).config.exists()  # perhaps by an earlier version
+    if not begun and not is_sweep(argv):
+        refuse_unread(config, overrides)
     has_folder = any(override.startswith("output_dir=") for override in overrides)
-    finished = run(from_dict(RunConfig, values), overrides, search=not has_folder)
+    finished = run(config, overrides, search=not has_folder)
     if finished is not None:  # only node 0 prints the summary
         print(summary(finished))
 
@@ -80,8 +87,10 @@ def _plan(plans: list[tuple[str, Plan]], composed: Any, argv: Sequence[str]) -> 
     from hft_cli.plan.automatic import automatic
     from hft_cli.plan.planner import plan
 
-    values, _ = composed_values(composed, argv)
+    values, overrides = composed_values(composed, argv)
     config = from_dict(PlanConfig, values)
+    if not is_sweep(argv):
+        refuse_unread(config, overrides)
     plans.append((Path(values["output_dir"]).name, plan(automatic(config))))
 
 
@@ -105,7 +114,6 @@ def _evaluate(composed: Any, argv: Sequence[str]) -> None:
 def _keep_settings_of_run(config: EvalConfig, overrides: Sequence[str]) -> None:
     """Score a run's models with the precision, attention and template of the run, unless others are typed."""
     from hft_cli.config.schema import read_config
-    from hft_cli.run_dir import RunDir
 
     if config.run is None or not RunDir(Path(config.run)).config.exists():
         return

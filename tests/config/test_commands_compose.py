@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import composed_by
 
+from hft_cli.config.typed import refuse_unread
 from hft_cli.config.validate import check, check_eval
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +49,12 @@ def documented() -> list[str]:
 def test_a_documented_command_composes_and_is_accepted(line):
     _, command, *words = shlex.split(line)
     words = [word for word in words if not re.match(r"\+?hydra[/.]|--cfg$|job$", word)]
-    if "-m" in words:  # its first job
+    swept = "-m" in words
+    if swept:  # its first job
         words = [re.sub(r"^([^=]+=[^,\[{]+),.*", r"\1", word) for word in words if word != "-m"]
     config = composed_by(command, *words)
+    if command != "eval" and not swept:
+        refuse_unread(config, words)
     if command == "plan" and config.data.name == "none":
         return  # a plan stands in for data that are not named
     check_eval(config) if command == "eval" else check(config)
