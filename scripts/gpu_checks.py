@@ -42,7 +42,7 @@ SMALL = ("data=pocket_order", "suite=none", "train.log_every=1", "train.learning
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fft": ("zero2", ("method=fft",)),
     "lora": ("single", ("method=lora",)),
-    "dpo": ("zero3", ("method=hft_dpo", "data=pocket_preferences")),
+    "dpo": ("zero3", ("method=hft_dpo", "data=pocket_preferences", "dpo.max_steps=10", "dpo.learning_rate=1e-3")),
     "kl": ("zero2", ("anchor=kl",)),
     "l2_sp": ("zero2", ("anchor=l2_sp",)),
     "gem": ("zero2", ("data=pocket_two_tasks", "continual=gem")),

@@ -14,6 +14,28 @@ from hft_cli.paths import group_options
 
 NOISE = r"reference_type|object_type|See https|Available options|Config search|full_key:|Error merging override"
 
+# Names in other trainers -> ours.
+OTHER_NAMES = {
+    "lr": "train.learning_rate",
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "train.epochs"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "train.schedule"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "train.warmup"),
+    **dict.fromkeys(("global_batch_size", "gradient_accumulation_steps", "grad_accum"), "train.batch_size"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"), "train.max_length"),
+    "optim": "train.optimizer",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.save_limit",
+    "eval_steps": "train.validate_every",
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "mixed_precision"), "model.dtype"),
+    **dict.fromkeys(("attn_implementation", "flash_attn"), "model.attention"),
+    **dict.fromkeys(("model_name_or_path", "base_model"), "model.path"),
+    **dict.fromkeys(("dataset", "train_file"), "data.path"),
+    **dict.fromkeys(("nproc_per_node", "num_gpus"), "engine.num_processes"),
+}
+
 
 def one_line(error: BaseException, argv: Sequence[str], name: str) -> str:
     """One line for an error that Hydra or OmegaConf raised while the command `name` composed its config."""
@@ -78,7 +100,8 @@ def _unknown_key(text: str, argv: Sequence[str], name: str) -> str | None:
     if key.startswith("hydra."):
         return None
     # The right name in the wrong group is likelier than another name.
-    elsewhere = [f"'{known}'" for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    last = key.rpartition(".")[2]
+    elsewhere = [f"'{known}'" for known in keys if known.rpartition(".")[2] == last or OTHER_NAMES.get(last) == known]
     hint = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest_hint(key, keys, cutoff=0.5)
     return f"Unknown key '{key}'.{hint} All keys: hft {name} --help"
 

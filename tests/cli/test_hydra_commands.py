@@ -13,6 +13,8 @@ MISTAKES = {
     "sweep without -m": (("experiment=level_ablation",), r"experiment=level_ablation is a sweep: hft train -m experiment=level_ablation"),
     "unknown key": (("+method=hft", "train.learning_rat=1"), r"Unknown key 'train\.learning_rat'\. Did you mean 'train\.learning_rate'"),
     "key of another group": (("+method=hft", "generation.thinking=false"), r"Did you mean 'model\.thinking'\?"),
+    "key of another trainer": (("+method=hft", "train.lr=1"), r"Unknown key 'train\.lr'\. Did you mean 'train\.learning_rate'\?"),
+    "key without a group": (("+method=hft", "cutoff_len=1"), r"Unknown key 'cutoff_len'\. Did you mean 'train\.max_length'\?"),
     "key of several groups": (
         ("+method=hft", "model.learning_rate=1"), r"Did you mean 'train\.learning_rate' or 'dpo\.learning_rate'\?"
     ),
