@@ -23,6 +23,7 @@ def main() -> None:
 
     Exit status: 0 done, 2 a user's mistake, 1 any other failure, 128 + n after signal n.
     """
+    _open_closed_streams()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them before they take the node away
         signal.signal(number, _raise_stopped)
     os.environ.setdefault("HOME", str(home()))  # or libraries would make a folder called ~
@@ -51,6 +52,17 @@ def main() -> None:
         logger.error("hft: %s", failure)
         status = 2 if isinstance(failure, UserError) else 1
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started with closed streams (`2>&-`) /dev/null in their place.
+
+    Without it, sys.stderr is None, and the next file that is opened gets its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            lowest_free = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(lowest_free, mode, encoding="utf-8"))
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:

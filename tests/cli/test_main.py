@@ -48,6 +48,16 @@ def test_without_a_command_the_overview_is_printed(words):
     assert "hft materialize RUN|DELTA --out FOLDER" in ended.out
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_dev_null(closed, tmp_path):
+    code = (
+        "import sys; from hft_cli.cli import main as m; "
+        "m._dispatch = lambda argv: sys.stderr.write('x') - 1 + (open('file', 'w').fileno() < 3); m.main()"
+    )
+    words = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code]
+    assert subprocess.run(words, cwd=tmp_path, env=environment()).returncode == 0
+
+
 def test_an_unknown_command_is_one_line_with_the_nearest():
     message = "hft: Unknown command 'trian'. Did you mean 'train'? Available: " + ", ".join(COMMANDS) + ".\n"
     assert hft("trian") == Ended(2, "", message)
