@@ -23,7 +23,7 @@ LARGEST_JSON = 1 << 28  # bytes
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it: a reader sees the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same cache
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

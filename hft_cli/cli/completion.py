@@ -29,7 +29,7 @@ def complete(parser: Parser, words: list[str], commands: Iterable[str]) -> int:
     choose("shell", options.shell, SHELLS)
     if options.line is not None:
         raise UserError(f"One argument too many: '{options.line}'. Usage: {parser.usage}")
-    print((PACKAGE / "assets" / "completion" / f"hft.{options.shell}").read_text(), end="")
+    print((PACKAGE / "assets" / "completion" / f"hft.{options.shell}").read_text(encoding="utf-8"), end="")
     return 0
 
 

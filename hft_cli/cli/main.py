@@ -23,6 +23,7 @@ def main() -> None:
 
     Exit status: 0 done, 2 a user's mistake, 1 any other failure, 128 + n after signal n.
     """
+    _use_utf8()
     _open_closed_streams()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them before they take the node away
         signal.signal(number, _raise_stopped)
@@ -52,6 +53,16 @@ def main() -> None:
         logger.error("hft: %s", failure)
         status = 2 if isinstance(failure, UserError) else 1
     sys.exit(status)
+
+
+def _use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if the locale is ASCII and that mode is off.
+
+    Libraries could not open a path with other characters, which Python then holds as escaped bytes.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":  # `python -I` does not read it
+        os.environ["PYTHONUTF8"] = "1"  # workers inherit it
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _open_closed_streams() -> None:

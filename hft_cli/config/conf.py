@@ -73,5 +73,5 @@ def _files(option: str) -> Iterator[dict[str, Any]]:
 
 
 def _read(option: str) -> dict[str, Any]:
-    values: dict[str, Any] | None = yaml.safe_load((conf_dir() / f"{option}.yaml").read_text())
+    values: dict[str, Any] | None = yaml.safe_load((conf_dir() / f"{option}.yaml").read_text(encoding="utf-8"))
     return values or {}

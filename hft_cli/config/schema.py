@@ -453,7 +453,7 @@ def read_config(run: RunDir) -> RunConfig:
     import yaml
 
     try:
-        values = yaml.safe_load(run.config.read_text())
+        values = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such date
         raise UserError(f"{run.config} cannot be read: {error}".splitlines()[0]) from None
     if not isinstance(values, dict):

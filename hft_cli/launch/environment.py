@@ -33,7 +33,9 @@ def environment() -> dict[str, Any]:
 def _output_lines(command: list[str]) -> list[str]:
     """The lines that a command prints; none if it does not exist or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        return subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=20
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
 
@@ -67,7 +69,7 @@ def compute_in_bfloat16() -> bool:
 def cuda_build() -> bool:
     """Whether torch was built for GPUs, read from its version file."""
     spec = find_spec("torch")
-    text = (Path(str(spec.origin)).parent / "version.py").read_text() if spec else ""
+    text = (Path(str(spec.origin)).parent / "version.py").read_text(encoding="utf-8") if spec else ""
     return bool(re.search(r"^(cuda|hip)\b[^=]*= *['\"]", text, re.MULTILINE))
 
 
@@ -82,7 +84,7 @@ def host_memory() -> float:
     """Memory of this machine in bytes, or the limit that a scheduler's control group sets."""
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in _limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
-        limit = file.read_text().strip() if file.exists() else ""
+        limit = file.read_text(encoding="utf-8").strip() if file.exists() else ""
         if limit.isdigit():
             size = min(size, float(limit))
     return size
@@ -95,7 +97,7 @@ def _limits(membership: Path, root: Path) -> Iterator[Path]:
         membership: /proc/self/cgroup, lines of ID:CONTROLLERS:PATH; v2 has no controllers.
         root: where control groups are mounted.
     """
-    for line in membership.read_text().splitlines() if membership.exists() else ():
+    for line in membership.read_text(encoding="utf-8").splitlines() if membership.exists() else ():
         _, controllers, place = line.split(":", 2)
         if controllers in ("", "memory"):
             mount, file = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")

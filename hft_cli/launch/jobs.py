@@ -224,5 +224,5 @@ class Progress:
         if self.rank != 0:
             return
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.values))
+        part.write_text(json.dumps(self.values), encoding="utf-8")
         part.replace(self.path)

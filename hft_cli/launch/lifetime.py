@@ -35,7 +35,7 @@ def hold_lock(lock: Path) -> Iterator[None]:
     Raises:
         UserError: if another process works on the directory, or a worker of the command before is still ending.
     """
-    with lock.open("w") as file:
+    with lock.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # ranks, which inherit no file, share it by its name

@@ -193,7 +193,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], place: Path) -> None:
     """Wait until a process listens on its socket; RuntimeError if it ends instead."""
     while not place.exists():
         if process.poll() is not None:
-            raise RuntimeError(f"The process that starts workers failed.\n{place.with_name('log').read_text()}")
+            raise RuntimeError(
+                f"The process that starts workers failed.\n{place.with_name('log').read_text(encoding='utf-8')}"
+            )
         time.sleep(0.02)
 
 
@@ -358,7 +360,7 @@ def _set_command_line(words: Sequence[str]) -> None:
     """Overwrite the command line that `ps` shows: fields 48 and 49 of /proc/self/stat say where it is in memory."""
     import ctypes
 
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     start, end = (int(fields[number - 3]) for number in (48, 49))
     if 0 < start < end:
         line = b"\0".join(os.fsencode(word) for word in words)[: end - start - 1]

@@ -116,7 +116,7 @@ class SqueueWatcher:
     def update(self) -> None:
         """Call squeue for all jobs that have not ended."""
         command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r"]
-        answer = subprocess.run(command, capture_output=True, text=True)
+        answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         self._last_update = time.monotonic()
         if answer.returncode != 0:  # the controller may be away for a while
             logger.warning("squeue does not answer: %s. Trying again.", " ".join(answer.stderr.split()))
@@ -167,5 +167,5 @@ def _preempted() -> bool:
     if "SLURM_JOB_ID" not in os.environ:
         return False
     command = ["scontrol", "show", "job", "--oneliner", JobEnvironment().job_id]
-    job = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
     return "JobState=RUNNING" in job and "PreemptTime=" in job and "PreemptTime=None" not in job

@@ -85,7 +85,7 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
         _wait(process, run, poll, followers)
     except NodeError:
         if folder.mistake.exists():  # all ranks saw it, those of another node a moment earlier
-            raise UserError(folder.mistake.read_text()) from None
+            raise UserError(folder.mistake.read_text(encoding="utf-8")) from None
         raise
     finally:
         if process.poll() != 0 and followers is not None:
@@ -95,7 +95,7 @@ def run_worker(run: WorkerRun, poll: Callable[[], None] = lambda: None, follower
     if status == 0:
         return
     if folder.mistake.exists():
-        raise UserError(folder.mistake.read_text())
+        raise UserError(folder.mistake.read_text(encoding="utf-8"))
     logger.error(_last_error(folder.log))
     if shutil.disk_usage(folder.folder).free < FULL:  # libraries say so in many ways
         logger.error("The disk of %s is full.", folder.folder)
@@ -140,7 +140,7 @@ def _wait(process: Process, run: WorkerRun, poll: Callable[[], None], followers:
 def _has_trained(progress: Path) -> bool:
     """Whether a worker has begun to train, so that it answers a signal by a checkpoint."""
     try:
-        return json.loads(progress.read_text())["step"] is not None
+        return json.loads(progress.read_text(encoding="utf-8"))["step"] is not None
     except FileNotFoundError:
         return False
 
@@ -298,7 +298,7 @@ STARTING = "starting"  # until the worker writes its progress file
 def _update(bar: Any, progress: Path) -> None:
     """Show what a worker's progress file says (its keys: jobs.Progress)."""
     try:
-        values = json.loads(progress.read_text())
+        values = json.loads(progress.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     step, total, loss, rate = (values[key] for key in ("step", "total", "loss", "tokens_per_second"))
@@ -318,6 +318,6 @@ def _update(bar: Any, progress: Path) -> None:
 
 def _last_error(log: Path) -> str:
     """The last line of a log that names an error, or the last five lines."""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if "Error" in line]
     return "\n".join(errors[-1:] or lines[-5:])

@@ -27,7 +27,7 @@ def companions(folder: RoundDir, base: Path, new_template: bool) -> dict[str, st
     settings = dict(original)
     files: dict[str, Any] = {}
     if new_template and folder.template.exists():
-        files[folder.template.name] = folder.template.read_text()
+        files[folder.template.name] = folder.template.read_text(encoding="utf-8")
         # transformers prefers the file; other programs may read the old template in the settings.
         named = settings.pop("chat_template", None)
         for entry in named if isinstance(named, list) else []:

@@ -69,7 +69,7 @@ def publish(run: RunDir, number: int | None, out: Path) -> None:
         write_delta_file(tensors, part / DELTA, metadata)
         for file in (template, folders[-1].answer_end):
             if file is not None and file.exists():
-                write_text(part / file.name, file.read_text())
+                write_text(part / file.name, file.read_text(encoding="utf-8"))
         write_json(part / ABOUT, about)
         write_text(part / "README.md", _card(about, out.resolve().name))
 
@@ -143,7 +143,9 @@ def _card(about: dict[str, Any], name: str) -> str:
         for r in about["rounds"]
     ]
     scores = _score_rows(about["eval"])
-    template = Template((Path(__file__).parent / "delta_card.md.jinja").read_text(), keep_trailing_newline=True)
+    template = Template(
+        (Path(__file__).parent / "delta_card.md.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True
+    )
     card: str = template.render(
         about,
         name=name,

@@ -108,7 +108,7 @@ def _put_back(session: Session, phase: Phase, draw: Draw, start: Position) -> No
         trained = session.run.round(earlier.number, earlier.name)
         for source, target in ((trained.template, folder.template), (trained.answer_end, folder.answer_end)):
             if source.exists():
-                write_text(target, source.read_text())
+                write_text(target, source.read_text(encoding="utf-8"))
     start_time = time.perf_counter()
     if config.method.save_model:
         tensors = blended_tensors(config, draw, stored_model(start.model, config), session.prepared.base)

@@ -109,7 +109,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
         if not drawn[0].updated:
             raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     template = config.model.chat_template
-    template_sha256 = None if template is None else hash_values(template_file(template).read_text())
+    template_sha256 = None if template is None else hash_values(template_file(template).read_text(encoding="utf-8"))
     check_thinking(config.model, base)
     check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)

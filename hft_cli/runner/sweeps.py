@@ -42,7 +42,7 @@ def jobs(sweep: Path) -> list[tuple[Path, list[str]]]:
     from hydra.errors import HydraException
 
     try:
-        hydra = yaml.safe_load(sweep.read_text())["hydra"]
+        hydra = yaml.safe_load(sweep.read_text(encoding="utf-8"))["hydra"]
         overrides = [*params(hydra["sweeper"]), *map(str, hydra["overrides"]["task"])]
         return [(sweep.parent / folder_name(job, overrides), job) for job in split_sweep(overrides)]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, HydraException):

@@ -185,14 +185,14 @@ class Metrics(SessionCallback):
     def _write(self, values: dict[str, Any]) -> None:
         phase = self.session.job.phase
         if self.session.ranks.first:
-            with self.file.open("a") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": phase.round, "name": phase.name, **values}) + "\n")
 
 
 def drop_lines_after(file: Path, phase: str, last_step: int) -> None:
     """Drop the lines of metrics.jsonl that a stopped session of the phase wrote after `last_step`."""
     lines = []
-    for text in file.read_text().splitlines():
+    for text in file.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # the stopped session was killed while it wrote this line

@@ -61,7 +61,7 @@ def _convert(checkpoint: Path, stage: int) -> None:
         for other in checkpoint.glob("universal_zero*"):  # for another stage, or not complete
             shutil.rmtree(other)
         part = folder.with_suffix(f".{os.getpid()}.part")
-        tag = (checkpoint / "latest").read_text().strip()
+        tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
         # Relative names, because the tool takes its paths for patterns; a process of its own, because it forks.
         tool = [sys.executable, "-P", "-m", "hft_cli.training.universal_tool", "--inject_missing_state"]
         subprocess.run([*tool, "--input_folder", tag, "--output_folder", part.name], cwd=checkpoint, check=True)
@@ -79,7 +79,7 @@ def prove_updated(model: Any, optimizer: Any, checkpoint: Path, step: int, ranks
     from deepspeed.utils import safe_get_full_optimizer_state
 
     compat.repair_step_counts(optimizer, step)
-    folder = checkpoint / (checkpoint / LATEST).read_text()
+    folder = checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8")
     for name, parameter in model.named_parameters():
         for state in compat.OPTIMIZER_STATES if parameter.requires_grad else ():
             if state == "fp32":

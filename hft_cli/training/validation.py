@@ -87,7 +87,7 @@ class Validation(SessionCallback):
                 write_json(file, self.start)
             self._add(0, self.start)
         else:
-            self.start = json.loads(file.read_text())
+            self.start = json.loads(file.read_text(encoding="utf-8"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step

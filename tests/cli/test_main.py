@@ -58,6 +58,17 @@ def test_closed_streams_are_dev_null(closed, tmp_path):
     assert subprocess.run(words, cwd=tmp_path, env=environment()).returncode == 0
 
 
+def test_a_locale_without_utf8_does_not_matter():
+    code = (
+        "import sys; from hft_cli.cli import main as m; "
+        "m._dispatch = lambda argv: print(sys.getfilesystemencoding(), *map(ascii, argv)) or 0; m.main()"
+    )
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, "ü"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment() | ascii_only)
+    assert done.stdout == "utf-8 '\\xfc'\n"
+
+
 def test_an_unknown_command_is_one_line_with_the_nearest():
     message = "hft: Unknown command 'trian'. Did you mean 'train'? Available: " + ", ".join(COMMANDS) + ".\n"
     assert hft("trian") == Ended(2, "", message)
