@@ -143,6 +143,28 @@ def test_no_name_with_an_underscore_crosses_a_file():
     assert not private
 
 
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the locale."""
+    words = {word.arg: word.value for word in call.keywords}
+    name = ast.unparse(call.func)
+    if name == "os.open" or "encoding" in words:
+        return False
+    if name.rpartition(".")[2] in ("open", "fdopen"):
+        constants = [value.value for value in (*call.args, *words.values()) if isinstance(value, ast.Constant)]
+        return not any(isinstance(value, str) and re.fullmatch(r"[rwax+]*b[rwax+]*", value) for value in constants)
+    return bool(re.search(r"\.(read|write)_text$", name)) or ("text" in words and name.startswith("subprocess."))
+
+
+def test_text_is_read_and_written_in_utf8():
+    found = [
+        f"{module(path)} line {node.lineno}: {ast.unparse(node)}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and names_no_encoding(node)
+    ]
+    assert not found
+
+
 # --------------------------------------------------------------------------------------------------- upstream internals
 
 COMPAT = sorted(PACKAGE.rglob("compat.py"))

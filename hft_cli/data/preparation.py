@@ -99,7 +99,7 @@ def _in_cache(rows: Rows[Any], work: Work, bad: BadRows) -> Any:
     key = key_of(rows.sha256(), *work.key, [version(name) for name in ("transformers", "tokenizers", "jinja2")])
     folder = made(cache_folder() / "tokens" / key, make)
     places = list(rows.places()) if (files := sorted(folder.glob("bad-*.jsonl"))) else []
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for number, reason in sorted(lines):
         bad.add(places[number], reason)
     parts = [datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
@@ -118,7 +118,7 @@ class _Batches:
         part = self.rows.select(batch["number"])
         columns, bad_rows = self.work(list(part), list(part.places()))
         if bad_rows:
-            with (self.folder / f"bad-{os.getpid()}.jsonl").open("a") as file:
+            with (self.folder / f"bad-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps([batch["number"][index], reason]) + "\n" for index, reason in bad_rows)
         return columns
 

@@ -77,9 +77,10 @@ def _new_namespaces() -> bool:
     if _LIBC.unshare(NAMESPACES | CLONE_NEWUSER) != 0:
         return user == 0 and _LIBC.unshare(NAMESPACES) == 0
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path("/proc/self", name).write_text(text)  # without a map of our user no file can be created
+        Path("/proc/self", name).write_text(text, encoding="utf-8")  # without a map of our user no file can be created
     with suppress(OSError):  # read-only in some containers
-        Path("/proc/sys/user/max_user_namespaces").write_text("0")  # a user namespace inside would give rights again
+        # a user namespace inside would give rights again
+        Path("/proc/sys/user/max_user_namespaces").write_text("0", encoding="utf-8")
     return True
 
 
@@ -162,7 +163,7 @@ def _children() -> list[int]:
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if entry.isdigit():
             with suppress(OSError):
-                stat = Path("/proc", entry, "stat").read_text(errors="replace")
+                stat = Path("/proc", entry, "stat").read_text(encoding="utf-8", errors="replace")
                 if int(stat.rpartition(")")[2].split()[1]) == own:
                     children.append(int(entry))
     return children

@@ -40,7 +40,7 @@ def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]
     if path is None:
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {
             line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
         }
@@ -107,5 +107,5 @@ def add_to_cache(keys: Mapping[Path, str]) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target.with_suffix(".jsonl"), source.with_suffix(".jsonl").read_text())
+    write_text(target.with_suffix(".jsonl"), source.with_suffix(".jsonl").read_text(encoding="utf-8"))
     write_json(target, read_json(source))

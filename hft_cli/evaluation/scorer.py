@@ -212,7 +212,9 @@ def model_identity(model: ScoredModel) -> dict[str, Any]:
     return {
         "weights": model.weights,
         "files": companion_hashes(model.path),
-        "template": template_file.read_text() if template_file and template_file.is_file() else template,
+        "template": template_file.read_text(encoding="utf-8")
+        if template_file and template_file.is_file()
+        else template,
         "model": [model.config.dtype, model.config.attention, *(each for each in switches if each is not None)],
     }
 

@@ -29,7 +29,7 @@ def paper_table(name: str) -> Table:
     """A table of published.yaml: paper_sft, paper_dpo, paper_trace or paper_levels."""
     import yaml
 
-    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())[name]
+    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[name]
     first, *others = table["columns"]
     numbers = [(heading, formatted(heading, "+.1f" if "BWT" in heading else ".1f")) for heading in others]
     records = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]

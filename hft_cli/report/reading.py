@@ -118,7 +118,7 @@ def _progress(run: RunDir) -> str:
     logs = sorted(run.folder.glob("rounds/*/worker.log")) + sorted(run.folder.glob("eval/*/worker.log"))
     if logs:
         newest = max(logs, key=lambda path: path.stat().st_mtime)
-        lines = newest.read_text(errors="replace")[-20_000:].splitlines()
+        lines = newest.read_text(encoding="utf-8", errors="replace")[-20_000:].splitlines()
         errors = [line.strip() for line in lines if re.match(r"\s*(\[rank\d+\]:)?\s*[\w.]*(Error|Exception)\b", line)]
         note += f"; {errors[-1][:200]}" if errors else ""
     return note
@@ -181,7 +181,7 @@ def _losses(run: RunDir) -> tuple[tuple[tuple[int, float], ...], str]:
     """The losses in metrics.jsonl, and a note if it cannot be read. Of entries for one step the last one holds."""
     by_phase: dict[str, dict[int, float]] = {}
     try:
-        for line in run.metrics.read_text().splitlines() if run.metrics.exists() else ():
+        for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else ():
             entry = json.loads(line)
             if "loss" in entry:
                 by_phase.setdefault(entry["name"], {})[int(entry["step"])] = finite(entry["loss"])

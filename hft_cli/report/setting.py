@@ -86,7 +86,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is compiled in
     try:
-        values = yaml.load(path.read_text(), loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
