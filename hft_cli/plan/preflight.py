@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib import metadata
 from importlib.util import find_spec
@@ -50,6 +51,7 @@ def check_packages(config: RunConfig) -> None:
             version = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
             raise UserError(f"{needed.name} is not installed, and hft needs it. {fix}") from None
+        _require_not_hidden(needed.name)
         if not needed.specifier.contains(version, prereleases=True):
             reason = f" ({VERSION_FAULTS[needed.name]})" if needed.name in VERSION_FAULTS else ""
             raise UserError(
@@ -62,6 +64,21 @@ def check_packages(config: RunConfig) -> None:
             f"model.attention={attention} needs the package {package}, which is not installed. Install it, or set "
             "model.attention=sdpa."
         )
+
+
+def _require_not_hidden(library: str) -> None:
+    """Raise UserError if workers would import a module of the user's own instead of an installed library."""
+    file = f"{library}/__init__.py"
+    installed = Path(str(metadata.distribution(library).locate_file(file)))
+    if not installed.exists():  # installed from a checkout, or its module has another name
+        return
+    folders = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    for own in (Path(folder, name) for folder in folders for name in (f"{library}.py", file)):
+        if own.is_file() and not own.samefile(installed):
+            raise UserError(
+                f"{own} hides the library {library}: workers import from the working folder and from PYTHONPATH first. "
+                "Rename it, or start hft elsewhere."
+            )
 
 
 def check_optimizer(name: str, has_gpu: bool) -> None:

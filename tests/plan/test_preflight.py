@@ -152,6 +152,20 @@ def test_a_missing_package_is_refused(monkeypatch):
         preflight.check_packages(composed("+method=hft"))
 
 
+@pytest.mark.parametrize("file", ["datasets.py", "datasets/__init__.py"])
+@pytest.mark.parametrize("place", ["the working folder", "PYTHONPATH"])
+def test_a_module_that_hides_a_library_is_refused(file, place, tmp_path, monkeypatch):
+    if place == "PYTHONPATH":
+        monkeypatch.setenv("PYTHONPATH", f"elsewhere:{tmp_path}")
+    else:
+        monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").mkdir()  # a folder of data hides nothing
+    preflight.check_packages(composed("+method=hft"))
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=rf"{tmp_path / file} hides the library datasets: .* Rename it"):
+        preflight.check_packages(composed("+method=hft"))
+
+
 def test_offload_counts_against_the_hosts_memory():
     config, made = planned(*SEVEN_B, "engine=zero3_offload", "train.micro_batch_size=1")
     preflight.check_memory(config, made, [80 * GIB] * 8, 2000 * GIB)
