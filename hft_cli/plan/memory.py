@@ -84,7 +84,7 @@ def memory(work: Workload) -> Memory:
         masters=0.0 if stage is None else 4.0 * shard * on_gpu,  # DeepSpeed copies float32 weights as well
         reference=reference,
         activations=activations(work),
-        buffers=_standing(work) + _buckets(work) + _cast(work) + max(_loss(work), _layer_gradients(work)),
+        buffers=_standing(work) + _buckets(work) + _cast(work) + max(_loss(work), _backward(work)),
         step=_step_memory(work) * on_gpu,
     )
     return replace(parts, total=_peak(work, parts))
@@ -102,14 +102,13 @@ def _peak(work: Workload, parts: Memory) -> float:
     saved, cast = _saved(work), _cast(work)
     kept = 0.0 if setup.checkpointing else cast  # the layers are recomputed with casts of their own
     layer = setup.tokens * max(_each_layer(work), default=0.0)
-    head = 4.0 * work.head.elements if work.head is not None and work.head.name in work.trained else 0.0
-    backward = _standing(work) + _buckets(work) + _layer_gradients(work)
+    backward = _standing(work) + _buckets(work) + _backward(work)
     filled = setup.zero_stage == 3 or (setup.zero_stage == 1 and setup.accumulation > 1)
     forward = gradients + saved + _standing(work) + _buckets(work) * filled
     moments = (
         forward + cast + _loss(work) * FORWARD,
         forward + kept + _loss(work),
-        gradients + head + saved + kept + layer * setup.checkpointing + backward,
+        gradients + saved + kept + layer * setup.checkpointing + backward,
         parts.gradients + layer + backward,
         parts.gradients + parts.step,
     )
@@ -300,21 +299,24 @@ def _feed_forward_activations(readers: Sequence[Position], work: Workload) -> fl
     return total
 
 
-def _layer_gradients(work: Workload) -> float:
-    """Gradients in the backward pass of a layer: of gate, up and their product, and of the residual stream."""
+def _backward(work: Workload) -> float:
+    """Gradients on their way: of the head's weight; in a layer of gate, up and their product, and of its input."""
     setup, shape = work.setup, work.shape
     inner = 3.0 * setup.compute_bytes * shape.inner * shape.experts_used
-    return setup.tokens * (inner + 2 * setup.weight_bytes * shape.hidden)
+    return setup.tokens * (inner + 2 * setup.weight_bytes * shape.hidden) + _head_gradient(work)
+
+
+def _head_gradient(work: Workload) -> float:
+    """The gradient of the head's weight, in float32 before the cast."""
+    return 4.0 * work.head.elements if work.head is not None and work.head.name in work.trained else 0.0
 
 
 def _loss(work: Workload) -> float:
     """What the loss takes: all logits, or one tile of them and the gradient of the head's input."""
     setup, compute = work.setup, work.setup.compute_bytes
     if not work.holds_logits or work.head is None:
-        head = 4.0 * work.head.elements if work.head is not None and work.head.name in work.trained else 0.0
-        return (
-            compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1] + 4 * setup.tokens * work.shape.hidden + head
-        )
+        tile = compute * min(setup.tokens, LOGITS_TILE[0]) * LOGITS_TILE[1]
+        return tile + 4 * setup.tokens * work.shape.hidden + _head_gradient(work)
     logits = setup.tokens * work.head.shape[0]
     # Log-probabilities, their gradient and that of the logits in float32. With KL the logits of the start;
     # log-probabilities of both in float32, and a gradient.

@@ -112,11 +112,11 @@ def test_a_step_of_all_at_once_makes_the_planned_copies(name, decay):
 
 
 def test_an_anchor_takes_the_start_or_a_reference_and_logits():
-    setup = Setup(None, 1, "float32", 2, 8)
+    setup = Setup(None, 1, "float32", 64, 8)
     plain, l2_sp, kl = (fft("llama", replace(setup, anchor=name)) for name in ("none", "l2_sp", "kl"))
     assert memory(l2_sp).reference == memory(kl).reference == 4 * plain.total_elements
     assert memory(l2_sp).buffers == memory(plain).buffers
-    logits = 2 * 8 * plain.head.shape[0]
+    logits = 64 * 8 * plain.head.shape[0]
     assert memory(kl).buffers - memory(plain).buffers == (12 + 4) * logits
     assert checkpoint_bytes(l2_sp) - checkpoint_bytes(plain) == 4 * plain.total_elements
     assert flops(kl, 2, 8).reference == flops(plain, 2, 8).forward
