@@ -40,7 +40,8 @@ def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]
     if path is None:
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not by splitlines: a text may hold U+0085, U+2028 or U+2029, at which that would divide a line.
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         return {
             line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, inf, isfinite
 
 from hft_cli.errors import UserError, choose
 from hft_cli.files import read_json
@@ -22,10 +22,11 @@ class Check:
 
     Attributes:
         change: for the better, in points of a share, otherwise in percent of the score before.
-        low, high: the 95% interval over the items; those of a score without items are the change itself.
+        low, high: the 95% interval over the items; infinite if there is none.
         limit: the smallest change that passes.
         items: number of items; 0 if none were recorded.
         noise: how far two scorings of one model lie apart, at the 95% level; None if it was not scored twice.
+        why: why there is no interval.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Check:
     limit: float
     items: int
     noise: float | None = None
+    why: str = ""
 
     @property
     def result(self) -> str:
@@ -91,14 +93,14 @@ def _check(record: Record, limit: float, noise: float | None) -> Check:
         scale = 100 / abs(before) if before else 100.0
     change = float(record["change"] or 0)
     low, high = record["change_low"], record["change_high"]
-    ends = [change if end is None else float(end) for end in (low, high)]
+    ends = (-inf, inf) if low is None or high is None else (float(low), float(high))
     better = -scale if is_loss(str(metric)) else scale
     least, most = sorted(better * end for end in ends)
     points = None if noise is None else noise * scale
     change *= better
     # The noise is independent of which items there are, so the squares add up.
     least, most = change - hypot(change - least, points or 0), change + hypot(most - change, points or 0)
-    return Check(str(record["task"]), change, least, most, limit, items, points)
+    return Check(str(record["task"]), change, least, most, limit, items, points, str(record["note"]))
 
 
 def gate_text(found: Sequence[Check]) -> str:
@@ -106,7 +108,7 @@ def gate_text(found: Sequence[Check]) -> str:
     rows = [
         [
             check.task,
-            f"{check.change:+.1f}" + (f" [{check.low:+.1f}, {check.high:+.1f}]" if check.items else ""),
+            f"{check.change:+.1f}" + (f" [{check.low:+.1f}, {check.high:+.1f}]" if isfinite(check.low) else ""),
             f"{check.limit:+.1f}",
             str(check.items or ""),
             "" if check.noise is None else f"±{check.noise:.1f}",
@@ -119,8 +121,8 @@ def gate_text(found: Sequence[Check]) -> str:
     if not open_checks:
         return f"{table}\n\nship"
     reasons = "; ".join(f"{check.task} {check.result}" for check in open_checks)
-    text = f"{table}\n\ndo not ship: {reasons}"
-    if any(check.result == UNKNOWN for check in open_checks):
+    text = "\n".join([f"{table}\n\ndo not ship: {reasons}", *(f"{c.task}: {c.why}." for c in open_checks if c.why)])
+    if any(check.result == UNKNOWN and not check.why for check in open_checks):
         text += "\nWhere the interval has the limit within it, more items tell: a larger suite or test set."
     return text
 

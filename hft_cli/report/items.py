@@ -11,9 +11,14 @@ from hft_cli.report.stats import Estimate, newcombe, paired_bootstrap, wilson
 from hft_cli.report.tables import Cell, Record, estimate_cell, estimate_fields, formatted
 from hft_cli.text import is_share
 
+NO_ITEMS = "no scores of single items, so that the change has no interval"
+
 
 def score_changes(run: Run) -> list[Record]:
-    """The score of each task before and after the run, and its change, with an interval where items were recorded."""
+    """The score of each task before and after the run, and its change, with an interval where items were recorded.
+
+    `note` says why there is no change, or no interval.
+    """
     records: list[Record] = []
     for task, pair in run.row.scores.items():
         before, after = pair["before"], pair["after"]
@@ -24,6 +29,7 @@ def score_changes(run: Run) -> list[Record]:
         records.append({
             "run": run.row.run, "method": run.row.label, "task": task, "metric": run.metrics[task], "before": before,
             "after": after, **estimate_fields("change", change), **(flips(*items[:2]) if items else {}),
+            "note": "" if items else NO_ITEMS,
         })  # fmt: skip
     return records
 

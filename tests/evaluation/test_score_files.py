@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 import re
 
-from hft_cli.evaluation.score_files import add_to_cache, cache_key, copy_from_cache, read_scores, write_scores
+import pytest
+
+from hft_cli.evaluation.score_files import (
+    add_to_cache,
+    cache_key,
+    copy_from_cache,
+    read_items,
+    read_scores,
+    write_scores,
+)
 
 
 def test_scores_and_items_are_written_beside_each_other(tmp_path):
@@ -14,6 +23,12 @@ def test_scores_and_items_are_written_beside_each_other(tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == '{"row": "ü"}\n{"row": 1}\n'
     write_scores(tmp_path / "rows.json", {"exact_match": 1.0}, [])
     assert read_scores(tmp_path / "rows.json") == ({"exact_match": 1.0}, {})
+
+
+@pytest.mark.parametrize("mark", ["\u0085", "\u2028", "\u2029", "\x0b", "\x1c", "\r"])
+def test_any_character_may_stand_in_an_item(mark, tmp_path):
+    write_scores(tmp_path / "a.json", {"acc": 0.5}, [{"row": f"a{mark}b", "acc": 1.0}, {"row": mark, "acc": 0.0}])
+    assert list(read_items(tmp_path / "a.jsonl", "acc")) == [f"a{mark}b", mark]
 
 
 def test_cached_scores_are_copied_to_missing_files_only(tmp_path, monkeypatch):

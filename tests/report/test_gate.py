@@ -10,7 +10,7 @@ from report_runs import write_eval, write_items, write_run
 
 from hft_cli.cli.commands import run_command
 from hft_cli.errors import UserError
-from hft_cli.report.gate import Check, checks, gate_text, ships
+from hft_cli.report.gate import checks, gate_text, ships
 from hft_cli.report.reading import find_runs
 
 
@@ -59,9 +59,24 @@ def test_bits_per_byte_lose_when_they_rise_in_percent_of_before(tmp_path):
     for when, value in (("before", 0.8), ("after", 0.84)):
         results["eval"][when]["text"] = {"book": {"bits_per_byte": value}}
     (run / "results.json").write_text(json.dumps(results))
+    for when, value in (("before", 0.8), ("after", 0.84)):
+        file = run / "eval" / when / "text" / "book.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps({"row": n, "bits_per_byte": value}) + "\n" for n in range(20)))
     (found,) = [check for check in checks(find_runs([run])[0], 4.0, None) if check.task == "text/book"]
-    assert found == Check("text/book", pytest.approx(-5), pytest.approx(-5), pytest.approx(-5), -4.0, 0)
-    assert found.result == "fails"
+    assert (found.change, found.low, found.high) == pytest.approx((-5, -5, -5))
+    assert (found.items, found.result) == (20, "fails")
+
+
+@pytest.mark.parametrize("broken", [None, "{", '{"row": 0}\n'])
+def test_a_score_without_items_does_not_open_the_gate(run, broken, capsys):
+    assert gate(run, "--max-loss", "20") == 0
+    items = run / "eval/after/pocket/facts.jsonl"
+    items.unlink() if broken is None else items.write_text(broken)
+    assert gate(run, "--max-loss", "100") == 3
+    said = capsys.readouterr().out
+    assert "do not ship: pocket/facts cannot tell" in said
+    assert "pocket/facts: no scores of single items" in said
 
 
 def test_suites_of_later_evaluations_are_checked_by_name(run):
