@@ -24,8 +24,10 @@ from hft_cli.data.chats import Chat
 from hft_cli.data.prompts import Prompts, make_prompts
 from hft_cli.data.reasoning import decode_answer, split_reasoning
 from hft_cli.data.rows import read_chats
+from hft_cli.data.summary import IGNORED
 from hft_cli.data.templates import chat_template
 from hft_cli.data.tokenization import tokenize
+from hft_cli.errors import UserError
 from hft_cli.evaluation import vllm_engine
 from hft_cli.evaluation.compat import use_generation_settings_only
 from hft_cli.evaluation.metrics import mean_and_error, score
@@ -49,6 +51,8 @@ from hft_cli.files import read_json
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
+
+UNCUT = 2**31 - 1  # tokens: no row is cut
 
 PROMPT_END = 16  # tokens, in which a chat template opens the reasoning
 
@@ -144,24 +148,50 @@ def _put_back(model: Any, job: RowsJob, folder: str) -> None:
 def _score_forced(
     loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, job: RowsJob, progress: Progress
 ) -> tuple[Scores, list[Item]]:
-    settings: dict[str, Any] = {"max_length": loaded.max_length, "special_tokens": task.special_tokens}
-    tokenized = tokenize(chats, loaded.tokenizer, where=task.path, **settings)
-    rows = list(tokenized.dataset)
     metric = task.metric
-    items = dict(zip(tokenized.kept, _forced_items(loaded, rows, job, metric, progress), strict=True))
+    rows = _forced_rows(loaded, chats, task)
+    progress.advance(len(chats) - len(rows), 0)
+    items = dict(zip(rows, _forced_items(loaded, list(rows.values()), job, metric, progress), strict=True))
     # An answer that has other spellings gets the best score over all of them.
-    if any(chat.aliases for chat in chats):
-        others = [(index, spelling) for index in items for spelling in spellings(chats[index])]
-        more = tokenize([chat for _, chat in others], loaded.tokenizer, where=task.path, **settings)
-        for number, item in zip(more.kept, _forced_items(loaded, list(more.dataset), job, metric), strict=True):
-            own = items[others[number][0]]
+    others = [(number, spelling) for number in items for spelling in spellings(chats[number])]
+    if others:
+        more = _forced_rows(loaded, [chat for _, chat in others], task, needed=False)
+        for index, item in zip(more, _forced_items(loaded, list(more.values()), job, metric), strict=True):
+            own = items[others[index][0]]
             own[metric] = max(own[metric], item[metric])
     nll, tokens = (sum(item[key] for item in items.values()) for key in ("nll", "tokens"))
-    dropped = sum(tokenized.summary.dropped.values())
-    progress.advance(dropped, 0)
-    ordered = [{"row": number, **item} for number, item in enumerate(items.values())]
-    scores = mean_and_error(metric, [item[metric] for item in ordered])
-    return {**scores, "nll": nll / tokens, "items": len(rows), "items_too_long": dropped}, ordered
+    scores = mean_and_error(metric, [item[metric] for item in items.values()])
+    counts = {"items": len(rows), "items_too_long": len(chats) - len(rows)}
+    return {**scores, "nll": nll / tokens, **counts}, [{"row": number, **item} for number, item in items.items()]
+
+
+def _forced_rows(
+    loaded: LoadedModel, chats: Sequence[Chat], task: RowsTask, needed: bool = True
+) -> dict[int, dict[str, list[int]]]:
+    """The tokens of the chats that the model can read up to the end of their answer, by the number of the chat.
+
+    Raises:
+        UserError: if there is no such chat, and one is needed.
+    """
+    longest, settings = loaded.max_length, {"special_tokens": task.special_tokens}
+    tokenized = tokenize(chats, loaded.tokenizer, where=task.path, max_length=UNCUT, **settings)
+    rows = dict(zip(tokenized.kept, tokenized.dataset, strict=True))
+    ends = {number: _answer_end(row["labels"]) for number, row in rows.items()}
+    if needed and min(ends.values()) > longest:
+        raise UserError(
+            f"All {len(rows)} rows of {task.path} are too long: with their answers they have {min(ends.values())} to "
+            f"{max(ends.values())} tokens, and the model takes {longest}. Give shorter rows."
+        )
+    return {
+        number: {key: row[key][:longest] for key in ("input_ids", "labels")}
+        for number, row in rows.items()
+        if ends[number] <= longest
+    }
+
+
+def _answer_end(labels: Sequence[int]) -> int:
+    """How many tokens a row has up to the last one with a label."""
+    return len(labels) - next(index for index, label in enumerate(reversed(labels)) if label != IGNORED)
 
 
 def spellings(chat: Chat) -> list[Chat]:
@@ -201,10 +231,10 @@ def _teacher_forced(loaded: LoadedModel, rows: Sequence[dict[str, list[int]]], m
 
     # Right padding needs no attention mask under causal attention: no real token sees a later one.
     input_ids = pad_rows([row["input_ids"] for row in rows], 0, loaded.device)
-    labels = pad_rows([row["labels"] for row in rows], -100, loaded.device)[:, 1:]
-    first = int((labels != -100).any(dim=0).nonzero().min())
+    labels = pad_rows([row["labels"] for row in rows], IGNORED, loaded.device)[:, 1:]
+    first = int((labels != IGNORED).any(dim=0).nonzero().min())
     labels = labels[:, first:]
-    in_answer = labels != -100
+    in_answer = labels != IGNORED
     with torch.inference_mode():
         # In float32 only where the answers are: all positions of 64 rows would take gigabytes with a large vocabulary.
         logits = last_logits(loaded.model, input_ids, labels.shape[1] + 1)[:, :-1][in_answer].float()

@@ -50,8 +50,11 @@ def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]
 
 
 def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:
-    """What one must know to read a score: prompts that were cut, parts without rows, levels without knowledge."""
+    """What one must know to read a score: rows that are left out or cut, parts without rows, levels without knowledge."""
     both, notes = {**scores, **details}, []
+    if long := both.get("items_too_long"):
+        rows = int(long + both["items"])
+        notes.append(f"{name}: {long} of {plural(rows, 'row')} have no score, because the model takes no more tokens.")
     if cut := both.get("prompts_cut"):
         notes.append(f"{name}: {plural(cut, 'prompt')} lost the start, because the model takes no more tokens.")
     if unfinished := both.get("reasoning_unfinished"):

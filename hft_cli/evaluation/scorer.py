@@ -40,7 +40,9 @@ from hft_cli.run_dir import RoundDir
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of how benchmarks and probes are scored; with a higher one, scores of earlier versions are not used
+# Of how benchmarks and probes are scored, and of how rows are; with a higher one, earlier scores are not used.
+VERSION = 2
+ROWS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _rows_entry(suite: str, name: str, task: RowsTask, rows: str, tests: HeldOut
     if _generates(task):
         settings = {key: value for key, value in asdict(tests.generation).items() if key != "backend"}
         generation = [settings, tests.seed, *_backend(tests.generation.backend)]
-    return _Entry(suite, name, task, ("rows", task.metric, rows, generation))
+    return _Entry(suite, name, task, ("rows", ROWS_VERSION, task.metric, rows, generation))
 
 
 def _generates(task: RowsTask) -> bool:

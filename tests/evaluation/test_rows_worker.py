@@ -20,7 +20,9 @@ from hft_cli.config.schema import ModelConfig
 from hft_cli.config.training import GenerationConfig
 from hft_cli.data.rows import read_chats
 from hft_cli.data.tokenization import tokenize
+from hft_cli.errors import UserError
 from hft_cli.evaluation.rows_worker import score_rows
+from hft_cli.evaluation.score_files import notes_on, read_scores
 from hft_cli.evaluation.workers import load_model
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
@@ -152,6 +154,36 @@ def test_another_spelling_of_an_answer_is_as_right(metric, rows, tmp_path):
     assert [item[metric] for item in items] == [0, 1] * 5
     assert scores[metric] == 0.5
     assert scores["items"] == 10
+
+
+def with_positions(folder: Path, count: int) -> str:
+    """The embedded model, which takes `count` tokens."""
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": count}))
+    return str(folder)
+
+
+def test_an_answer_that_does_not_fit_has_no_score(rows, tmp_path):
+    """The start of a long answer may be right; the model cannot read its end."""
+    loaded = load_model(MODEL, ModelConfig())
+    lengths = [
+        len(row["input_ids"]) for row in tokenize(read_chats(str(rows)), loaded.tokenizer, max_length=99).dataset
+    ]
+    fit = [number for number, length in enumerate(lengths) if length <= sorted(lengths)[5]]
+    model = with_positions(tmp_path / "model", sorted(lengths)[5])
+    whole, short = score(tmp_path / "whole", RowsTask(str(rows)))[1], score(tmp_path / "s", RowsTask(str(rows)), model)
+    assert (short[0]["items"], short[0]["items_too_long"]) == (len(fit), 20 - len(fit))
+    assert [item["row"] for item in short[1]] == fit
+    assert [item["exact_match"] for item in short[1]] == [whole[number]["exact_match"] for number in fit]
+    (note,) = notes_on("t", *read_scores(tmp_path / "s/s/t.json"))
+    assert note == f"t: {20 - len(fit)} of 20 rows have no score, because the model takes no more tokens."
+
+
+def test_rows_that_are_all_too_long_are_one_line(rows, tmp_path):
+    model = with_positions(tmp_path / "model", 3)
+    with pytest.raises(UserError, match=r"^All 20 rows of .* have \d+ to \d+ tokens, and the model takes 3\. Give"):
+        score(tmp_path / "out", RowsTask(str(rows)), model)
 
 
 def test_scores_do_not_depend_on_the_size_of_batches(rows, tmp_path):
