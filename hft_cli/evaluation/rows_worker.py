@@ -1,6 +1,7 @@
 """Worker: scores of one model on sets of rows.
 
-The metric `exact_match` counts a row if greedy decoding would give its answer token for token, including the end of the
+All metrics score the last answer of a row.
+The metric `exact_match` counts a row if greedy decoding would give this answer token for token, including the end of the
 turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely one
 after the correct tokens before it. So a row needs one forward pass. `token_accuracy` is the share of an answer's tokens
 that are the most likely one, in the same pass. All other metrics compare a generated answer.
@@ -173,7 +174,9 @@ def _forced_rows(
     Raises:
         UserError: if there is no such chat, and one is needed.
     """
-    longest, settings = loaded.max_length, {"special_tokens": task.special_tokens}
+    longest, settings = loaded.max_length, {"special_tokens": task.special_tokens, "loss": "last_turn"}
+    if any(chat.masked for chat in chats):  # what the marks of a row take out of training is scored all the same
+        chats = [replace(chat, masked=()) for chat in chats]
     tokenized = tokenize(chats, loaded.tokenizer, where=task.path, max_length=UNCUT, **settings)
     rows = dict(zip(tokenized.kept, tokenized.dataset, strict=True))
     ends = {number: _answer_end(row["labels"]) for number, row in rows.items()}
@@ -195,9 +198,15 @@ def _answer_end(labels: Sequence[int]) -> int:
 
 
 def spellings(chat: Chat) -> list[Chat]:
-    """The chat with each of the other spellings of its last answer."""
+    """The chat with each of the other spellings of its last answer: its aliases, and all without white space around."""
     last = chat.turns[-1]
-    return [replace(chat, turns=(*chat.turns[:-1], {**last, "content": alias}), aliases=()) for alias in chat.aliases]
+    given = [last["content"], *chat.aliases]
+    stripped = [text.rstrip() if chat.prefill else text.strip() for text in given]
+    return [
+        replace(chat, turns=(*chat.turns[:-1], {**last, "content": text}), aliases=())
+        for text in dict.fromkeys((*given, *stripped))
+        if text and text != last["content"]
+    ]
 
 
 def _forced_items(

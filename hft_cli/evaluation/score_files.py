@@ -50,7 +50,7 @@ def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]
 
 
 def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:
-    """What one must know to read a score: rows that are left out or cut, parts without rows, levels without knowledge."""
+    """What one must know to read a score: rows that were left out or cut, parts without rows, other levels."""
     both, notes = {**scores, **details}, []
     if long := both.get("items_too_long"):
         rows = int(long + both["items"])

@@ -186,6 +186,35 @@ def test_rows_that_are_all_too_long_are_one_line(rows, tmp_path):
         score(tmp_path / "out", RowsTask(str(rows)), model)
 
 
+def messages_of(rows: Path) -> list[list[dict]]:
+    return [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+
+
+def write_rows(file: Path, chats: list[list[dict]]) -> Path:
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return file
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "token_accuracy"])
+@pytest.mark.parametrize("mark", [{}, {"weight": 0}])
+def test_the_last_answer_alone_is_scored(metric, mark, rows, tmp_path):
+    """A wrong answer before it changes nothing, nor what the row says of training."""
+    known = messages_of(rows)[:10]
+    before = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "qqq"}]
+    longer = [[*before, *chat[:-1], {**chat[-1], **mark}] for chat in known]
+    scores, items = score(tmp_path / "s", RowsTask(str(write_rows(tmp_path / "r.jsonl", longer)), metric=metric))
+    tokens = [item["tokens"] for item in score(tmp_path / "one", RowsTask(str(rows), metric=metric))[1]]
+    assert [item["tokens"] for item in items] == tokens[:10]
+    assert scores["items"] == 10
+
+
+def test_white_space_around_an_answer_does_not_count(rows, tmp_path):
+    chats = messages_of(rows)
+    spaced = [[*chat[:-1], {**chat[-1], "content": f"  {chat[-1]['content']} \n"}] for chat in chats]
+    scores, _ = score(tmp_path / "s", RowsTask(str(write_rows(tmp_path / "r.jsonl", spaced))))
+    assert scores["exact_match"] == score(tmp_path / "o", RowsTask(str(rows)))[0]["exact_match"] == 0.5
+
+
 def test_scores_do_not_depend_on_the_size_of_batches(rows, tmp_path):
     sizes = {}
     for size in (1, 7, "auto"):
