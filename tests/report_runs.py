@@ -51,8 +51,8 @@ def write_run(
         "selection": selection, "ratio": ratio, "seed": seed, "learning_rate": rate,
         "rounds": [_round(i + 1, task) for i, task in enumerate(tasks)],
         "eval": {
-            "before": _scores(tasks, 0.0, 1.0), "base": _scores(tasks, 0.0, 1.0),
-            "after": _scores(tasks, skill, retained),
+            "before": _scores(tasks, 0.0, 1.0), "after": _scores(tasks, skill, retained),
+            **({"base": _scores(tasks, 0.0, 1.0)} if method in ("half_reset", "interpolate") else {}),
         },
         "continual": _sequence(continual, tasks, r),
         "verification": {"passed": passed, "faults": [] if passed is not False else ["round 1: a frozen tensor"]},
@@ -104,10 +104,12 @@ def _sequence(continual: str, tasks: list[str], r: list[list[float | None]] | No
             "BWT": sum(changes) / len(changes)}  # fmt: skip
 
 
-def write_eval(run: Path, suite: str, before: dict[str, list[float]], after: dict[str, list[float]]) -> None:
+def write_eval(
+    run: Path, suite: str, before: dict[str, list[float]], after: dict[str, list[float]], **more: dict[str, list[float]]
+) -> None:
     """What `hft eval run=RUN models=[before,after] suite=SUITE` leaves: item by item, under names with a key."""
     models = {}
-    for when, items in (("before", before), ("after", after)):
+    for when, items in {"before": before, "after": after, **more}.items():
         scores, details = {}, {}
         for name, values in items.items():
             file = run / "eval" / when / suite / f"{name}-0123456789ab.jsonl"
@@ -115,17 +117,24 @@ def write_eval(run: Path, suite: str, before: dict[str, list[float]], after: dic
             file.write_text("".join(json.dumps({"row": f"{name}/{i}", "acc": v}) + "\n" for i, v in enumerate(values)))
             scores[name] = {"acc": sum(values) / len(values), "acc_stderr": 0.1, "items": len(values)}
             details[name] = {"items": str(file.relative_to(run / "eval"))}
-        models[when] = {"eval": {suite: scores}, "details": details}
+        if items:
+            models[when] = {"eval": {suite: scores}, "details": details}
     (run / "eval" / f"{suite}.json").write_text(json.dumps({"suite": suite, "left_out": [], "models": models}))
 
 
-def write_items(run: Path, task: str, before: list[float], after: list[float]) -> None:
-    """The scores of single items that training records for SUITE/TASK."""
-    for when, values in (("before", before), ("after", after)):
+def write_items(run: Path, task: str, before: list[float], after: list[float], base: list[float] = ()) -> None:
+    """The scores of single items that training records for SUITE/TASK, and their mean."""
+    results = json.loads((run / "results.json").read_text())
+    suite, _, name = task.partition("/")
+    for when, values in (("before", before), ("after", after), *([("base", base)] if base else ())):
         file = run / "eval" / when / f"{task}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"row": i, "exact_match": float(value), "nll": 9}) for i, value in enumerate(values)]
         file.write_text("\n".join(lines) + "\n")
+        results["eval"].setdefault(when, {}).setdefault(suite, {})[name] = {
+            "exact_match": sum(values) / len(values), "exact_match_stderr": 0.01, "items": len(values),
+        }  # fmt: skip
+    (run / "results.json").write_text(json.dumps(results))
 
 
 def sections_of(folder: Path, norms: bool = False) -> list[Section]:

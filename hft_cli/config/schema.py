@@ -368,8 +368,9 @@ class EvalConfig:
     )
     models: list[str] = setting(
         ["after"],
-        "With `run`: the model after training, the model before it, or both.",
-        choices=("after", "before"),
+        "With `run`: the model after training, the model before it, or both; base: that to which a Half-Reset or an "
+        "interpolation puts a model back.",
+        choices=("after", "before", "base"),
     )
     again: bool = setting(
         False,

@@ -14,7 +14,7 @@ class SuiteConfig:
 
     name: str = setting(REQUIRED, "Label in tables.")
     tasks: dict[str, str] = setting(
-        {}, "Map from task to rows (as in data.path). A row counts if greedy decoding gives exactly its answer."
+        {}, "Map from task to rows (as in data.path). A row counts if greedy decoding gives exactly its last answer."
     )
     text: dict[str, str] = setting(
         {},

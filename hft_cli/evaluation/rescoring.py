@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
-from hft_cli.evaluation.score_files import read_items, read_scores
+from hft_cli.evaluation.score_files import read_items, read_scores, weights_of
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,15 @@ def compare_scorings(first: Path, again: Path) -> Rescored:
     A metric without scores of single items, such as a perplexity, counts as one item.
     """
     metric, score = next(iter(read_scores(again)[0].items()))
+    first_score = read_scores(first)[0][metric]
     ones, others = (read_items(file.with_suffix(".jsonl"), metric) for file in (first, again))
-    pairs = [(ones[row], others[row]) for row in ones.keys() & others.keys()]
-    pairs = pairs or [((read_scores(first)[0][metric], 1.0), (score, 1.0))]
-    squares = sum((weight * (other - one)) ** 2 for (one, weight), (other, _) in pairs)
-    noise = 1.96 * sqrt(squares) / sum(weight for (_, weight), _ in pairs)
-    return Rescored(score, noise, sum(one != other for (one, _), (other, _) in pairs), len(pairs))
+    rows = [row for row in ones if row in others]
+    values, again_values = ([items[row][0] for row in rows] for items in (ones, others))
+    weights = (
+        weights_of([ones[row][1] for row in rows], [(values, first_score), (again_values, score)]) if rows else None
+    )
+    if weights is None:
+        values, again_values, weights = [first_score], [score], [1.0]
+    changes = [(weight, other - one) for weight, one, other in zip(weights, values, again_values, strict=True)]
+    noise = 1.96 * sqrt(sum((weight * change) ** 2 for weight, change in changes)) / sum(weights)
+    return Rescored(score, noise, sum(change != 0 for _, change in changes), len(changes))

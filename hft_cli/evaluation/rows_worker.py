@@ -1,10 +1,10 @@
 """Worker: scores of one model on sets of rows.
 
-All metrics score the last answer of a row.
-The metric `exact_match` counts a row if greedy decoding would give this answer token for token, including the end of the
-turn. This needs no decoding: greedy decoding gives the answer exactly if each of its tokens is the most likely one
-after the correct tokens before it. So a row needs one forward pass. `token_accuracy` is the share of an answer's tokens
-that are the most likely one, in the same pass. All other metrics compare a generated answer.
+All metrics score the last answer of a row. `exact_match` counts a row if greedy decoding would give this answer token
+for token, including the end of the turn. This needs no decoding: greedy decoding gives the answer exactly if each of
+its tokens is the most likely one after the correct tokens before it. So a row needs one forward pass. `token_accuracy`
+is the share of an answer's tokens that are the most likely one, in the same pass. All other metrics compare a generated
+answer.
 With several ranks, each rank computes a share of the rows.
 """
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import fsum, isclose
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +38,46 @@ def read_scores(file: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return values["scores"], {key: value for key, value in values.items() if key != "scores"}
 
 
-def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, float]]:
-    """Row -> its score and its weight; empty if there is no such file, or if a line of it is broken."""
+def read_items(path: Path | None, metric: str) -> dict[Any, tuple[float, str]]:
+    """Row -> its score, and its part: the task of a benchmark, the relation of a probe, else "".
+
+    Empty if there is no such file, or if a line of it is broken.
+    """
     if path is None:
         return {}
     try:
         # Not by splitlines: a text may hold U+0085, U+2028 or U+2029, at which that would divide a line.
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-        return {
-            line.get("row", i): (finite(line[metric]), finite(line.get("bytes", 1))) for i, line in enumerate(lines)
-        }
+        parts = [str(line.get("task", line.get("relation", ""))) for line in lines]
+        return {line.get("row", i): (finite(line[metric]), parts[i]) for i, line in enumerate(lines)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def weights_of(parts: Sequence[str], scores: Iterable[tuple[Sequence[float], float]]) -> list[float] | None:
+    """The weights of items in the mean that a score is; None without items, or if no such mean is the score.
+
+    Args:
+        parts: of each item.
+        scores: of each model, the scores of the items and their mean, which is that over items or over parts.
+    """
+    sizes, scores = Counter(parts), list(scores)
+    for weights in ([1.0] * len(parts), [1 / sizes[part] for part in parts]):
+        means = [fsum(map(mul, values, weights)) / fsum(weights) for values, _ in scores]
+        if all(
+            isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9) for mean, (_, score) in zip(means, scores, strict=True)
+        ):
+            return weights
+    return None
+
+
+def conditions(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scores of a task must have in common to be compared, besides settings of the model."""
+    found = {key: details[key] for key in ("rows_sha256", "chat", "limit", "settings") if key in details}
+    if isinstance(found.get("settings"), Mapping):  # the content of files counts, which has a hash, not their place
+        unequal = ("facts", "patterns", "source")
+        found["settings"] = {key: value for key, value in found["settings"].items() if key not in unequal}
+    return found
 
 
 def notes_on(name: str, scores: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:

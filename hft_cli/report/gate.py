@@ -14,6 +14,7 @@ from hft_cli.report.tables import Record
 from hft_cli.text import is_loss, is_share, text_table
 
 PASSES, FAILS, UNKNOWN = "passes", "fails", "cannot tell"
+ROUNDING = 1e-9  # points: 0.50 to 0.48 are 2 points and a rounding error
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Check:
     """A limit for one task.
 
     Attributes:
-        change: for the better, in points of a share, otherwise in percent of the score before.
+        change: for the better, in points of a share, otherwise in percent of the score before; None if not known.
         low, high: the 95% interval over the items; infinite if there is none.
         limit: the smallest change that passes.
         items: number of items; 0 if none were recorded.
@@ -30,7 +31,7 @@ class Check:
     """
 
     task: str
-    change: float
+    change: float | None
     low: float
     high: float
     limit: float
@@ -41,9 +42,9 @@ class Check:
     @property
     def result(self) -> str:
         """It passes or fails if all of its interval does."""
-        if self.low >= self.limit:
+        if self.low >= self.limit - ROUNDING:
             return PASSES
-        return FAILS if self.high < self.limit else UNKNOWN
+        return FAILS if self.high < self.limit - ROUNDING else UNKNOWN
 
 
 def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Sequence[str] = ()) -> list[Check]:
@@ -56,7 +57,7 @@ def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Seq
     Raises:
         UserError: for a suite that was not scored, or if there is nothing to check.
     """
-    records = [record for record in score_changes(run) if record["change"] is not None]
+    records = score_changes(run, run.start)
     names = sorted({str(record["task"]).partition("/")[0] for record in records} - {"data"})
     for suite in suites:
         choose("suite", suite, names)
@@ -64,9 +65,9 @@ def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Seq
     for record in records:
         suite = str(record["task"]).partition("/")[0]
         if suite == "data" and min_gain is not None:
-            found.append(_check(record, min_gain, None))
+            found.append(_check(run, record, min_gain))
         elif suite != "data" and max_loss is not None and (not suites or suite in suites):
-            found.append(_check(record, -max_loss, _noise(run, str(record["task"]))))
+            found.append(_check(run, record, -max_loss))
     if not found:
         raise UserError(
             f"There is nothing to check in {run.folder}: --max-loss needs scores of a suite (suite=…), and --min-gain "
@@ -85,37 +86,36 @@ def _noise(run: Run, task: str) -> float | None:
     return float(again[name]["noise"]) if name in again else None
 
 
-def _check(record: Record, limit: float, noise: float | None) -> Check:
+def _check(run: Run, record: Record, limit: float) -> Check:
+    task, why = str(record["task"]), str(record["note"])
+    if record["change"] is None:
+        suite, fix = task.partition("/")[0], f"'models=[{run.start},after]'"
+        return Check(task, None, -inf, inf, limit, 0, None, f"{why}: hft eval run={run.folder} suite={suite} {fix}")
     metric, before, after = (record[key] for key in ("metric", "before", "after"))
     before, after = float(before or 0), float(after or 0)
     scale, items = 100.0, int(record["change_n"] or 0)
     if not all(is_share(str(metric), value) for value in (before, after)):
         scale = 100 / abs(before) if before else 100.0
-    change = float(record["change"] or 0)
     low, high = record["change_low"], record["change_high"]
     ends = (-inf, inf) if low is None or high is None else (float(low), float(high))
     better = -scale if is_loss(str(metric)) else scale
     least, most = sorted(better * end for end in ends)
+    noise = _noise(run, task)
     points = None if noise is None else noise * scale
-    change *= better
+    change = better * float(record["change"])
     # The noise is independent of which items there are, so the squares add up.
     least, most = change - hypot(change - least, points or 0), change + hypot(most - change, points or 0)
-    return Check(str(record["task"]), change, least, most, limit, items, points, str(record["note"]))
+    return Check(task, change, least, most, limit, items, points, why)
 
 
 def gate_text(found: Sequence[Check]) -> str:
     """The checks as a table, and what they say together."""
-    rows = [
-        [
-            check.task,
-            f"{check.change:+.1f}" + (f" [{check.low:+.1f}, {check.high:+.1f}]" if isfinite(check.low) else ""),
-            f"{check.limit:+.1f}",
-            str(check.items or ""),
-            "" if check.noise is None else f"±{check.noise:.1f}",
-            check.result,
-        ]
-        for check in found
-    ]
+    rows = []
+    for check in found:
+        change = "" if check.change is None else f"{check.change:+.1f}"
+        interval = f" [{check.low:+.1f}, {check.high:+.1f}]" if isfinite(check.low) else ""
+        noise = "" if check.noise is None else f"±{check.noise:.1f}"
+        rows.append([check.task, change + interval, f"{check.limit:+.1f}", str(check.items or ""), noise, check.result])
     table = text_table(["score", "change in points [95%]", "at least", "items", "scored again", "result"], rows)
     open_checks = [check for check in found if check.result != PASSES]
     if not open_checks:

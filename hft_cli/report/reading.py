@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from hft_cli.config.settings import WITHOUT_TRAINING
 from hft_cli.errors import UserError
+from hft_cli.evaluation.score_files import conditions
 from hft_cli.files import finite, read_json
 from hft_cli.method.selection import UNDRAWN
-from hft_cli.report.runs import ANCHORS, Draw, Run, RunRow, Scores, TaskScores
+from hft_cli.report.runs import ANCHORS, Conditions, Draw, Run, RunRow, Scores, TaskScores, start_of
 from hft_cli.report.setting import setting_of
 from hft_cli.run_dir import RunDir
 from hft_cli.runner.sweeps import jobs
@@ -59,15 +61,11 @@ def read_run(run: RunDir) -> Run:
         return Run(RunRow(str(run.folder), "results.json is broken", note=reason), run.folder)
 
 
-def _relative_to_base(evaluation: Mapping[str, Any], scores: Scores, stage: str) -> dict[str, tuple[float, float]]:
-    """The scores before and after. A Half-Reset starts from a tuned model: before it is its base."""
+def _relative_to_base(scores: Scores, start: str) -> dict[str, tuple[float, float]]:
+    """The scores of the model that a run is compared with, and those after the run."""
     pairs = {}
     for task, pair in scores.items():
-        before, after = pair["before"], pair["after"]
-        if stage in WITHOUT_TRAINING:
-            suite, _, name = task.partition("/")
-            own = evaluation.get("base", {}).get(suite, {}).get(name)
-            before = finite(next(iter(own.values()))) if own else None
+        before, after = pair.get(start), pair["after"]
         if before is not None and after is not None:
             pairs[task] = (before, after)
     return pairs
@@ -125,9 +123,9 @@ def _progress(run: RunDir) -> str:
 
 
 def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
-    scores, metrics = _trained_scores(results["eval"])
-    relative = _relative_to_base(results["eval"], scores, str(results["stage"]))
-    later_scores, records = _later_scores(run, scores, metrics)
+    scores, metrics, counts = _trained_scores(results["eval"])
+    relative = _relative_to_base(scores, start_of(str(results["method"])))
+    later = _later_scores(run, scores)
     rounds, selection = results["rounds"], results["selection"]
     sequence = results.get("continual") or {}
     tasks = _task_scores(sequence) if "R" in sequence else None
@@ -159,14 +157,15 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),
         note="; ".join(filter(None, (note, draws_note, losses_note))),
-        scores=scores | later_scores,
+        scores=scores | later.scores,
     )
     return Run(
         row=row,
         folder=run.folder,
         stages=_stages(run, str(results["stage"])),
-        metrics=metrics,
-        records=records,
+        metrics=metrics | later.metrics,
+        records=later.records,
+        conditions=counts | later.conditions,
         tasks=tasks,
         draws=draws,
         setting=setting_of(run.config, row, results),
@@ -218,44 +217,59 @@ def _speed(rounds: Iterable[Mapping[str, Any]]) -> float | None:
     return sum(speed * seconds for speed, seconds in timed) / sum(seconds for _, seconds in timed) if timed else None
 
 
-def _trained_scores(evaluation: Mapping[str, Any]) -> tuple[Scores, dict[str, str]]:
-    """The scores that training took, and each task's metric. The suite `data` holds the test sets of what was trained.
+def _trained_scores(evaluation: Mapping[str, Any]) -> tuple[Scores, dict[str, str], Conditions]:
+    """The scores that training took, each task's metric, and how many items were scored.
 
-    A task's main metric is its first entry; its error and counts follow.
+    The suite `data` holds the test sets of what was trained. A task's main metric is its first entry; its error and
+    counts follow.
     """
     scores: Scores = {}
     metrics: dict[str, str] = {}
+    counts: Conditions = {}
     for suite, tasks in evaluation.get("before", {}).items():
         for task, before in tasks.items():
-            after = evaluation["after"][suite][task]
-            metric = next(iter(after))
-            scores[f"{suite}/{task}"] = {"before": finite(before[metric]), "after": finite(after[metric])}
-            metrics[f"{suite}/{task}"] = str(metric)
-    return scores, metrics
+            by_model = {"before": before, "after": evaluation["after"][suite][task]}
+            if base := evaluation.get("base", {}).get(suite, {}).get(task):
+                by_model["base"] = base
+            name, metric = f"{suite}/{task}", next(iter(by_model["after"]))
+            scores[name] = {when: finite(measured[metric]) for when, measured in by_model.items()}
+            metrics[name] = str(metric)
+            counts[name] = {when: {"items": measured.get("items")} for when, measured in by_model.items()}
+    return scores, metrics, counts
 
 
-def _later_scores(run: RunDir, trained: Scores, metrics: dict[str, str]) -> tuple[Scores, dict[str, dict[str, Path]]]:
-    """The scores of later `hft eval` commands, without tasks in `trained`, and their files of single items.
+@dataclass(frozen=True)
+class _LaterScores:
+    """The fields of Run that `hft eval` gives."""
 
-    Adds their metrics to `metrics`. They are no part of `retained`, so that it is about the same tasks in every run of
-    a sweep.
+    scores: Scores = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    records: dict[str, dict[str, Path]] = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=dict)
+
+
+def _later_scores(run: RunDir, trained: Scores) -> _LaterScores:
+    """The scores of later `hft eval` commands, without tasks in `trained`.
+
+    They are no part of `retained`, so that it is about the same tasks in every run of a sweep.
     """
-    scores: Scores = {}
-    records: dict[str, dict[str, Path]] = {}
+    later = _LaterScores()
     for file in sorted(run.folder.glob("eval/*.json")):
         evaluation = read_json(file)
-        suite, models = str(evaluation["suite"]), evaluation["models"]
-        for when in ("before", "after"):
-            model = models.get(when)
-            for name, measured in (model["eval"][suite] if model else {}).items():
-                task = f"{suite}/{name}"
+        suite = str(evaluation["suite"])
+        for when, model in evaluation["models"].items():
+            for name, measured in model["eval"][suite].items():
+                task, metric, details = f"{suite}/{name}", next(iter(measured)), model["details"][name]
                 if task in trained:
                     continue
-                metric = next(iter(measured))
-                metrics[task] = str(metric)
-                scores.setdefault(task, {"before": None, "after": None})[when] = finite(measured[metric])
-                records.setdefault(task, {})[when] = run.folder / "eval" / model["details"][name]["items"]
-    return scores, records
+                later.metrics[task] = str(metric)
+                later.scores.setdefault(task, {"before": None, "after": None})[when] = finite(measured[metric])
+                later.records.setdefault(task, {})[when] = run.folder / "eval" / details["items"]
+                of_model = {f"model.{key}": value for key, value in details.get("model", {}).items()}
+                later.conditions.setdefault(task, {})[when] = {
+                    "metric": metric, "items": measured.get("items"), **conditions(details), **of_model,
+                }  # fmt: skip
+    return later
 
 
 def _task_scores(sequence: Mapping[str, Any]) -> TaskScores:

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from hft_cli.config.settings import WITHOUT_TRAINING
 
 COUNTED = ("verified", "no model written")  # statuses of the runs that means are taken over
 Matrix = tuple[tuple[float | None, ...], ...]
-Scores = dict[str, dict[str, float | None]]  # SUITE/TASK -> before, after; None where it was not scored
+# SUITE/TASK -> before, after, and of a Half-Reset base; None where it was not scored
+Scores = dict[str, dict[str, float | None]]
+Conditions = dict[str, dict[str, dict[str, Any]]]  # SUITE/TASK -> before, after, base -> how it was scored, by name
 SettingKey = tuple[tuple[str, str], ...]
 
 COMBINED = ("replay", "mixed_replay", "gem")  # values of `continual` that stand beside a method's name
 ANCHORS = {"l2_sp": "L2-SP", "kl": "KL"}
+
+
+def start_of(method: str) -> str:
+    """The model that a run is compared with: that before it, or the base if it puts a tuned model back to its base."""
+    return "base" if method in WITHOUT_TRAINING else "before"
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Run:
     Attributes:
         metrics: SUITE/TASK -> the task's main metric.
         records: SUITE/TASK -> the files of scores item by item, "before" and "after", where `hft eval` wrote them.
+        conditions: what two scores of a task must have in common to be compared.
         setting: the flat configuration without seeds and folders; equal for runs of one setting.
         hardware: GPUs, or the number of CPUs.
         items: number of items of the suites.
@@ -109,6 +120,7 @@ class Run:
     stages: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
     records: Mapping[str, dict[str, Path]] = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=dict)
     tasks: TaskScores | None = None
     draws: tuple[Draw, ...] = ()
     setting: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +128,11 @@ class Run:
     items: int = 0
     losses: tuple[tuple[int, float], ...] = ()
     basis: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> str:
+        """The model that the run is compared with: see `start_of`."""
+        return start_of(self.row.method)
 
     @property
     def counted(self) -> bool:

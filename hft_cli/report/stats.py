@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import mul
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -113,7 +114,7 @@ def _share(logit: float) -> float:
 LARGEST_LOGIT = 36.0  # whose share is 1 to the last bit
 
 
-def wilson(count: int, n: int) -> tuple[float, float]:
+def wilson(count: float, n: float) -> tuple[float, float]:
     """The interval of a share of n items (Wilson 1927); (0, 1) without items.
 
     It is written out, because every run prints one, and loading `scipy.stats` for it would take half a second.
@@ -122,24 +123,29 @@ def wilson(count: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     center = count + z * z / 2
-    half = z * math.sqrt(count * (n - count) / n + z * z / 4)
+    half = z * math.sqrt(max(count * (n - count), 0) / n + z * z / 4)
     return max((center - half) / (n + z * z), 0.0), min((center + half) / (n + z * z), 1.0)
 
 
-def newcombe(before: Sequence[float], after: Sequence[float]) -> Estimate:
+def newcombe(before: Sequence[float], after: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
     """The change of a share over the same items, each 0 or 1 before and after (Newcombe 1998, method 10).
 
-    It holds the 95% level also near 0 and 1 and for a few items, where the percentiles of a bootstrap do not.
+    It holds the 95% level also near 0 and 1 and for a few items, where the percentiles of a bootstrap do not. With
+    unequal weights the items count as so many equal ones as have a mean of the same variance.
     """
-    pairs = [*zip(before, after, strict=True)]
-    n, both, lost, gained = len(pairs), *(pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1)))
-    neither = n - both - lost - gained
+    pairs, weight = [*zip(before, after, strict=True)], [1.0] * len(before) if weights is None else list(weights)
+    n = _effective_number([two - one for one, two in pairs], weight)
+    both, lost, gained = (
+        n * sum(each for pair, each in zip(pairs, weight, strict=True) if pair == kind) / sum(weight)
+        for kind in ((1, 1), (1, 0), (0, 1))
+    )
+    neither = max(n - both - lost - gained, 0.0)
     shares = [(both + lost) / n, (both + gained) / n]
     (low1, high1), (low2, high2) = wilson(both + lost, n), wilson(both + gained, n)
     product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
     excess: float = both * neither - lost * gained
     excess = excess if excess < 0 else max(excess - n / 2, 0)
-    correlation = excess / math.sqrt(product) if product else 0.0
+    correlation = excess / math.sqrt(product) if product > 0 else 0.0
 
     def length(one: float, other: float) -> float:
         return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
@@ -147,7 +153,16 @@ def newcombe(before: Sequence[float], after: Sequence[float]) -> Estimate:
     change = shares[1] - shares[0]
     below = length(shares[1] - low2, high1 - shares[0])
     above = length(high2 - shares[1], shares[0] - low1)
-    return Estimate(change, n, None, change - below, change + above)
+    return Estimate(change, len(before), None, change - below, change + above)
+
+
+def _effective_number(changes: Sequence[float], weights: Sequence[float]) -> float:
+    """The number of equal items whose mean varies as that of the weighted ones: at most Kish's, of weights alone."""
+    whole, kish = sum(weights), sum(weights) ** 2 / sum(weight * weight for weight in weights)
+    mean = sum(map(mul, weights, changes)) / whole
+    squares = [(change - mean) ** 2 for change in changes]
+    spread = sum(weight * weight * square for weight, square in zip(weights, squares, strict=True))
+    return min(kish, whole * sum(map(mul, weights, squares)) / spread) if spread > 0 else kish
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:

@@ -11,13 +11,13 @@ from typing import Any
 from hft_cli.checkpoint.folders import model_folder, weights_hash
 from hft_cli.checkpoint.model_config import check_companions, read_model_config
 from hft_cli.checkpoint.parameters import parameters_from_folder
-from hft_cli.config.schema import EvalConfig, ModelConfig, read_config
+from hft_cli.config.schema import EvalConfig, ModelConfig, RunConfig, read_config
 from hft_cli.config.settings import AUTO
 from hft_cli.config.validate import check_eval
 from hft_cli.data.model_template import check_thinking, dated
 from hft_cli.errors import UserError
 from hft_cli.evaluation.rescoring import compare_scorings
-from hft_cli.evaluation.score_files import notes_on, read_scores
+from hft_cli.evaluation.score_files import conditions, notes_on, read_scores
 from hft_cli.evaluation.scorer import ScoredModel, WorkerOptions, score
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.files import read_json, read_record, write_json
@@ -26,7 +26,7 @@ from hft_cli.launch.lifetime import hold_lock
 from hft_cli.paths import expanded, resolve_path
 from hft_cli.plan.automatic import this_machine, with_dtype
 from hft_cli.plan.preflight import check_device
-from hft_cli.run_dir import PlanRecord, RoundDir, finished
+from hft_cli.run_dir import PlanRecord, RoundDir, RunDir, finished
 from hft_cli.runner.base import find_base
 from hft_cli.runner.tracking import log_scores, require_tracker
 from hft_cli.text import format_score, is_share, plural, text_table
@@ -63,7 +63,7 @@ def run_eval(config: EvalConfig) -> Path:
         for when, model in models.items():
             paths = score(suite, model, RoundDir(folder / when), keyed=True, workers=workers)
             files = paths[config.suite.name]
-            record = _record(config.suite.name, model, files, folder)
+            record = _record(suite, model, files, folder)
             if config.again:
                 record["again"] = _score_again(suite, model, files, folder / f"{when}.again", workers)
             records[when] = _merge(records.get(when, {}), record)
@@ -130,7 +130,8 @@ def _models(config: EvalConfig) -> dict[str, ScoredModel]:
 
 def _models_of_run(config: EvalConfig, folder: str) -> dict[str, ScoredModel]:
     run = finished(folder)
-    settings: ModelConfig = replace(config.model, name=read_config(run).model.name)
+    of_run = read_config(run)
+    settings: ModelConfig = replace(config.model, name=of_run.model.name)
     if "after" in config.models and not run.model.is_dir():
         raise UserError(f"The run in {folder} has no model (method.save_model=false?). Use models=[before].")
     models = {}
@@ -138,12 +139,27 @@ def _models_of_run(config: EvalConfig, folder: str) -> dict[str, ScoredModel]:
         if when == "before":
             path = find_base(run, fix="Restore it, or use models=[after].")
             models[when] = ScoredModel(path, settings, read_record(run.plan, PlanRecord)["base_sha256"], shared=True)
+        elif when == "base":
+            models[when] = _base_of_blend(of_run, run, settings)
         else:
             models[when] = ScoredModel(run.model, settings, weights_hash(run.model))
     return models
 
 
-def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path) -> Record:
+def _base_of_blend(config: RunConfig, run: RunDir, settings: ModelConfig) -> ScoredModel:
+    """The model to which a Half-Reset or an interpolation puts its tuned model back."""
+    if config.method.trains:
+        raise UserError(
+            f"models=[base] is for a Half-Reset or an interpolation. {run.folder} began with models=[before]."
+        )
+    path = model_folder(resolve_path(str(config.model.base)), "model.base")
+    weights = weights_hash(path)
+    if weights != read_record(run.plan, PlanRecord)["rounds"][0]["data_sha256"]:
+        raise UserError(f"model.base={config.model.base} is not the base of {run.folder} any more. Restore it.")
+    return ScoredModel(path, settings, weights, shared=True)
+
+
+def _record(suite: Suite, model: ScoredModel, files: dict[str, Path], folder: Path) -> Record:
     """The scores of a model on a suite. Files are named relative to `folder`."""
     scores, details = {}, {}
     for name, file in files.items():
@@ -151,6 +167,7 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
         items = file.with_suffix(".jsonl")
         details[name] = {
             **settings,
+            "rows_sha256": suite.hashes[name],
             "model": _settings(model.config),
             "file": str(file.relative_to(folder)),
             "items": str(items.relative_to(folder)),
@@ -158,7 +175,7 @@ def _record(suite: str, model: ScoredModel, files: dict[str, Path], folder: Path
     return {
         "path": str(model.path),
         "weights_sha256": model.weights,
-        "eval": {suite: scores},
+        "eval": {suite.config.name: scores},
         "details": details,
         "again": {},
     }
@@ -187,15 +204,17 @@ def _differences(models: dict[str, Record]) -> list[str]:
         for name, details in record["details"].items():
             row = f"{model} {name}"
             of_model = {(key, ""): value for key, value in details.get("model", {}).items()}
-            of_benchmark = {(key, name): details[key] for key in ("chat", "limit", "settings") if key in details}
+            of_benchmark = {(key, name): value for key, value in conditions(details).items()}
             for key, value in {**of_model, **of_benchmark}.items():
                 values.setdefault(key, {}).setdefault(json.dumps(value, sort_keys=True), []).append(row)
     lines = []
     for (setting, name), rows in values.items():
         if len(rows) > 1:
-            shown = "" if setting == "settings" else ": {}"  # of a benchmark they are long
+            shown = "" if setting in ("settings", "rows_sha256") else ": {}"  # these are long
             ways = "; ".join(", ".join(each) + shown.format(value) for value, each in rows.items())
-            lines.append(f"not comparable, with different {f'{name} ' if name else ''}{setting}: {ways}")
+            lines.append(
+                f"not comparable, with different {f'{name} ' if name else ''}{setting.removesuffix('_sha256')}: {ways}"
+            )
     return lines
 
 

@@ -33,9 +33,12 @@ def test_flips_that_cancel_out_are_noise_all_the_same(tmp_path):
     assert compared.noise == pytest.approx(1.96 * 2 / 100)
 
 
-def test_a_long_passage_counts_by_its_bytes(tmp_path):
-    first, again = (write(tmp_path / str(end), [1, end], "bits_per_byte", bytes=[300, 100]) for end in (1, 2))
-    assert compare_scorings(first, again).noise == pytest.approx(1.96 * 100 / 400)
+def test_items_count_as_in_the_score(tmp_path):
+    """The mean over tasks: the one item of a task counts as much as the three of the other."""
+    first, again = (write(tmp_path / str(end), [1, 1, 1, end], task=["a", "a", "a", "b"]) for end in (1, 0))
+    for file, mean in ((first, 1.0), (again, 0.5)):
+        file.write_text(json.dumps({"acc": mean, "items": 4}))
+    assert compare_scorings(first, again).noise == pytest.approx(1.96 / 2)
 
 
 def test_items_are_paired_by_their_rows(tmp_path):

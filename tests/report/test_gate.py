@@ -68,6 +68,39 @@ def test_bits_per_byte_lose_when_they_rise_in_percent_of_before(tmp_path):
     assert (found.items, found.result) == (20, "fails")
 
 
+def test_a_suite_without_a_score_before_does_not_pass(run, capsys):
+    write_eval(run, "text", {}, {"book": [1.0] * 300})
+    assert gate(run, "--max-loss", "20") == 3
+    assert gate(run, "--max-loss", "20", "--suite", "text") == 3
+    said = capsys.readouterr().out
+    fix = f"text/book: no score before: hft eval run={run} suite=text 'models=[before,after]'."
+    assert said.count(fix) == 2
+    assert "more items tell" not in said
+
+
+def test_scores_of_other_limits_do_not_pass(run, capsys):
+    write_eval(run, "probe", {"facts": [1.0] * 30}, {"facts": [1.0] * 200})
+    assert gate(run, "--max-loss", "20", "--suite", "probe") == 3
+    assert "probe/facts: not comparable, because before and after differ in items (30, 200)" in capsys.readouterr().out
+
+
+def test_one_item_between_0_and_1_opens_no_gate(run, capsys):
+    write_items(run, "pocket/facts", [0.5], [0.5])
+    assert gate(run, "--max-loss", "20") == 3
+    assert "pocket/facts: no interval, because that needs 10 items and there are 1." in capsys.readouterr().out
+
+
+def test_a_half_reset_is_compared_with_its_base(tmp_path, capsys):
+    """As the report does: what its tuned model had lost before is lost."""
+    run = write_run(tmp_path / "run", "half_reset")
+    write_items(run, "pocket/facts", before=[0.0] * 200, after=[0.0] * 100 + [1.0] * 100, base=[1.0] * 200)
+    assert gate(run, "--max-loss", "5") == 3
+    assert "pocket/facts fails" in capsys.readouterr().out
+    write_eval(run, "text", {"book": [1.0] * 300}, {"book": [1.0] * 300})
+    assert gate(run, "--max-loss", "5", "--suite", "text") == 3
+    assert f"no score of the base: hft eval run={run} suite=text 'models=[base,after]'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", [None, "{", '{"row": 0}\n'])
 def test_a_score_without_items_does_not_open_the_gate(run, broken, capsys):
     assert gate(run, "--max-loss", "20") == 0

@@ -209,6 +209,23 @@ def test_newcombes_intervals_have_their_coverage(share, lost, gained):
     assert covered / 500 >= 0.93
 
 
+def test_newcombe_with_equal_weights_is_without():
+    before, after = [1.0] * 30 + [0.0] * 10, [1.0] * 20 + [0.0] * 15 + [1.0] * 5
+    assert newcombe(before, after, [0.25] * 40) == newcombe(before, after)
+
+
+def test_newcombe_with_weights_covers_the_mean_over_parts():
+    """Two parts of 20 and 180 items, of which the score is the plain mean."""
+    draw, covered = np.random.default_rng(3), 0
+    weights = [1 / 20] * 20 + [1 / 180] * 180
+    for _ in range(400):
+        right = np.concatenate([draw.random(20) < 0.6, draw.random(180) < 0.9])
+        lost = np.concatenate([draw.random(20) < 0.5, draw.random(180) < 0.1])
+        found = newcombe(right.astype(float).tolist(), (right & ~lost).astype(float).tolist(), weights)
+        covered += found.low <= -(0.6 * 0.5 + 0.9 * 0.1) / 2 <= found.high
+    assert covered / 400 >= 0.93
+
+
 def test_p_values_of_a_family_are_holms():
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

@@ -26,6 +26,17 @@ def test_a_missing_base_is_not_replaced_by_another_model(tmp_path):
         run_eval(config)
 
 
+def test_a_run_that_trains_has_no_base_to_go_back_to(tmp_path):
+    run = RunConfig(output_dir=str(tmp_path), model=ModelConfig(name="pocket", path="pocket:model"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(run)))
+    (tmp_path / "DONE").touch()
+    suite = SuiteConfig(name="pocket", tasks={"facts": "pocket:facts.jsonl"})
+    config = EvalConfig(run=str(tmp_path), output_dir="", models=["base"], suite=suite)
+    config.model, config.engine.name = ModelConfig(name="m", path="m"), "single"
+    with pytest.raises(UserError, match=r"models=\[base\] is for a Half-Reset or an interpolation"):
+        run_eval(config)
+
+
 def test_scores_of_another_model_are_not_overwritten(tmp_path):
     """a/model and b/model have one folder of results by default."""
     (tmp_path / "eval").mkdir()
@@ -59,19 +70,24 @@ def test_a_table_says_what_its_scores_do_not_show(tmp_path):
     models = {
         "before": {
             "eval": {"s": {"mmlu": {"acc": 0.5, "items": 10}}},
-            "details": {"mmlu": {**details, "prompts_cut": 1, "tasks": {"a": {}}, "tasks_without_rows": ["b", "c"]}},
+            "details": {"mmlu": {
+                **details, "rows_sha256": "1", "prompts_cut": 1, "tasks": {"a": {}}, "tasks_without_rows": ["b", "c"],
+            }},
         },
         "after": {
             "eval": {"s": {"mmlu": {"acc": 0.5, "items": 10}, "probe": {
                 "accuracy": 0.5, "chance": 0.1, "commonest": 0.4, "other_subject": 0.2, "items": 3,
             }}},
-            "details": {"mmlu": {**details, "chat": False}, "probe": {"model": {"dtype": "bfloat16"}}},
+            "details": {
+                "mmlu": {**details, "rows_sha256": "2", "chat": False}, "probe": {"model": {"dtype": "bfloat16"}},
+            },
         },
     }  # fmt: skip
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"suite": "s", "left_out": [], "models": models}))
     assert table(file).splitlines()[4:-1] == [
         'not comparable, with different dtype: before mmlu, after mmlu: "float32"; after probe: "bfloat16"',
+        "not comparable, with different mmlu rows: before mmlu; after mmlu",
         "not comparable, with different mmlu chat: before mmlu: true; after mmlu: false",
         "before mmlu: 1 prompt lost the start, because the model takes no more tokens.",
         "before mmlu: 1 of 3 tasks have rows in suite.data_dir.",

@@ -166,6 +166,15 @@ def test_a_draw_is_scored_without_a_model_as_its_model_would_be(run, tuned, tmp_
     assert "wrote no model" in hft("verify", tmp_path / "run").err
 
 
+def test_the_base_is_scored_for_the_gate(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    ended = hft("eval", f"run={copy}", "suite=text", "models=[base,after]")
+    assert ended.status == 0, ended.err
+    gate = hft("gate", copy, "--max-loss", "100", "--suite", "text")
+    assert "text/public_domain" in gate.out, gate.err
+    assert "cannot tell" not in gate.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -24,5 +24,6 @@ def section(comparison: Comparison) -> Section | None:
         *columns("run", "method", "task", "metric"), ("before", score_cell("before")), ("after", score_cell("after")),
         ("change (points)", change_cell),
         ("items", lambda record: str(record["change_n"] or "")), ("lost", plain("lost")), ("gained", plain("gained")),
+        ("note", plain("note")),
     ]  # fmt: skip
     return Section("Before and after", (), [Table("before_after", CAPTION, shown, records)])
