@@ -86,6 +86,14 @@ def _data_are_named(config: RunConfig) -> str | None:
     return f"No data: give data.path=FILE|FOLDER|HUB_NAME or data=NAME. Available: {', '.join(group_options('data'))}."
 
 
+def _suite_is_no_path(config: RunConfig | EvalConfig) -> str | None:
+    name = config.suite.name
+    if re.fullmatch(r"[^/\\\0.][^/\\\0]*", name) and name != "data":
+        return None
+    why = "the test sets of the data have that name" if name == "data" else "files have that name"
+    return f"suite.name={name}: {why}. Give a name without / and without a dot at its start, for instance my_suite."
+
+
 def _shares_leave_room(config: RunConfig) -> str | None:
     data, continual, mix = config.data, config.continual, mixed_sets(config.data)
     if not config.method.trains:
@@ -284,6 +292,7 @@ def _batch_is_whole(config: RunConfig) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     _folders_are_named,
+    _suite_is_no_path,
     _paths_are_text,
     _data_are_named,
     *METHOD_RULES,
@@ -316,4 +325,6 @@ def _eval_has_models(config: EvalConfig) -> str | None:
     return None if config.models else "models is empty: give after, before or both."
 
 
-EVAL_RULES: tuple[Rule, ...] = (_date_is_a_day, _ranks_are_counted, _eval_uses_one_node, _eval_has_models)
+EVAL_RULES: tuple[Rule, ...] = (
+    _suite_is_no_path, _date_is_a_day, _ranks_are_counted, _eval_uses_one_node, _eval_has_models,
+)  # fmt: skip

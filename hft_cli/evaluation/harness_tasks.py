@@ -24,6 +24,7 @@ from hft_cli.evaluation.compat import (
 from hft_cli.evaluation.local_files import available_parts, read_splits
 from hft_cli.evaluation.sandbox import CodeEval, run_program
 from hft_cli.launch.jobs import HarnessTask
+from hft_cli.text import first_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def build_tasks(request: HarnessTask, sources: Sources) -> Tasks:
             spec["metric_list"] = [_pass_at_k(files[spec["task"]], settings, CodeEval(sources.run))]
     notes: dict[str, Any] = {}
     if sources.data_dir is not None:
-        specs, notes["tasks_without_rows"] = _with_local_rows(name, pattern, specs, files, sources.data_dir)
+        specs, notes["tasks_without_rows"] = _with_local_rows(name, specs, files, sources.data_dir)
     with code_eval_replaced(CodeEval()) if benchmark.runs_code else nullcontext():
         tasks = load_tasks(manager, name, specs)
     _check_metric(name, settings.metric, next(iter(tasks.values())))
@@ -144,25 +145,25 @@ def _pass_at_k(file: Mapping[str, Any], settings: BenchmarkConfig, code_eval: Co
 
 
 def _with_local_rows(
-    name: str,
-    pattern: str,
-    specs: Sequence[dict[str, Any]],
-    files: Mapping[str, Mapping[str, Any]],
-    data_dir: Path,
+    name: str, specs: Sequence[dict[str, Any]], files: Mapping[str, Mapping[str, Any]], data_dir: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The specs of the tasks that have rows in local files, with these rows; and the names of the other tasks."""
     parts = available_parts(name, data_dir)
-    before, _, after = pattern.partition("*")
-    local, missing = [], []
+    local, missing, parts_found = [], [], False
     for spec in specs:
         task = spec["task"]
-        part = task.removeprefix(before).removesuffix(after) if "*" in pattern else ""
-        splits = _local_splits(name, part, spec, files[task], data_dir) if part in parts else {}
+        part = max((part for part in parts if f"_{task}".endswith(f"_{part}" if part else "")), key=len, default=None)
+        parts_found |= part is not None
+        splits = {} if part is None else _local_splits(name, part, spec, files[task], data_dir)
         if splits:
             absent = {key: None for key in FEW_SHOT_SPLITS if files[task].get(key) not in {None, *splits}}
             local.append({**with_rows(spec, splits), **absent})
         else:
             missing.append(task)
+    if not parts_found:
+        raise UserError(
+            f"{name}: the files in suite.data_dir have no rows of {first_of(missing)}. They have: {first_of(parts)}."
+        )
     if not local:
         raise UserError(
             f"{name}: the files in suite.data_dir have too few rows for the few-shot examples and a question. Set "

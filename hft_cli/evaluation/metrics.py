@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -96,8 +97,13 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     # The default tokenizer of rouge-score keeps a-z and 0-9 only: a Chinese text has no words, "über" becomes "ber".
-    tokenizer = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
-    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
+    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=SimpleNamespace(tokenize=_letters_and_marks))
+
+
+def _letters_and_marks(text: str) -> list[str]:
+    """The words of a text: letters and digits with the marks on them (vowels of Indic scripts), composed."""
+    text = unicodedata.normalize("NFC", text.lower())
+    return "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text).split()
 
 
 def trace_rouge_l(prompt: str, prediction: str, answer: str) -> float:

@@ -21,6 +21,10 @@ SEQUENCE = "data=pocket_sequence"
 # rule -> overrides that break it, and the message
 BROKEN = {
     "_folders_are_named": ((HFT, "output_dir="), r"output_dir= is empty\. Give a folder"),
+    "_suite_is_no_path": (
+        (HFT, "suite.name=../results"),
+        r"suite\.name=\.\./results: files have that name",
+    ),
     "_paths_are_text": ((HFT, "data.path=2024"), r"data\.path and data\.test_path are each a path or a list"),
     "_data_are_named": (
         (HFT, "model=llama2_7b"),
@@ -113,6 +117,8 @@ def test_every_rule_has_a_case_above():
         ((HFT, "data.rounds_per_set=2", "train.packing=true"), r"fixes the order of rows: set train\.packing=false"),
         (("+method=fft", "selection.head=freeze"), r"method=fft updates every matrix, so selection\.head=freeze"),
         (("+method=dpo", "selection=layer"), r"method=dpo updates .* Use method=hft_dpo"),
+        ((HFT, "suite.name=data"), r"the test sets of the data have that name"),
+        ((HFT, "suite.name=.."), r"files have that name"),
         ((HFT, "method.save_model=false"), r"are not for method=hft"),
         ((HFT, "engine=zero2", "engine.num_nodes=2", "engine.node_rank=2"), r"is not one of engine\.num_nodes=2"),
         ((HFT, "engine=zero2", "engine.offload_parameters=true"), r"is for ZeRO-3 with engine\.offload_optimizer"),

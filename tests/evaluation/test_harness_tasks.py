@@ -173,6 +173,25 @@ def test_an_unknown_metric_is_refused_before_anything_is_scored(data_dir):
         local_tasks("gsm8k", {"metric": "exact_match,flexible"}, data_dir)
 
 
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("mmlu", "mmlu_anatomy"),
+        ("mmlu", "mmlu_anat*"),
+        ("bbh", "bbh_cot_fewshot_boolean_expressions"),
+        ("bbh", "*_bool*"),
+    ],
+)
+def test_one_part_of_a_benchmark_has_its_local_rows(name, task, data_dir):
+    tasks = local_tasks(name, {"task": task, "shots": 1}, data_dir)
+    assert all(list(each.test_docs()) for each in tasks.values())
+
+
+def test_a_part_without_a_file_is_named(data_dir):
+    with pytest.raises(UserError, match=r"mmlu: the files .* have no rows of mmlu_virology\. They have: anatomy"):
+        local_tasks("mmlu", {"task": "mmlu_virology"}, data_dir)
+
+
 def test_too_few_rows_for_the_examples_are_a_mistake(data_dir):
     with pytest.raises(UserError, match=r"has fewer than the 8 examples that gsm8k draws from.*shots=0"):
         local_tasks("gsm8k", {"task": "gsm8k", "shots": 8}, data_dir)

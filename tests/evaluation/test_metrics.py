@@ -108,6 +108,12 @@ def test_first_character_compares_the_option_letter_only():
 # ---------------------------------------------------------------------------------------------------------- rouge_l
 
 
+def test_marks_belong_to_the_words_of_rouge_l():
+    assert rouge_l("", "की", "कि") == 0
+    assert rouge_l("", "की बात", "की बात") == 1
+    assert rouge_l("", "caf\u00e9", "cafe\u0301") == 1
+
+
 def test_rouge_l_equals_a_value_computed_by_hand():
     # The common subsequence is "the cat mat": 3 of 4 words and 3 of 6.
     assert rouge_l("p", "The cat! Red mat.", "the cat is on the mat") == pytest.approx(2 * 3 / (4 + 6))
