@@ -55,8 +55,11 @@ def checks(run: Run, max_loss: float | None, min_gain: float | None, suites: Seq
         suites: names of suites, of which the tasks are checked; empty: all of them.
 
     Raises:
-        UserError: for a suite that was not scored, or if there is nothing to check.
+        UserError: for a suite that was not scored, a file that cannot be read, or if there is nothing to check.
     """
+    if any(name == "results" or not suites or name in suites for name in run.broken):
+        what = f"{run.row.status} ({run.row.note})" if "results" in run.broken else run.row.note
+        raise UserError(f"The scores of {run.folder} cannot be read: {what}.")
     records = score_changes(run, run.start)
     names = sorted({str(record["task"]).partition("/")[0] for record in records} - {"data"})
     for suite in suites:

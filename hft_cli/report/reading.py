@@ -55,10 +55,17 @@ def read_run(run: RunDir) -> Run:
         return Run(RunRow(str(run.folder), "unfinished", note=_progress(run)), run.folder)
     try:
         return _read_results(run, read_json(run.results))
-    # one run's broken file must not take the others' table away
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Run(RunRow(str(run.folder), "results.json is broken", note=reason), run.folder)
+    except BROKEN as error:  # one run's broken file must not take the others' table away
+        return Run(
+            RunRow(str(run.folder), "results.json is broken", note=_reason(error)), run.folder, broken=("results",)
+        )
+
+
+BROKEN = (UserError, KeyError, TypeError, ValueError, AttributeError, StopIteration, OSError)  # of a file's content
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _relative_to_base(scores: Scores, start: str) -> dict[str, tuple[float, float]]:
@@ -156,7 +163,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         level=level,
         ratio=1.0 if level == "all" else ratio,
         tokens_per_second=_speed(rounds),
-        note="; ".join(filter(None, (note, draws_note, losses_note))),
+        note="; ".join(filter(None, (note, draws_note, losses_note, *later.broken.values()))),
         scores=scores | later.scores,
     )
     return Run(
@@ -166,6 +173,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         metrics=metrics | later.metrics,
         records=later.records,
         conditions=counts | later.conditions,
+        broken=tuple(later.broken),
         tasks=tasks,
         draws=draws,
         setting=setting_of(run.config, row, results),
@@ -240,12 +248,13 @@ def _trained_scores(evaluation: Mapping[str, Any]) -> tuple[Scores, dict[str, st
 
 @dataclass(frozen=True)
 class _LaterScores:
-    """The fields of Run that `hft eval` gives."""
+    """The fields of Run that `hft eval` gives; `broken` has the reason for each suite whose file cannot be read."""
 
     scores: Scores = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     records: dict[str, dict[str, Path]] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def _later_scores(run: RunDir, trained: Scores) -> _LaterScores:
@@ -255,21 +264,31 @@ def _later_scores(run: RunDir, trained: Scores) -> _LaterScores:
     """
     later = _LaterScores()
     for file in sorted(run.folder.glob("eval/*.json")):
-        evaluation = read_json(file)
-        suite = str(evaluation["suite"])
-        for when, model in evaluation["models"].items():
-            for name, measured in model["eval"][suite].items():
-                task, metric, details = f"{suite}/{name}", next(iter(measured)), model["details"][name]
-                if task in trained:
-                    continue
-                later.metrics[task] = str(metric)
-                later.scores.setdefault(task, {"before": None, "after": None})[when] = finite(measured[metric])
-                later.records.setdefault(task, {})[when] = run.folder / "eval" / details["items"]
-                of_model = {f"model.{key}": value for key, value in details.get("model", {}).items()}
-                later.conditions.setdefault(task, {})[when] = {
-                    "metric": metric, "items": measured.get("items"), **conditions(details), **of_model,
-                }  # fmt: skip
+        try:
+            suite = _scores_of_suite(run, read_json(file), trained)
+        except BROKEN as error:  # the scores of training are good all the same
+            later.broken[file.stem] = f"eval/{file.name} is broken ({_reason(error)})"
+            continue
+        for name in ("scores", "metrics", "records", "conditions"):
+            getattr(later, name).update(getattr(suite, name))
     return later
+
+
+def _scores_of_suite(run: RunDir, evaluation: Mapping[str, Any], trained: Scores) -> _LaterScores:
+    found, suite = _LaterScores(), str(evaluation["suite"])
+    for when, model in evaluation["models"].items():
+        for name, measured in model["eval"][suite].items():
+            task, metric, details = f"{suite}/{name}", next(iter(measured)), model["details"][name]
+            if task in trained:
+                continue
+            found.metrics[task] = str(metric)
+            found.scores.setdefault(task, {"before": None, "after": None})[when] = finite(measured[metric])
+            found.records.setdefault(task, {})[when] = run.folder / "eval" / details["items"]
+            of_model = {f"model.{key}": value for key, value in details.get("model", {}).items()}
+            found.conditions.setdefault(task, {})[when] = {
+                "metric": metric, "items": measured.get("items"), **conditions(details), **of_model,
+            }  # fmt: skip
+    return found
 
 
 def _task_scores(sequence: Mapping[str, Any]) -> TaskScores:

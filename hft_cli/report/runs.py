@@ -107,6 +107,7 @@ class Run:
     Attributes:
         metrics: SUITE/TASK -> the task's main metric.
         records: SUITE/TASK -> the files of scores item by item, "before" and "after", where `hft eval` wrote them.
+        broken: the names of files that cannot be read: "results", or a suite of `hft eval`. The note says why.
         conditions: what two scores of a task must have in common to be compared.
         setting: the flat configuration without seeds and folders; equal for runs of one setting.
         hardware: GPUs, or the number of CPUs.
@@ -121,6 +122,7 @@ class Run:
     metrics: Mapping[str, str] = field(default_factory=dict)
     records: Mapping[str, dict[str, Path]] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=dict)
+    broken: tuple[str, ...] = ()
     tasks: TaskScores | None = None
     draws: tuple[Draw, ...] = ()
     setting: Mapping[str, str] = field(default_factory=dict)

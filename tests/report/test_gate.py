@@ -138,10 +138,21 @@ def test_a_mistake_is_said_in_a_line(run, words, said):
 def test_a_run_without_scores_has_nothing_to_check(tmp_path):
     run = write_run(tmp_path / "run")
     results = json.loads((run / "results.json").read_text())
-    results["eval"] = {}
+    results["eval"] = {"before": {}, "after": {}}
     (run / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match=r"nothing to check in .* --max-loss needs scores of a suite"):
         gate(run, "--max-loss", "1")
+
+
+@pytest.mark.parametrize("name", ["results.json", "eval/knowledge.json"])
+@pytest.mark.parametrize("text", ["{", '{"eval": {"before": NaN}}'])
+def test_the_gate_names_a_file_that_is_broken(run, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=rf"cannot be read: .*{name.partition('/')[2]}") as error:
+        gate(run, "--max-loss", "100")
+    assert "\n" not in str(error.value)
+    if name != "results.json":
+        assert gate(run, "--max-loss", "100", "--suite", "pocket") == 0
 
 
 def test_the_table_has_a_row_for_each_check(run):

@@ -98,6 +98,17 @@ def test_later_scores_are_no_part_of_retention(tmp_path):
     assert read.row.scores["knowledge/nq_open"] == {"before": 1.0, "after": 0.5}
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"suite": "knowledge"}', '{"suite": "s", "models": {"after": {}}}'])
+def test_a_broken_evaluation_does_not_break_its_run(tmp_path, text):
+    run = write_run(tmp_path / "run", retained=0.7)
+    write_eval(run, "probe", {"facts": [1.0, 1.0]}, {"facts": [0.0, 1.0]})
+    (run / "eval/knowledge.json").write_text(text)
+    (read,) = find_runs([tmp_path])
+    assert (read.row.status, read.row.retained, read.broken) == ("verified", 0.7, ("knowledge",))
+    assert read.row.scores["probe/facts"] == {"before": 1.0, "after": 0.5}
+    assert read.row.note.startswith("eval/knowledge.json is broken (")
+
+
 def test_losses_are_over_all_rounds_and_the_last_entry_holds(tmp_path):
     losses = {"a": [(1, 3.0), (4, 9.0), (4, 2.0)], "b": [(1, 5.0), (2, 4.0)]}
     (run,) = find_runs([write_run(tmp_path / "run", losses=losses)])
