@@ -21,10 +21,15 @@ LARGEST_JSON = 1 << 28  # bytes
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: a reader sees the old file or the new one."""
+    """Write a text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: a reader sees the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same cache
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hft_cli.errors import UserError
-from hft_cli.files import write_json, write_text
+from hft_cli.files import read_json, write_bytes, write_json, write_text
 from hft_cli.report.reading import find_runs
 from hft_cli.report.sections import build_sections
 from hft_cli.report.tables import Plot, Section, Table, csv_text
@@ -44,6 +45,7 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
     texts |= {f"{name}.tex": table.latex() + "\n" for name, table in tables.items() if not table.csv_only}
     texts["runs.csv"] = csv_text([vars(run.row) | {"scores": json.dumps(run.row.scores)} for run in runs])
     texts["runs.md"] = tables["runs"].markdown() + "\n"
+    earlier = _files_of_report(out)
     pictures = _write_plots([part for part in parts if isinstance(part, Plot)], out)
     title = f"Half Fine-Tuning: {plural(len(runs), 'run')}"
     for page in ("report.html", "report.md"):
@@ -56,12 +58,25 @@ def report(places: Sequence[Path], out: Path, norms: bool = False) -> str:
         for name, table in tables.items()
     })  # fmt: skip
     files = {*texts, "runs.json", "report.json", *(f"{name}.{end}" for name in pictures for end in ("png", "svg"))}
+    for name in earlier - files:
+        (out / name).unlink(missing_ok=True)
     named = [name for name in MAIN_FILES if name in files]
     verdicts = ["\n".join([entry.title, *entry.text, ""]) for entry in sections if entry.title.startswith("Verdict")]
     return "\n".join(verdicts) + (
         f"{texts['runs.md']}\nIn {out}: {', '.join(named)} and {len(files) - len(named)} more. "
         "All on one page: report.html"
     )
+
+
+def _files_of_report(out: Path) -> set[str]:
+    """The tables and figures of the report in a folder, by what its report.json and report.md name."""
+    try:
+        tables = [name for name in read_json(out / "report.json") if re.fullmatch(r"[\w-]+", name)]
+        figures = re.findall(r"^!\[.*\]\(([\w-]+)\.svg\)", (out / "report.md").read_text(), re.MULTILINE)
+    except (UserError, OSError, ValueError):
+        return set()
+    ends = {("csv", "tex"): tables, ("png", "svg"): figures}
+    return {f"{name}.{end}" for pair, names in ends.items() for name in names for end in pair}
 
 
 def _write_plots(plots: Sequence[Plot], out: Path) -> dict[str, bytes]:
@@ -71,8 +86,8 @@ def _write_plots(plots: Sequence[Plot], out: Path) -> dict[str, bytes]:
     pictures = {}
     for plot in plots:
         png, pictures[plot.name] = render(plot.draw)
-        (out / f"{plot.name}.png").write_bytes(png)
-        (out / f"{plot.name}.svg").write_bytes(pictures[plot.name])
+        write_bytes(out / f"{plot.name}.png", png)
+        write_bytes(out / f"{plot.name}.svg", pictures[plot.name])
     return pictures
 
 

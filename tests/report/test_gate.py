@@ -10,7 +10,7 @@ from report_runs import write_eval, write_items, write_run
 
 from hft_cli.cli.commands import run_command
 from hft_cli.errors import UserError
-from hft_cli.report.gate import checks, gate_text, ships
+from hft_cli.report.gate import Check, checks, gate_text, ships
 from hft_cli.report.reading import find_runs
 
 
@@ -43,6 +43,13 @@ def gate(run: Path, *words: str) -> int:
 def test_a_limit_holds_with_its_whole_interval(run, words, status, said, capsys):
     assert gate(run, *words) == status
     assert said in capsys.readouterr().out
+
+
+def test_a_change_at_the_limit_passes():
+    """0.50 to 0.48 are 2 points and a rounding error."""
+    change = 100 * (0.48 - 0.50)
+    assert Check("t", change, change, change, -2.0, 50).result == "passes"
+    assert Check("t", change, change - 0.01, change, -2.0, 50).result == "cannot tell"
 
 
 def test_more_items_tell_what_few_cannot(tmp_path):

@@ -82,6 +82,21 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
     assert one == two
 
 
+def test_a_second_report_leaves_nothing_of_the_first(tmp_path):
+    """Only files of a report go: a user's own stay."""
+    write_run(tmp_path / "runs/a", "fft", r=[[0.8, None], [0.4, 0.6]])
+    write_run(tmp_path / "runs/b", seed=1)
+    write_run(tmp_path / "runs/c", seed=2)
+    write_run(tmp_path / "few/a")
+    out = tmp_path / "out"
+    report([tmp_path / "runs"], out)
+    (out / "mine.png").write_bytes(b"")
+    report([tmp_path / "few"], out)
+    report([tmp_path / "few"], tmp_path / "fresh")
+    kept, fresh = ({path.name for path in folder.iterdir()} for folder in (out, tmp_path / "fresh"))
+    assert kept - fresh == {"mine.png"}
+
+
 def test_columns_that_others_read_are_there(tmp_path):
     write_run(tmp_path / "a", r=[[0.8, None], [0.4, 0.6]], model="llama2_7b", data="trace")
     said = report([tmp_path], tmp_path / "out")

@@ -122,7 +122,8 @@ def _power(found: Sequence[Gap]) -> str:
         if gap.estimate.high is not None and gap.estimate.low is not None
     ]
     if not widths:
-        return "The smallest difference that this design could have seen is not known: there is one seed."
+        why = "there is one seed" if found else "no two methods were compared at equal skill"
+        return f"The smallest difference that this design could have seen is not known: {why}."
     least, most = (f"{100 * width:.1f}" for width in (min(widths), max(widths)))
     size = f"{least} points" if least == most else f"{least} to {most} points, depending on the method,"
     return f"A difference at equal skill of {size} would have been seen in four of five experiments of this size."

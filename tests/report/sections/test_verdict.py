@@ -83,8 +83,14 @@ def test_one_rate_and_one_seed_tell_nothing_of_equal_skill(tmp_path):
     one_rate, equal_skill, _, power, verdict = lines(tmp_path)
     assert one_rate.endswith("against FFT: HFT retains +20.0 points and learns -10.0 points.")
     assert equal_skill.startswith("At equal skill: not known. Run several learning rates")
-    assert "not known" in power
+    assert power.endswith("is not known: no two methods were compared at equal skill.")
     assert verdict == "Verdict: cannot tell."
+
+
+def test_one_seed_says_that_it_is_one(tmp_path):
+    write_sweep(tmp_path, "fft", 0, seeds=1)
+    write_sweep(tmp_path, "hft", 0.06, seeds=1)
+    assert lines(tmp_path)[3].endswith("is not known: there is one seed.")
 
 
 def test_one_method_has_no_verdict(tmp_path):
