@@ -176,7 +176,7 @@ def _read_results(run: RunDir, results: dict[str, Any]) -> Run:
         broken=tuple(later.broken),
         tasks=tasks,
         draws=draws,
-        setting=setting_of(run.config, row, results),
+        setting=setting_of(run, row, results),
         hardware=_hardware(run),
         items=_items(results["eval"]["after"]),
         losses=losses,

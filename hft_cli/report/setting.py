@@ -10,9 +10,11 @@ from typing import Any
 
 from hft_cli.config.schema import RunConfig
 from hft_cli.config.settings import REQUIRED, WITHOUT_TRAINING, leaves
-from hft_cli.files import flatten
+from hft_cli.errors import UserError
+from hft_cli.files import flatten, hash_values, read_json
 from hft_cli.method.selection import UNDRAWN
 from hft_cli.report.runs import RunRow
+from hft_cli.run_dir import RunDir
 
 # Keys of config.yaml in which the runs of one setting may differ.
 IGNORED_KEYS = (
@@ -28,21 +30,41 @@ IGNORED_KEYS = (
 )
 
 
-def setting_of(config: Path, row: RunRow, results: Mapping[str, Any]) -> dict[str, str]:
+def setting_of(run: RunDir, row: RunRow, results: Mapping[str, Any]) -> dict[str, str]:
     """The setting as text by flat key, without the keys that have no effect on this run.
+
+    `data.sha256` is a hash of the rows: one path may name other rows in another folder, or after it was edited.
 
     A key that is younger than the run has its default, so that runs of two versions are of one setting.
     What results.json says goes before config.yaml, and is enough if that file is missing or broken.
     """
-    written = {key: str(value) for key, value in flatten(_numbered(_read_yaml(config))).items()}
+    written = {key: str(value) for key, value in flatten(_numbered(_read_yaml(run.config))).items()}
     values = (_defaults() if written else {}) | written
     values |= {
         "method.name": row.method, "selection.level": row.level, "selection.ratio": f"{row.ratio:g}",
         "train.learning_rate": f"{row.learning_rate}", "model.name": str(results.get("model")),
-        "data.name": str(results.get("data")), "continual.name": row.continual,
+        "data.name": str(results.get("data")), "continual.name": row.continual, "data.sha256": _rows_hash(run),
     }  # fmt: skip
     unused = re.compile("|".join(_unused_keys(row, values.get("method.stages", ""))))
     return {key: value for key, value in values.items() if key not in IGNORED_KEYS and not unused.match(key)}
+
+
+def _rows_hash(run: RunDir) -> str:
+    """A hash of the rows of a run, of what does not depend on its seed; empty if plan.json does not say.
+
+    These are the test rows, how many rows each file has, and the training rows of a round that takes a whole file.
+    """
+    try:
+        rounds = [_rows_of_round(record) for record in read_json(run.plan)["rounds"]]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return ""
+    return hash_values(rounds)[:12] if any(any(each) for each in rounds) else ""
+
+
+def _rows_of_round(record: Mapping[str, Any]) -> list[Any]:
+    parts = record.get("parts", ())
+    whole = [part["taken"] == part["read"] - part["repeats"] and not part["held_out"] for part in parts] == [True]
+    return [record.get("test_sha256"), [part["read"] for part in parts], record["data_sha256"] if whole else None]
 
 
 @cache

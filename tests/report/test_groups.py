@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from report_runs import write_run
 
 from hft_cli.report.groups import batches, compare, full_counterpart, group_runs
@@ -113,3 +114,27 @@ def test_models_and_suites_are_never_compared(tmp_path):
     comparisons = compare(find_runs([tmp_path]))
     assert sorted(len(c.runs) for c in comparisons) == [1, 1, 1]
     assert {c.name for c in comparisons} >= {"pocket_capitals, smol"}
+
+
+def with_rows(run, taken, digest, test="t"):
+    """The record of the rows in plan.json: how many of 100 are taken, and their hash."""
+    plan = json.loads((run / "plan.json").read_text())
+    part = {"path": "train.jsonl", "read": 100, "repeats": 0, "taken": taken, "held_out": 0}
+    plan["rounds"][0] |= {"data_sha256": digest, "test_sha256": test, "parts": [part]}
+    (run / "plan.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "groups"),
+    [
+        ((100, "a"), (100, "a"), 1),
+        ((100, "a"), (100, "b"), 2),  # an edited file, or one of the same path in another folder
+        ((50, "a"), (50, "b"), 1),  # each seed draws its own rows
+        ((50, "a", "t"), (50, "b", "u"), 2),
+    ],
+)
+def test_seeds_on_other_rows_are_not_pooled(first, second, groups, tmp_path):
+    for seed, rows in enumerate((first, second)):
+        with_rows(write_run(tmp_path / str(seed), seed=seed), *rows)
+    found = group_runs(find_runs([tmp_path]))
+    assert len(found) == len({group.label for group in found}) == groups

@@ -7,6 +7,7 @@ import html.parser
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import environment, hft
@@ -95,6 +96,19 @@ def test_a_second_report_leaves_nothing_of_the_first(tmp_path):
     report([tmp_path / "few"], tmp_path / "fresh")
     kept, fresh = ({path.name for path in folder.iterdir()} for folder in (out, tmp_path / "fresh"))
     assert kept - fresh == {"mine.png"}
+
+
+def test_every_file_has_a_temporary_name_first(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs/a")
+    write_run(tmp_path / "runs/b", "fft")
+    opened, real = [], Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *more, **options: opened.append(path) or real(path, *more, **options)
+    )
+    report([tmp_path / "runs"], tmp_path / "out")
+    names = [path.name for path in opened if path.parent == tmp_path / "out"]
+    assert [name for name in names if not name.endswith(".part")] == []
+    assert {name for name in names if ".png." in name}
 
 
 def test_columns_that_others_read_are_there(tmp_path):
