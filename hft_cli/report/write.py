@@ -72,7 +72,8 @@ def _files_of_report(out: Path) -> set[str]:
     """The tables and figures of the report in a folder, by what its report.json and report.md name."""
     try:
         tables = [name for name in read_json(out / "report.json") if re.fullmatch(r"[\w-]+", name)]
-        figures = re.findall(r"^!\[.*\]\(([\w-]+)\.svg\)", (out / "report.md").read_text(), re.MULTILINE)
+        text = (out / "report.md").read_text(encoding="utf-8")
+        figures = re.findall(r"^!\[.*\]\(([\w-]+)\.svg\)", text, re.MULTILINE)
     except (UserError, OSError, ValueError):
         return set()
     ends = {("csv", "tex"): tables, ("png", "svg"): figures}
