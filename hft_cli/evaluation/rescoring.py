@@ -37,11 +37,10 @@ def compare_scorings(first: Path, again: Path) -> Rescored:
     ones, others = (read_items(file.with_suffix(".jsonl"), metric) for file in (first, again))
     rows = [row for row in ones if row in others]
     values, again_values = ([items[row][0] for row in rows] for items in (ones, others))
-    weights = (
-        weights_of([ones[row][1] for row in rows], [(values, first_score), (again_values, score)]) if rows else None
-    )
-    if weights is None:
-        values, again_values, weights = [first_score], [score], [1.0]
+    weights = weights_of([ones[row][1] for row in rows], [(values, first_score), (again_values, score)])
+    if not rows:
+        values, again_values = [first_score], [score]
+    weights = weights or [1.0] * len(values)
     changes = [(weight, other - one) for weight, one, other in zip(weights, values, again_values, strict=True)]
     noise = 1.96 * sqrt(sum((weight * change) ** 2 for weight, change in changes)) / sum(weights)
     return Rescored(score, noise, sum(change != 0 for _, change in changes), len(changes))
