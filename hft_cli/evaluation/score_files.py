@@ -63,9 +63,9 @@ def weights_of(parts: Sequence[str], scores: Iterable[tuple[Sequence[float], flo
     """
     sizes, scores = Counter(parts), list(scores)
     for weights in ([1.0] * len(parts), [1 / sizes[part] for part in parts]):
-        means = [fsum(map(mul, values, weights)) / fsum(weights) for values, _ in scores]
-        if all(
-            isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9) for mean, (_, score) in zip(means, scores, strict=True)
+        if weights and all(
+            isclose(fsum(map(mul, values, weights)) / fsum(weights), score, rel_tol=1e-6, abs_tol=1e-9)
+            for values, score in scores
         ):
             return weights
     return None
