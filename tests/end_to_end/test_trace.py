@@ -192,12 +192,16 @@ def test_the_model_of_lora_is_the_base_with_its_last_adapters(dora, folder, tmp_
     assert first != second
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("lora", "mixed_replay"), ("hft", "gem")])
-def test_lora_and_gem_run_on_deepspeed_ranks_in_bfloat16(tmp_path, method, strategy):
+@pytest.mark.parametrize(
+    "arguments",
+    [("+method=lora", "continual=mixed_replay"), ("+method=hft", "continual=gem", "continual.gem_memory=6")],
+    ids=["lora", "gem"],
+)
+def test_lora_and_gem_run_on_deepspeed_ranks_in_bfloat16(tmp_path, arguments):
     run = train(
-        tmp_path / "run", f"+method={method}", f"continual={strategy}", "train.learning_rate=1e-3", "train.max_steps=3",
-        "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]", "continual.gem_memory=6",
+        tmp_path / "run", *arguments, "train.learning_rate=1e-3", "train.max_steps=3",
+        "data.path=[pocket:skills/order/train.jsonl,pocket:skills/backwards/train.jsonl]",
         "engine=zero2", "engine.num_processes=2", "model.dtype=bfloat16",
     )  # fmt: skip
     assert changed(BASE, run / "model") == {name for entry in ledger(run) for name in entry["updated"]}
-    assert ("steps_projected" in results(run)["rounds"][1]) == (strategy == "gem")
+    assert ("steps_projected" in results(run)["rounds"][1]) == ("continual=gem" in arguments)
