@@ -108,7 +108,7 @@ def test_killed_and_found_by_resume_it_ends_with_the_same_bits(killed, uninterru
 
 
 @together
-def test_stopped_three_times_at_random_it_ends_with_the_same_bits(killed, uninterrupted, tmp_path):
+def test_stopped_at_random_it_ends_with_the_same_bits(killed, uninterrupted, tmp_path):
     out, random = tmp_path / "run", Random(5)
     settings = (*killed.arguments, "train.save_every=null", "train.log_every=10")
     for number in range(3):
