@@ -44,7 +44,7 @@ ARGUMENTS = (
 )  # fmt: skip
 # Kind of fault -> every which file operation of each process it comes before.
 LONG = {"SIGKILL": 1, "SIGTERM": 3, "SIGKILL of all": 3, "disk full": 3, "read-only disk": 6, "out of memory": 6}
-SHORT = {"SIGKILL": 80}
+SHORT = {"SIGKILL": 120}
 AT_MOMENTS = ("SIGKILL", "SIGTERM", "SIGKILL of all", "folder removed", "two commands", "clock set back")
 ATTEMPTS = 4  # commands that a run may need after its fault
 
