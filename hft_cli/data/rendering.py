@@ -51,7 +51,7 @@ from hft_cli.data.templates import (
 )
 from hft_cli.errors import UserError, choose
 
-REMEMBERED = 10_000  # texts between turns
+REMEMBERED = 10_000  # texts between turns, or kinds of chats: rows may have variables of their own each
 
 EMPTY_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1>|\[THINK\]\s*\[/THINK\]")
 
@@ -111,6 +111,7 @@ class Renderer:
         """What the template for this chat does."""
         kind = self._kind(chat)
         if kind not in self._templates:
+            _forget(self._templates)
             self._templates[kind] = examine(_plain(chat), place, self.tokenizer, self.options(chat))
         return self._templates[kind]
 
@@ -157,6 +158,7 @@ class Renderer:
         kind, options = self._kind(chat), self.options(chat)
         if "reasoning_content" in turn:
             if kind not in self._reasoning:
+                _forget(self._reasoning)
                 self._reasoning[kind] = reasoning_key(_plain(chat), place, self.tokenizer, options)
             if (key := self._reasoning[kind]) is None:
                 raise UserError(
@@ -166,6 +168,7 @@ class Renderer:
             turn = {key if name == "reasoning_content" else name: value for name, value in turn.items()}
         if "tool_calls" in turn:
             if kind not in self._arguments:
+                _forget(self._arguments)
                 self._arguments[kind] = arguments_form(_plain(chat), place, self.tokenizer, options)
             if self._arguments[kind] == "string":
                 turn = copy.deepcopy(turn)
@@ -280,9 +283,8 @@ class Renderer:
                     "end (as templates do that drop earlier reasoning), so the model would learn an answer that it "
                     f"must not give. Put {{% generation %}} marks into the template, {self._fixes(row, index)}."
                 )
-        if len(self._seen) >= REMEMBERED:
-            self._seen.clear()
         if learnt:
+            _forget(self._seen)
             self._seen[key] = extra
         if index == row.chat.prompt_turns and row.chat.prefill:
             start = row.after_prefill(index)
@@ -373,6 +375,12 @@ class _Row:
         """The start of the first piece from a position on; the end of the text if there is none."""
         place = bisect_left(self._starts, position)
         return self._starts[place] if place < len(self._starts) else len(self.text)
+
+
+def _forget(memory: dict[Any, Any]) -> None:
+    """Make room in what is remembered."""
+    if len(memory) >= REMEMBERED:
+        memory.clear()
 
 
 def _plain(chat: Chat) -> list[Turn]:

@@ -139,7 +139,7 @@ def _template_errors(place: str) -> Iterator[None]:
 
     try:
         yield
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: the chat template fails: {error}") from error
 
 
