@@ -132,14 +132,15 @@ def resume_check(work: Path, arguments: tuple[str, ...]) -> str:
     more = (*SMALL, *arguments, "train.max_steps=300", "train.save_every=50")
     train(work / "whole", *more)
     folder = work / "stopped"
-    process = subprocess.Popen(_command(folder, "method=hft", *more), stdout=-3, stderr=-3)
+    command = _command(folder, "method=hft", *more)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     while process.poll() is None and not ((folder / "metrics.jsonl").exists() and losses(folder)):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     if process.wait(PATIENCE) == 0:
         raise Failed("the run ended before it could be stopped")
     at = len(losses(folder))
-    subprocess.run(_command(folder, "method=hft", *more), check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     if any(file.read_bytes() != (folder / "model" / file.name).read_bytes() for file in _weights(work / "whole")):
         raise Failed(f"stopped at step {at} and continued, the model differs from that of a run left alone")
     return f"same bits, stopped at step {at}"

@@ -17,6 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ def wait_until_gone(out: Path) -> None:
     while ranks(out):
         assert time.monotonic() < deadline, f"still running: {ranks(out)}"
         time.sleep(0.1)
+
+
+def load_script(name: str) -> Any:
+    """The module of a file in `scripts/`."""
+    spec = spec_from_file_location(name, Path(__file__).parents[1] / f"scripts/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)  # there for its dataclasses
+    spec.loader.exec_module(module)
+    return module
 
 
 def composed(*overrides: str) -> RunConfig:

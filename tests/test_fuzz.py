@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from helpers import load_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[1] / "scripts/fuzz.py"
-spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-fuzz = importlib.util.module_from_spec(spec)
-sys.modules["fuzz"] = fuzz  # for its dataclass
-spec.loader.exec_module(fuzz)
+fuzz = load_script("fuzz")
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import composed
+from helpers import composed, load_script
 
 from hft_cli.config.validate import check
 
-SCRIPT = Path(__file__).parents[1] / "scripts/gpu_checks.py"
-spec = importlib.util.spec_from_file_location("gpu_checks", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-gpu_checks = importlib.util.module_from_spec(spec)
-sys.modules["gpu_checks"] = gpu_checks  # for its dataclass
-spec.loader.exec_module(gpu_checks)
+gpu_checks = load_script("gpu_checks")
 
 
 @pytest.mark.parametrize("name", gpu_checks.WAYS)

@@ -133,9 +133,6 @@ def _groups(digests: Sequence[bytes], chats: Sequence[str | None]) -> list[int]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if not any(chats):
-        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
-        return [numbers[digest] for digest in digests]
     nodes: dict[bytes | str, int] = {}
     edges = [
         (nodes.setdefault(digest, len(nodes)), nodes.setdefault(chat or digest, len(nodes)))

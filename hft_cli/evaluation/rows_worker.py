@@ -27,7 +27,7 @@ from hft_cli.data.reasoning import decode_answer, split_reasoning
 from hft_cli.data.rows import read_chats
 from hft_cli.data.summary import IGNORED
 from hft_cli.data.templates import chat_template
-from hft_cli.data.tokenization import tokenize
+from hft_cli.data.tokenization import LONGEST, tokenize
 from hft_cli.errors import UserError
 from hft_cli.evaluation import vllm_engine
 from hft_cli.evaluation.compat import use_generation_settings_only
@@ -52,8 +52,6 @@ from hft_cli.files import read_json
 from hft_cli.launch.jobs import Progress, RowsJob, RowsTask
 from hft_cli.paths import resolve_path
 from hft_cli.run_dir import RoundDir
-
-UNCUT = 2**31 - 1  # tokens: no row is cut
 
 PROMPT_END = 16  # tokens, in which a chat template opens the reasoning
 
@@ -177,7 +175,7 @@ def _forced_rows(
     longest, settings = loaded.max_length, {"special_tokens": task.special_tokens, "loss": "last_turn"}
     if any(chat.masked for chat in chats):  # what the marks of a row take out of training is scored all the same
         chats = [replace(chat, masked=()) for chat in chats]
-    tokenized = tokenize(chats, loaded.tokenizer, where=task.path, max_length=UNCUT, **settings)
+    tokenized = tokenize(chats, loaded.tokenizer, where=task.path, max_length=LONGEST, **settings)
     rows = dict(zip(tokenized.kept, tokenized.dataset, strict=True))
     ends = {number: _answer_end(row["labels"]) for number, row in rows.items()}
     if needed and min(ends.values()) > longest:

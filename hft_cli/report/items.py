@@ -26,10 +26,6 @@ class Pairs:
     after: list[float]
     weights: list[float]
 
-    @property
-    def right_or_wrong(self) -> bool:
-        return {*self.before, *self.after} <= {0, 1}
-
 
 def score_changes(run: Run, start: str = "before") -> list[Record]:
     """The score of each task before and after the run, and its change, with an interval where items were recorded.
@@ -64,9 +60,10 @@ def _change(run: Run, task: str, start: str) -> tuple[Estimate | None, str, dict
     items = item_pairs(run, task, start)
     if isinstance(items, str):
         return Estimate(after - before, 0), items, {}
-    estimate = (newcombe if items.right_or_wrong else paired_bootstrap)(items.before, items.after, items.weights)
+    binary = is_right_or_wrong(items.before, items.after)
+    estimate = (newcombe if binary else paired_bootstrap)(items.before, items.after, items.weights)
     estimate, note = replace(estimate, mean=after - before), ""
-    if estimate.n < FEWEST_ITEMS and not items.right_or_wrong:
+    if estimate.n < FEWEST_ITEMS and not binary:
         estimate = replace(estimate, low=None, high=None)
         note = f"no interval, because that needs {FEWEST_ITEMS} items and there are {estimate.n}"
     return estimate, note, flips(items.before, items.after)
@@ -95,6 +92,10 @@ def change_cell(record: Record) -> str:
     return change + (f" [{low}, {high}]" if low and high else "")
 
 
+def is_right_or_wrong(before: Sequence[float], after: Sequence[float]) -> bool:
+    return {*before, *after} <= {0, 1}
+
+
 def flips(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
     """How many right items are wrong afterwards, and how many wrong ones right, each with the interval of its share.
 
@@ -102,7 +103,7 @@ def flips(before: Sequence[float], after: Sequence[float]) -> dict[str, str]:
 
     The net change hides them: a model that loses 30 facts and learns 30 others has the same score.
     """
-    if not {*before, *after} <= {0, 1}:
+    if not is_right_or_wrong(before, after):
         return {}
     pairs, right = list(zip(before, after, strict=True)), int(sum(before))
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))

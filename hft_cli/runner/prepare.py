@@ -18,7 +18,7 @@ from hft_cli.config.schema import PlanConfig, RunConfig, TrackingConfig, read_co
 from hft_cli.data.mixing import read_mixed, validation_rows
 from hft_cli.data.model_template import check_thinking, dated, stored_template
 from hft_cli.data.rows import count_repeats, read_chats
-from hft_cli.data.templates import NO_TEMPLATE, template_file
+from hft_cli.data.templates import NO_TEMPLATE, read_template, template_file
 from hft_cli.errors import UserError
 from hft_cli.evaluation.suite import Suite, read_suite, uses_chat_template
 from hft_cli.evaluation.texts import METRIC
@@ -109,7 +109,7 @@ def prepare(config: RunConfig, base: Path, run: RunDir) -> Prepared:
         if not drawn[0].updated:
             raise UserError("Nothing would be trained: selection.ratio=0 with embeddings, head and final_norm frozen.")
     template = config.model.chat_template
-    template_sha256 = None if template is None else hash_values(template_file(template).read_text(encoding="utf-8"))
+    template_sha256 = None if template is None else hash_values(read_template(template_file(template)))
     check_thinking(config.model, base)
     check_backend("generation.backend", config.generation.backend)
     suite = read_suite(config.suite)
